@@ -1,0 +1,36 @@
+"""agd-fast: one forward a step where classifier-free guidance needs two.
+
+Adapter Guidance Distillation (Perez Jensen & Sadat, arXiv 2503.07274) on frozen diffusion models.
+"""
+
+from agd_fast import datasets
+from agd_fast.adapters import AdapterConfig
+from agd_fast.attaching import attach, disabled, guided, unload
+from agd_fast.distillation import DistillResult, TrainConfig, distill
+from agd_fast.environment import info
+from agd_fast.sampling import sample
+from agd_fast.spec import Condition, DenoiserSpec, Site
+from agd_fast.storage import load, save
+from agd_fast.teacher import Teacher
+from agd_fast.version import __version__
+
+__all__ = [
+    "AdapterConfig",
+    "Condition",
+    "DenoiserSpec",
+    "DistillResult",
+    "Site",
+    "Teacher",
+    "TrainConfig",
+    "__version__",
+    "attach",
+    "datasets",
+    "disabled",
+    "distill",
+    "guided",
+    "info",
+    "load",
+    "sample",
+    "save",
+    "unload",
+]

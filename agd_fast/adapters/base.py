@@ -1,0 +1,69 @@
+"""What every kind of adapter is: a part that depends on (ω, t, c) alone, and a part that meets the tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from agd_fast.adapters.config import AdapterConfig
+from agd_fast.conditioning import Conditioning
+from agd_fast.spec import Layout, ResolvedSite
+
+Prepared = tuple[Any, ...]  # one entry a site
+
+
+class SiteAdapter(nn.Module):
+    """What an adapter does at one site: here, adding δ [B, C] to every token.
+
+    Like sites differ in nothing but tensors, so that blocks which are compiled one by one share a graph.
+    """
+
+    def __init__(self, site: ResolvedSite) -> None:
+        super().__init__()
+        self.site = site
+
+    def forward(self, hidden: Tensor, output: Tensor, prepared: Any) -> Tensor:
+        """The module's new output from its input and output; `prepared` is this site's entry."""
+        return output + broadcast(prepared, output, self.site.channel_dim)
+
+
+class Adapter(nn.Module):
+    """An adapter for all sites of one denoiser, created equal to zero.
+
+    `prepare` holds all that does not see x_t: it can be computed for a whole schedule before the first step.
+    `sites` hold what remains at each, in the order of the layout.
+    """
+
+    sites: nn.ModuleList
+
+    def __init__(self, config: AdapterConfig, layout: Layout) -> None:
+        super().__init__()
+        if config.hidden is None:
+            raise ValueError("expected an AdapterConfig with a resolved `hidden`, found None")
+        self.config, self.layout = config, layout
+        self.conditioning = Conditioning(config, layout, config.hidden)
+
+    def prepare(self, omega: Tensor, time: Tensor, conditions: Mapping[str, Tensor]) -> Prepared:
+        """ω [B], e_t [B, D_t], e_c [B, D_c] or [B, L, D_c] → one entry a site."""
+        gain = omega - 1 if self.config.identity_at_one else None
+        return self.prepare_sites(self.conditioning(omega, time, conditions), gain)
+
+    def prepare_sites(self, tokens: list[Tensor], gain: Tensor | None) -> Prepared:
+        raise NotImplementedError
+
+
+def pooled(tokens: list[Tensor]) -> Tensor:
+    """Σ of the tokens' means: [B, S, d] … → [B, d]."""
+    total = tokens[0].mean(dim=1)
+    for token in tokens[1:]:
+        total = total + token.mean(dim=1)
+    return total
+
+
+def broadcast(delta: Tensor, output: Tensor, channel_dim: int) -> Tensor:
+    """δ [B, C] in the shape and dtype that meets `output`, whose channels are at `channel_dim`."""
+    shape = [1] * output.ndim
+    shape[0], shape[channel_dim] = delta.shape
+    return delta.view(shape).to(output.dtype)

@@ -1,0 +1,43 @@
+"""Modulation: a low-rank δ on the base's own conditioning sites, δ = B·act(E(ω, t, c)).
+
+Where the base is modulated (adaLN), δ moves shift, scale and gate of its blocks; where it only normalises (UNets), δ
+is a per-sample (γ, β) of its norms. It never sees x_t, so all of it can be computed before the first step.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from agd_fast.adapters.base import Adapter, Prepared, SiteAdapter, broadcast, pooled
+from agd_fast.adapters.config import AdapterConfig
+from agd_fast.spec import Layout
+
+
+class AffineSite(SiteAdapter):
+    """output·(1 + δ_γ) + δ_β: prepared is δ_γ beside δ_β, [B, 2C]."""
+
+    def forward(self, hidden: Tensor, output: Tensor, prepared: Any) -> Tensor:
+        gamma, beta = (broadcast(delta, output, self.site.channel_dim) for delta in prepared.chunk(2, dim=-1))
+        return output + (output * gamma + beta)
+
+
+_FORMS = {"add": (SiteAdapter, 1), "affine": (AffineSite, 2)}  # and how many δ of the site's width each takes
+
+
+class ModulationAdapter(Adapter):
+    def __init__(self, config: AdapterConfig, layout: Layout) -> None:
+        super().__init__(config, layout)
+        self.sites = nn.ModuleList(_FORMS[site.form][0](site) for site in layout.sites)
+        self.widths = [_FORMS[site.form][1] * site.width for site in layout.sites]
+        self.up = nn.Linear(config.hidden or 0, sum(self.widths))  # B of all sites, in one matrix
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+
+    def prepare_sites(self, tokens: list[Tensor], gain: Tensor | None) -> Prepared:
+        delta = self.up(F.silu(pooled(tokens)))  # [B, Σ widths]
+        if gain is not None:
+            delta = delta * gain[:, None]
+        return delta.split(self.widths, dim=-1)

@@ -1,0 +1,29 @@
+"""Offset: g = MLP(E_ω(ω) + P_t·e_t + P_c·e_c), one vector a sample, added to every token (the paper's additive adapter)."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from agd_fast.adapters.base import Adapter, Prepared, SiteAdapter, pooled
+from agd_fast.adapters.config import AdapterConfig
+from agd_fast.spec import Layout, ResolvedSite
+
+
+class OffsetSite(SiteAdapter):
+    def __init__(self, site: ResolvedSite, hidden: int) -> None:
+        super().__init__(site)
+        out = nn.Linear(hidden, site.width)
+        nn.init.zeros_(out.weight)
+        nn.init.zeros_(out.bias)
+        self.net = nn.Sequential(nn.Linear(hidden, hidden), nn.ReLU(), nn.LayerNorm(hidden), out)
+
+
+class OffsetAdapter(Adapter):
+    def __init__(self, config: AdapterConfig, layout: Layout) -> None:
+        super().__init__(config, layout)
+        self.sites = nn.ModuleList(OffsetSite(site, config.hidden or 0) for site in layout.sites)
+
+    def prepare_sites(self, tokens: list[Tensor], gain: Tensor | None) -> Prepared:
+        embedding = pooled(tokens)  # [B, d]
+        offsets = tuple(site.net(embedding) for site in self.sites)  # type: ignore[operator]
+        return offsets if gain is None else tuple(offset * gain[:, None] for offset in offsets)

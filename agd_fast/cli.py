@@ -1,0 +1,232 @@
+"""The command line: agd-fast demo | distill | sample | evaluate | info."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+
+import agd_fast as agd
+from agd_fast.adapters.config import AdapterConfig
+from agd_fast.teacher import as_teacher
+
+app = typer.Typer(
+    help="One forward a step where classifier-free guidance needs two: Adapter Guidance Distillation for diffusion models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+
+ModelOption = Annotated[
+    str, typer.Option(help="'digits' (ships with the package), or a folder or Hub id of a diffusers pipeline.")
+]
+LabelsOption = Annotated[str, typer.Option(help="Class labels: '0-9', '3', '1,5,7' or a mix.")]
+OutputOption = Annotated[Path, typer.Option(help="Folder to write to.")]
+StepsOption = Annotated[int, typer.Option(min=1, help="Sampling steps.")]
+SeedOption = Annotated[int, typer.Option(help="Seed of everything random.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
+
+
+@app.command()
+def demo(
+    output: OutputOption = Path("runs/demo"),
+    seed: SeedOption = 0,
+    samples: Annotated[int, typer.Option(min=20, help="Samples an arm for the measured distances.")] = 2000,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Train anew instead of continuing what OUTPUT holds.")] = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Distil the digits teacher that ships, compare one pass with two, write a report with pictures."""
+    from agd_fast.demo import run_demo
+    from agd_fast.reporting.tables import print_evaluation
+
+    done = run_demo(output, seed=seed, samples=samples, resume=not fresh, progress=not quiet)
+    print_evaluation(done.result, done.bars, console)
+    console.print(f"\n{done.report['seconds']['total']:.0f} s in all; pictures and tables: {output / 'report.html'}")
+
+
+@app.command()
+def distill(
+    output: OutputOption = Path("runs/distill"),
+    model: ModelOption = "digits",
+    labels: LabelsOption = "0-9",
+    kind: Annotated[str, typer.Option(help="modulation, cross_attention or offset.")] = "modulation",
+    hidden: Annotated[int | None, typer.Option(help="Width of the adapter; default: the largest within --max-fraction.")] = None,
+    max_fraction: Annotated[float, typer.Option(help="Most parameters, as a share of the base's.")] = 0.05,
+    guidance: Annotated[tuple[float, float], typer.Option(help="Lowest and highest guidance scale.")] = (1.0, 6.0),
+    trajectories: Annotated[int, typer.Option(min=1, help="Guided trajectories to collect.")] = 400,
+    sampling_steps: Annotated[tuple[int, int], typer.Option(help="Lowest and highest number of their steps.")] = (20, 30),
+    steps: StepsOption = agd.TrainConfig.steps,
+    batch_size: Annotated[int, typer.Option(min=1, help="States a training step.")] = agd.TrainConfig.batch_size,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate; default: by kind.")] = None,
+    ema: Annotated[float | None, typer.Option(help="Decay of an average of the weights, e.g. 0.999.")] = None,
+    mixed_precision: Annotated[str, typer.Option(help="no, fp16 or bf16.")] = "no",
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also write TensorBoard events.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Train anew instead of continuing what OUTPUT holds.")] = False,
+    seed: SeedOption = 0,
+    quiet: QuietOption = False,
+) -> None:
+    """Distil guidance of a class-conditional model into an adapter. Continues an interrupted run."""
+    config = agd.TrainConfig(
+        steps=steps,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        ema=ema,
+        mixed_precision=mixed_precision,  # type: ignore[arg-type]
+        seed=seed,
+    )
+    result = agd.distill(
+        load_model(model),
+        class_labels=parse_labels(labels),
+        guidance_range=guidance,
+        adapter=AdapterConfig(kind=kind, hidden=hidden, max_fraction=max_fraction),  # type: ignore[arg-type]
+        train_config=config,
+        trajectories=trajectories,
+        sampling_steps=sampling_steps,
+        output_dir=output,
+        seed=seed,
+        resume=not fresh,
+        tensorboard=tensorboard,
+        progress=not quiet,
+    )
+    assert result.explained is not None
+    console.print(
+        f"{result.parameters:,} parameters ({result.fraction:.1%} of the base) "
+        f"explain {result.explained.mean:.1%} of the guidance; written to {output}"
+    )
+
+
+@app.command()
+def sample(
+    adapter: Annotated[Path, typer.Argument(help="Folder with adapter.safetensors and adapter_config.json.")],
+    output: Annotated[Path, typer.Option(help="PNG to write.")] = Path("samples.png"),
+    model: ModelOption = "digits",
+    labels: LabelsOption = "0-9",
+    guidance: Annotated[float, typer.Option(help="Guidance scale.")] = 4.0,
+    steps: StepsOption = 25,
+    compare: Annotated[bool, typer.Option("--compare", help="Also show unguided and two-pass CFG from the same noise.")] = False,
+    seed: SeedOption = 0,
+    quiet: QuietOption = False,
+) -> None:
+    """Sample with one forward a step and write a picture."""
+    from agd_fast.evaluation.evaluate import ARMS, arm_sampler
+    from agd_fast.reporting.pictures import NAMES, save_grid
+
+    pipeline = load_model(model)
+    teacher = agd.load(as_teacher(pipeline), adapter)
+    classes = torch.tensor(parse_labels(labels))
+    noise = torch.randn(len(classes), *teacher.sample_shape, generator=torch.Generator().manual_seed(seed))
+    omega = guidance + teacher.spec.omega_offset
+    arms = ARMS if compare else ("agd",)
+    rows = {NAMES[arm]: to_images(pipeline, arm_sampler(teacher, arm, classes, noise, omega, steps, 64)()) for arm in arms}
+    save_grid(output, rows, [str(label) for label in classes.tolist()])
+    console.print(f"{len(classes)} samples at guidance scale {guidance:g}, {steps} forwards each: {output}")
+
+
+@app.command()
+def evaluate(
+    adapter: Annotated[Path, typer.Argument(help="Folder with an adapter for the digits teacher.")],
+    output: Annotated[Path | None, typer.Option(help="Folder for the report; default: ADAPTER itself.")] = None,
+    samples: Annotated[int, typer.Option(min=20, help="Samples an arm.")] = 2000,
+    steps: StepsOption = 25,
+    rounds: Annotated[int, typer.Option(help="Interleaved timing rounds; 0 for none.")] = 30,
+    seed: SeedOption = 0,
+    quiet: QuietOption = False,
+) -> None:
+    """Measure an adapter for the digits: Fréchet distance, precision/recall, accuracy, explained guidance, speed."""
+    from agd_fast.demo import digits_grid, digits_reference
+    from agd_fast.evaluation import evaluate as measure
+    from agd_fast.evaluation.bars import quality_bars, speed_bars
+    from agd_fast.reporting.report import write_report
+    from agd_fast.reporting.tables import print_evaluation
+
+    teacher = agd.load(agd.datasets.digits_teacher(), adapter)
+    result = measure(
+        teacher,
+        digits_reference(),
+        class_labels=range(10),
+        samples=samples,
+        steps=steps,
+        seed=seed,
+        timing_rounds=rounds,
+        progress=not quiet,
+    )
+    bars = [*quality_bars(result), *speed_bars(result)]
+    directory = output or adapter
+    write_report(directory, result, digits_grid(teacher, result), columns=[str(digit) for digit in range(10)], bars=bars)
+    print_evaluation(result, bars, console)
+    console.print(f"\npictures and tables: {directory / 'report.html'}")
+
+
+@app.command()
+def info(
+    adapter: Annotated[Path | None, typer.Argument(help="Folder with an adapter to describe.")] = None,
+) -> None:
+    """Versions, devices, what is installed; with ADAPTER, what it is and what it was made for."""
+    from agd_fast.reporting.tables import rich_table
+
+    rows = list(agd.info()["environment"].items())
+    console.print(rich_table("environment", ("", "found"), rows, "left"))
+    if adapter is not None:
+        console.print(rich_table(str(adapter), ("", "found"), describe(adapter), "left"))
+
+
+def describe(adapter: Path) -> list[tuple[str, str]]:
+    """What an adapter's config says, in rows for a reader."""
+    from agd_fast.storage import read_config
+
+    config = read_config(adapter)
+    layout = config["layout"]
+    entries: dict[str, Any] = {
+        "base": config["base_class"],
+        **config["adapter"],
+        "sites": len(layout["sites"]),
+        "first site": layout["sites"][0]["path"],
+        **{name: value for name, value in config["about"].items() if not isinstance(value, dict)},
+        "library": config["library_version"],
+        "format": config["format_version"],
+    }
+    return [(name, str(value)) for name, value in entries.items()]
+
+
+def parse_labels(text: str) -> list[int]:
+    """'0-9', '3' or '1,5,7-9' as a list."""
+    labels: list[int] = []
+    try:
+        for part in text.split(","):
+            first, _, last = part.strip().partition("-")
+            labels.extend(range(int(first), int(last or first) + 1))
+    except ValueError:
+        labels = []
+    if not labels:
+        raise typer.BadParameter(f"expected labels such as '0-9' or '1,5,7', found {text!r}")
+    return labels
+
+
+def load_model(name: str) -> Any:
+    if name == "digits":
+        return agd.datasets.digits_teacher()
+    from diffusers import DiffusionPipeline
+
+    return DiffusionPipeline.from_pretrained(name)
+
+
+def to_images(pipeline: Any, samples: torch.Tensor) -> torch.Tensor:
+    """Samples in [−1, 1], through the pipeline's VAE where it has one."""
+    vae = getattr(pipeline, "vae", None)
+    if vae is None:
+        return samples
+    with torch.inference_mode():
+        return vae.decode(samples / vae.config.scaling_factor).sample
+
+
+def main() -> None:
+    """Expected errors as one line, without a traceback."""
+    try:
+        app()
+    except (ValueError, TypeError, OSError, ImportError, FloatingPointError) as error:
+        Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False)
+        raise SystemExit(1) from error

@@ -1,0 +1,116 @@
+"""From (ω, t, c) to adapter tokens: embedders shared by all sites of an adapter.
+
+e_t and e_c are the base model's own embeddings, computed by its own frozen modules; the adapter only projects them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from diffusers.models.embeddings import get_timestep_embedding
+from torch import Tensor, nn
+
+from agd_fast.adapters.config import AdapterConfig
+from agd_fast.spec import Condition, DenoiserSpec, Layout, apply_modules, config_value, device_of
+
+SINUSOIDAL_WIDTH = 64  # channels of e_t where the base has no time embedding to reuse
+
+
+class FourierFeatures(nn.Module):
+    """cos(2π(f·ω + φ)) with random f, φ: the paper's features of a scalar. [B] → [B, d]"""
+
+    frequencies: Tensor
+    phases: Tensor
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.register_buffer("frequencies", torch.randn(width))
+        self.register_buffer("phases", torch.rand(width))
+
+    def forward(self, omega: Tensor) -> Tensor:
+        return torch.cos(2 * math.pi * (self.frequencies * omega[:, None] + self.phases))
+
+
+class SmoothFeatures(nn.Module):
+    """Slowly varying functions of ω: the state to reach is itself smooth in ω. [B] → [B, 4]"""
+
+    width = 4
+
+    def __init__(self, guidance_range: tuple[float, float]) -> None:
+        super().__init__()
+        self.low, self.high = guidance_range
+
+    def forward(self, omega: Tensor) -> Tensor:
+        u = (omega - self.low) / (self.high - self.low)
+        return torch.stack([u, u * u, torch.log1p(u.clamp(min=-0.9)), torch.rsqrt(1 + u.abs())], dim=-1)
+
+
+class OmegaEmbedder(nn.Module):
+    """E_ω: [B] → [B, d]."""
+
+    def __init__(self, config: AdapterConfig, hidden: int) -> None:
+        super().__init__()
+        if config.omega_features == "fourier":  # section 4 of the paper: features → MLP → LayerNorm
+            self.features: nn.Module = FourierFeatures(hidden)
+            self.net = nn.Sequential(
+                nn.Linear(hidden, 4 * hidden), nn.ReLU(), nn.Linear(4 * hidden, hidden), nn.LayerNorm(hidden)
+            )
+        else:
+            self.features = SmoothFeatures(config.guidance_range)
+            self.net = nn.Sequential(nn.Linear(SmoothFeatures.width, hidden))
+
+    def forward(self, omega: Tensor) -> Tensor:
+        return self.net(self.features(omega))
+
+
+class Conditioning(nn.Module):
+    """ω [B], e_t [B, D_t], e_c [B, D_c] or [B, L, D_c] → tokens of width d: E_ω [B, 1, d], P_t·e_t [B, 1, d],
+    P_c·e_c [B, 1 or L, d] for each condition."""
+
+    def __init__(self, config: AdapterConfig, layout: Layout, hidden: int) -> None:
+        super().__init__()
+        self.omega = OmegaEmbedder(config, hidden)
+        self.time = nn.Linear(layout.time_width, hidden)
+        self.names = tuple(layout.condition_widths)
+        self.conditions = nn.ModuleList(nn.Linear(width, hidden) for width in layout.condition_widths.values())
+
+    def forward(self, omega: Tensor, time: Tensor, conditions: Mapping[str, Tensor]) -> list[Tensor]:
+        tokens = [self.omega(omega)[:, None], self.time(time)[:, None]]
+        for name, project in zip(self.names, self.conditions, strict=True):
+            token = project(conditions[name])
+            tokens.append(token if token.ndim == 3 else token[:, None])
+        return tokens
+
+
+def embed_time(denoiser: nn.Module, spec: DenoiserSpec, timestep: Tensor) -> Tensor:
+    """e_t [B, D_t] in float32, from t [B]."""
+    if not spec.time_embedding:
+        return get_timestep_embedding(timestep, SINUSOIDAL_WIDTH, flip_sin_to_cos=True)
+    return apply_modules(denoiser, spec.time_embedding, timestep).float()
+
+
+def condition_width(denoiser: nn.Module, condition: Condition) -> int:
+    """Channels of e_c.
+
+    Raises: ValueError when they can neither be read nor found out.
+    """
+    if condition.width is None:
+        if not condition.embedding:
+            raise ValueError(f"the width of {condition.argument!r} is unknown; expected Condition(..., width=...) in the spec")
+        label = torch.zeros(1, dtype=torch.long, device=device_of(denoiser))
+        return apply_modules(denoiser, condition.embedding, label).shape[-1]
+    width = config_value(denoiser, condition.width)
+    widths = set(width) if isinstance(width, (list, tuple)) else {width}
+    if len(widths) != 1:
+        raise ValueError(f"expected one width for {condition.argument!r}, found {sorted(widths)} in {condition.width}")
+    return int(widths.pop())
+
+
+def embed_conditions(denoiser: nn.Module, spec: DenoiserSpec, conditions: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """e_c [B, D_c] or [B, L, D_c] in float32 by argument, for the conditions that adapters see."""
+    return {
+        condition.argument: apply_modules(denoiser, condition.embedding, conditions[condition.argument]).float()
+        for condition in spec.adapted
+    }

@@ -1,0 +1,209 @@
+"""The training loop: nothing but the adapter changes, nothing waits for the device, any kill can be continued."""
+
+from __future__ import annotations
+
+import json
+import time
+from contextlib import closing
+from copy import deepcopy
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, is_initialized
+from diffusers.optimization import get_cosine_schedule_with_warmup
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+from tqdm.auto import tqdm
+
+from agd_fast.distillation.checkpoint import CHECKPOINT_NAME, load_checkpoint, save_checkpoint
+from agd_fast.distillation.config import TrainConfig
+from agd_fast.distillation.loss import distillation_loss
+from agd_fast.distillation.student import Student
+from agd_fast.files import append_text, write_text
+from agd_fast.teacher import Teacher
+from agd_fast.trajectories import Trajectories
+
+LOG_NAME = "log.jsonl"
+
+
+def make_accelerator(mixed_precision: str) -> Accelerator:
+    """Devices and processes. A precision chosen earlier in this process gives way to the new one."""
+    if is_initialized() and AcceleratorState().mixed_precision != mixed_precision:
+        AcceleratorState._reset_state()
+    return Accelerator(mixed_precision=mixed_precision)
+
+
+def batch_rows(step: int, batch_size: int, states: int, seed: int) -> Tensor:
+    """Rows of step `step` in an endless sequence of shuffled epochs: a function of the position alone. [batch_size]"""
+    start, stop = step * batch_size, (step + 1) * batch_size
+    epochs = range(start // states, (stop - 1) // states + 1)
+    order = torch.cat([_shuffled(states, seed, epoch) for epoch in epochs])
+    return order[start - epochs[0] * states :][:batch_size]
+
+
+@lru_cache(maxsize=2)
+def _shuffled(states: int, seed: int, epoch: int) -> Tensor:
+    return torch.randperm(states, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+
+
+def train(
+    teacher: Teacher,
+    trajectories: Trajectories,
+    config: TrainConfig,
+    directory: Path,
+    accelerator: Accelerator,
+    *,
+    run: dict[str, Any],
+    resume: bool = True,
+    tensorboard: bool = False,
+    progress: bool = True,
+) -> float:
+    """Train the attached adapter of a frozen teacher in place and return the last logged loss.
+
+    directory: for the checkpoint, `log.jsonl` and, on request, TensorBoard's events. run: settings a checkpoint must match.
+    Raises: ValueError when the processes cannot share a batch evenly; FloatingPointError naming the step when the loss is
+    not finite (the last good checkpoint is kept); OSError naming what cannot be written.
+    """
+    rank, world = accelerator.process_index, accelerator.num_processes
+    if config.batch_size % world:
+        raise ValueError(f"batch_size must be a multiple of the {world} processes, found {config.batch_size}")
+    student = Student(teacher)
+    adapter = student.adapter
+    assert config.learning_rate is not None
+    optimizer = torch.optim.AdamW(adapter.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    schedule = get_cosine_schedule_with_warmup(optimizer, int(config.warmup * config.steps), config.steps)
+    average = deepcopy(adapter).requires_grad_(False) if config.ema else None
+    wrapped, optimizer = accelerator.prepare(student, optimizer)
+    modules: dict[str, nn.Module] = {"adapter": adapter}
+    if average is not None:
+        modules["average"] = average
+    others = {"schedule": schedule} | ({"scaler": accelerator.scaler} if accelerator.scaler else {})
+    checkpoint = directory / CHECKPOINT_NAME
+    if not resume and accelerator.is_main_process:
+        checkpoint.unlink(missing_ok=True)
+    done = load_checkpoint(checkpoint, run, modules, optimizer, others) if resume and checkpoint.is_file() else 0
+    meter = _Meter(accelerator, done, checkpoint)
+    with (
+        closing(_Log(directory, done, tensorboard, accelerator.is_main_process)) as log,
+        tqdm(total=config.steps, initial=done, desc="distilling", disable=not (progress and accelerator.is_main_process)) as bar,
+    ):
+        for step in range(done, config.steps):
+            rows = batch_rows(step, config.batch_size, len(trajectories), config.seed)[rank::world]
+            batch = trajectories[rows].to(accelerator.device)
+            with accelerator.autocast():
+                prediction = wrapped(batch)
+            loss = distillation_loss(prediction, batch.target, batch.omega, config.loss, config.weighting)
+            accelerator.backward(loss)
+            norm = accelerator.clip_grad_norm_(adapter.parameters(), config.max_grad_norm)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            if average is not None and config.ema:
+                _update_average(average, adapter, config.ema, step)
+            meter.add(loss.detach(), norm, step)
+            bar.update()
+            last = step + 1 == config.steps
+            if last or (step + 1) % config.log_every == 0:
+                entry = meter.read(step + 1, float(schedule.get_last_lr()[0]), config.batch_size)
+                log.write(entry)
+                bar.set_postfix(loss=f"{entry['loss']:.4g}")
+            if last or (step + 1) % config.checkpoint_every == 0:
+                meter.require_finite()
+                if accelerator.is_main_process:
+                    save_checkpoint(checkpoint, step + 1, run, modules, optimizer, others)
+    if average is not None:
+        adapter.load_state_dict(average.state_dict())
+    for parameter in adapter.parameters():
+        parameter.grad = None
+    accelerator.free_memory()
+    return log.last_loss
+
+
+def _update_average(average: nn.Module, adapter: nn.Module, decay: float, step: int) -> None:
+    """Exponential moving average; a shorter one over the first steps, so that the zero start is forgotten."""
+    update = get_ema_multi_avg_fn(min(decay, (1 + step) / (10 + step)))
+    update(list(average.parameters()), list(adapter.parameters()), step)
+
+
+class _Meter:
+    """Sums on the device, read only when something is logged; over all processes then."""
+
+    def __init__(self, accelerator: Accelerator, done: int, checkpoint: Path) -> None:
+        self.accelerator, self.device, self.checkpoint = accelerator, accelerator.device, checkpoint
+        self.bad_step = torch.full((), -1, dtype=torch.long, device=self.device)
+        self.norm = torch.zeros((), device=self.device)
+        self.start()
+
+    def start(self) -> None:
+        self.total, self.count, self.since = torch.zeros((), device=self.device), 0, time.perf_counter()
+
+    def add(self, loss: Tensor, norm: Tensor, step: int) -> None:
+        self.total += loss
+        self.count += 1
+        self.norm = norm.detach()
+        watched = loss if self.accelerator.scaler else loss + self.norm  # a scaler skips steps whose gradient overflows
+        bad = ~torch.isfinite(watched) & (self.bad_step < 0)
+        self.bad_step = torch.where(bad, torch.full_like(self.bad_step, step + 1), self.bad_step)
+
+    def read(self, step: int, learning_rate: float, batch_size: int) -> dict[str, float]:
+        self.require_finite()
+        seconds = time.perf_counter() - self.since
+        entry = {
+            "step": step,
+            "loss": float(self.accelerator.reduce(self.total, "mean")) / self.count,
+            "grad_norm": float(self.norm),
+            "learning_rate": learning_rate,
+            "samples_per_second": self.count * batch_size / seconds,
+        }
+        self.start()
+        return entry
+
+    def require_finite(self) -> None:
+        step = int(self.accelerator.gather(self.bad_step).max())
+        if step >= 0:
+            kept = self.checkpoint if self.checkpoint.is_file() else "none was written yet"
+            raise FloatingPointError(
+                f"the loss or its gradient became NaN or infinite at step {step}; training stopped, "
+                f"the last good checkpoint: {kept}. Expected finite values: try a lower learning_rate or mixed_precision='bf16'"
+            )
+
+
+class _Log:
+    """One JSON object a line, and TensorBoard on request; a resumed run continues after the steps it keeps."""
+
+    def __init__(self, directory: Path, done: int, tensorboard: bool, main: bool) -> None:
+        self.last_loss, self.path, self.board = float("nan"), directory / LOG_NAME if main else None, None
+        if self.path is None:
+            return
+        lines = self.path.read_text(encoding="utf-8").splitlines() if done and self.path.is_file() else []
+        kept = [line for line in lines if _step_of(line) <= done]
+        if kept:
+            self.last_loss = json.loads(kept[-1])["loss"]
+        write_text(self.path, "".join(f"{line}\n" for line in kept))
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(directory / "tensorboard"), purge_step=done + 1)
+
+    def write(self, entry: dict[str, float]) -> None:
+        self.last_loss = entry["loss"]
+        if self.path is not None:
+            append_text(self.path, json.dumps(entry) + "\n")
+        if self.board is not None:
+            for name, value in entry.items():
+                if name != "step":
+                    self.board.add_scalar(f"distill/{name}", value, int(entry["step"]))
+
+    def close(self) -> None:
+        if self.board is not None:
+            self.board.close()
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return float("inf")  # a line that a kill cut short

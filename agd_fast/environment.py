@@ -1,0 +1,64 @@
+"""What is installed, what runs where, and what is attached."""
+
+from __future__ import annotations
+
+import platform
+from importlib import metadata, util
+from typing import Any
+
+import torch
+
+from agd_fast.adapters import count_parameters
+from agd_fast.attaching import attachment_of, denoiser_of
+from agd_fast.version import __version__
+
+_PACKAGES = ("torch", "diffusers", "accelerate", "safetensors", "triton")
+
+
+def environment() -> dict[str, str]:
+    """Versions and devices, for reports and bug reports."""
+    versions = {name: _version(name) for name in _PACKAGES}
+    cuda = torch.cuda.is_available()
+    return {
+        "agd_fast": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        **versions,
+        "device": torch.cuda.get_device_name() if cuda else "cpu",
+        "threads": str(torch.get_num_threads()),
+        "kernels": "installed" if util.find_spec("agd_fast_kernels") else "not installed",
+    }
+
+
+def info(model: Any = None) -> dict[str, Any]:
+    """The environment and, given a model, its adapter: kind, sites, parameters, share of the base, whether it is armed."""
+    found: dict[str, Any] = {"environment": environment()}
+    if model is None:
+        return found
+    denoiser = denoiser_of(model)
+    base = count_parameters(denoiser)
+    found["denoiser"] = {"class": type(denoiser).__name__, "parameters": base}
+    attachment = attachment_of(denoiser)
+    if attachment is None:
+        found["adapter"] = None
+        return found
+    adapter = attachment.adapter
+    parameters = count_parameters(adapter)
+    found["adapter"] = {
+        "kind": adapter.config.kind,
+        "hidden": adapter.config.hidden,
+        "sites": [site.path for site in adapter.layout.sites],
+        "parameters": parameters,
+        "fraction": parameters / base,
+        "guidance_range": list(adapter.config.guidance_range),
+        "enabled": attachment.enabled,
+        "armed": attachment.omega is not None,
+    }
+    return found
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,16 @@
+"""Measuring an adapter: likeness to the data, fidelity to CFG, speed."""
+
+from agd_fast.evaluation.evaluate import Evaluation, Reference, evaluate
+from agd_fast.evaluation.explained import Explained, guidance_explained
+from agd_fast.evaluation.frechet import frechet_distance
+from agd_fast.evaluation.precision_recall import precision_recall
+
+__all__ = [
+    "Evaluation",
+    "Explained",
+    "Reference",
+    "evaluate",
+    "frechet_distance",
+    "guidance_explained",
+    "precision_recall",
+]

@@ -1,0 +1,53 @@
+"""Timing several ways to do one thing fairly: warmed up, interleaved, the order turned every round."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from tqdm.auto import tqdm
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one call: median and the 20th and 80th percentile over `rounds`."""
+
+    median: float
+    p20: float
+    p80: float
+    rounds: int
+
+
+def time_interleaved(
+    arms: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int = 30,
+    warmup: int = 2,
+    device: torch.device | str = "cpu",
+    progress: bool = False,
+) -> dict[str, Timing]:
+    """Time every arm once a round, so that a machine that drifts drifts for all."""
+    names = list(arms)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for turn in tqdm(range(-warmup, rounds), desc="timing", disable=not progress, leave=False):
+        shift = turn % len(names)
+        for name in names[shift:] + names[:shift]:
+            _synchronize(device)
+            start = time.perf_counter()
+            arms[name]()
+            _synchronize(device)
+            if turn >= 0:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: _timing(values) for name, values in seconds.items()}
+
+
+def _timing(values: list[float]) -> Timing:
+    p20, median, p80 = torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.2, 0.5, 0.8]).double()).tolist()
+    return Timing(median, p20, p80, len(values))
+
+
+def _synchronize(device: torch.device | str) -> None:
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)

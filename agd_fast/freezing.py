@@ -1,0 +1,23 @@
+"""Holding a model still while something is measured on it or trained beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """Eval mode and no gradients inside; both as they were afterwards."""
+    modes = {child: child.training for child in module.modules()}
+    gradients = {parameter: parameter.requires_grad for parameter in module.parameters()}
+    module.eval().requires_grad_(False)
+    try:
+        yield
+    finally:
+        for child, mode in modes.items():
+            child.training = mode
+        for parameter, flag in gradients.items():
+            parameter.requires_grad_(flag)

@@ -1,0 +1,119 @@
+"""Sampling with diffusers' schedulers: one loop, used by sampling, collecting and measuring alike."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from agd_fast.attaching import GuidanceScale, attachment_of, guided, to_omega
+from agd_fast.teacher import Conditions, Teacher, as_teacher
+
+Method = Literal["auto", "agd", "cfg"]
+Predict = Callable[[Tensor, Tensor], Tensor]  # scaled x_t [B, C, ...], t [B] → prediction [B, C, ...]
+
+
+def integrate(
+    scheduler: Any,
+    noise: Tensor,
+    steps: int,
+    predict: Predict,
+    *,
+    generator: torch.Generator | list[torch.Generator] | None = None,
+    progress: Callable[[], object] | None = None,
+) -> Tensor:
+    """Run a schedule of `steps` from standard normal noise [B, C, ...] to samples of that shape.
+
+    generator: for the noise of stochastic schedulers, one or one a sample.
+    """
+    scheduler = copy.deepcopy(scheduler)  # schedulers hold the state of the loop
+    scheduler.set_timesteps(steps, device=noise.device)
+    extra = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
+    x = noise * scheduler.init_noise_sigma if hasattr(scheduler, "init_noise_sigma") else noise
+    for t in scheduler.timesteps:
+        scaled = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
+        prediction = predict(scaled, t.expand(len(x)))
+        x = scheduler.step(prediction, t, x, return_dict=False, **extra)[0]
+        if progress is not None:
+            progress()
+    return x
+
+
+def sample(
+    model: Any,
+    class_labels: Sequence[int] | Tensor | None = None,
+    *,
+    conditions: Conditions | None = None,
+    guidance_scale: GuidanceScale = 4.0,
+    steps: int = 25,
+    method: Method = "auto",
+    noise: Tensor | None = None,
+    seed: int | None = None,
+    batch_size: int = 64,
+    scheduler: Any = None,
+    progress: bool = False,
+) -> Tensor:
+    """Samples [N, C, H, W] of the denoiser's own space: images in [−1, 1], or latents for a latent model.
+
+    model: a Teacher, a diffusers pipeline, or a denoiser with `scheduler`.
+    class_labels, conditions: one condition a sample, as labels or as tensors by argument name.
+    guidance_scale: one number or one a sample, in the family's own convention.
+    method: "agd" is one forward a step with the attached adapter; "cfg" is the base with two (one at ω = 1);
+        "auto" takes the adapter if one is attached and not disabled.
+    noise: [N, C, H, W] to start from; None draws it from `seed`.
+
+    Raises: ValueError for a missing condition, lengths that differ, or method="agd" without an adapter.
+    """
+    if method not in get_args(Method):
+        raise ValueError(f"method must be one of {', '.join(map(repr, get_args(Method)))}; found {method!r}")
+    teacher = as_teacher(model, scheduler)
+    table = teacher.conditions(class_labels, conditions)
+    count = len(next(iter(table.values())))
+    attachment = attachment_of(teacher)
+    usable = attachment is not None and attachment.enabled
+    if method == "auto":
+        method = "agd" if usable else "cfg"
+    if method == "agd" and not usable:
+        raise ValueError(
+            f"method='agd' expects an adapter that is attached and not disabled, found {'it disabled' if attachment else 'none'}"
+        )
+    seed = int(torch.randint(2**31, (1,))) if seed is None else seed
+    generator = torch.Generator().manual_seed(seed)
+    if noise is None:
+        noise = torch.randn(count, *teacher.sample_shape, generator=generator)
+    seeds = torch.randint(2**31, (count,), generator=generator).tolist()
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]  # one a sample: batches do not matter
+    omega = to_omega(guidance_scale, teacher.spec)
+    if len(noise) != count or len(omega) not in (1, count):
+        raise ValueError(
+            f"expected noise and guidance_scale for {count} samples (or one scale), found {len(noise)} and {len(omega)}"
+        )
+    omega = omega.expand(count)
+    batches = [slice(start, start + batch_size) for start in range(0, count, batch_size)]
+    results = []
+    with tqdm(total=len(batches) * steps, desc="sampling", disable=not progress, leave=False) as bar, torch.inference_mode():
+        for rows in batches:
+            part = {name: value[rows].to(teacher.device) for name, value in table.items()}
+            start = noise[rows].to(teacher.device, teacher.dtype)
+            scale = omega[rows].to(teacher.device)
+            with guided(teacher, scale - teacher.spec.omega_offset) if method == "agd" else nullcontext():
+                predict = predictor(teacher, part, scale, method)
+                results.append(
+                    integrate(teacher.scheduler, start, steps, predict, generator=generators[rows], progress=bar.update)
+                )
+    return torch.cat(results)
+
+
+def predictor(teacher: Teacher, conditions: Conditions, omega: Tensor, method: Method) -> Predict:
+    """The prediction of one arm at fixed conditions and ω [B]: one forward where that suffices, else CFG's two."""
+    if method == "cfg":
+        teacher.refuse_armed()
+    if method == "agd" or bool((omega == 1).all()):
+        return lambda x, t: teacher.predict(x, t, conditions)
+    return lambda x, t: teacher.predict_cfg(x, t, conditions, omega)[0]

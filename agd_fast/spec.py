@@ -1,0 +1,244 @@
+"""What AGD must know about a denoiser, said declaratively.
+
+A `DenoiserSpec` names arguments and module paths; nothing in it is code, so a new backbone is an entry,
+not a subclass. The entries that ship are in `agd_fast.families`; any `nn.Module` can bring its own.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+import torch
+from diffusers.models.attention import FeedForward
+from torch import nn
+
+SiteForm = Literal["add", "affine"]
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where an adapter acts: the output of every module whose name matches `path`.
+
+    path: glob over the names of `denoiser.named_modules()`; `*` also crosses dots.
+    width: channels C of that output; None reads it off the module (linears, norms, diffusers' attention).
+    input_width: channels of its first argument, for adapters that see it; None means as `width`.
+    form: "add" adds δ [B, C]; "affine" computes output·(1 + δ_γ) + δ_β, the (γ, β) of a norm.
+    channel_dim: dimension of C in the output: −1 for tokens last, 1 for [B, C, H, W].
+    output: which element to change where the module returns a tuple.
+    hidden: name of the first argument where it is passed by keyword.
+    """
+
+    path: str
+    width: int | None = None
+    input_width: int | None = None
+    form: SiteForm = "add"
+    channel_dim: int = -1
+    output: int = 0
+    hidden: str = "hidden_states"
+
+
+@dataclass(frozen=True)
+class Condition:
+    """A conditioning argument c of the denoiser, batch first.
+
+    argument: its name; a dot reaches into a dict argument ("added_cond_kwargs.text_embeds").
+    embedding: names of the base's own modules applied in turn to get e_c [B, D] or [B, L, D]; empty
+        takes the argument as it is.
+    null: the unconditional value: a number, or "config.<attribute>" read off the denoiser; None when the
+        caller must give one (`Teacher(null_condition=...)`).
+    width: channels of e_c, a number or "config.<attribute>"; None finds out by embedding the label 0.
+    adapt: whether adapters see it; False only passes it through.
+    """
+
+    argument: str
+    embedding: tuple[str, ...] = ()
+    null: int | float | str | None = None
+    width: int | str | None = None
+    adapt: bool = True
+
+
+@dataclass(frozen=True)
+class DenoiserSpec:
+    """How a denoiser is called and where its blocks are.
+
+    sample, timestep: argument names of the noisy input x_t [B, C, ...] and of t [B].
+    conditions: its conditioning arguments.
+    time_embedding: names of the base's own modules applied in turn to t to get e_t [B, D]; empty uses
+        sinusoidal features of t.
+    attention, feed_forward: blocks that residual adapters are added to.
+    modulation: conditioning sites that modulation adapters move.
+    guided_channels: leading output channels that CFG guides; "config.<attribute>" is read off the denoiser, None means all.
+        Channels after them (a learned variance) are left as the conditional pass gives them.
+    prediction_type: "epsilon", "v_prediction", "sample" or "flow_prediction"; None takes the scheduler's.
+    omega_offset: ω = guidance_scale + omega_offset, where ω = 1 is no guidance; 1.0 for families that
+        write cond + g·(cond − uncond).
+    """
+
+    sample: str = "sample"
+    timestep: str = "timestep"
+    conditions: tuple[Condition, ...] = ()
+    time_embedding: tuple[str, ...] = ()
+    attention: tuple[Site, ...] = ()
+    feed_forward: tuple[Site, ...] = ()
+    modulation: tuple[Site, ...] = ()
+    guided_channels: int | str | None = None
+    prediction_type: str | None = None
+    omega_offset: float = 0.0
+
+    @property
+    def adapted(self) -> tuple[Condition, ...]:
+        return tuple(condition for condition in self.conditions if condition.adapt)
+
+
+@dataclass(frozen=True)
+class ResolvedSite:
+    """A site found in one denoiser: a module's full name and its widths in channels."""
+
+    path: str
+    width: int
+    input_width: int
+    form: SiteForm
+    channel_dim: int
+    output: int
+    hidden: str
+
+
+@dataclass(frozen=True)
+class Layout:
+    """All that the shapes of an adapter depend on; stored beside its weights.
+
+    sites: in the order of the denoiser's modules. time_width: channels of e_t.
+    condition_widths: channels of e_c by argument.
+    """
+
+    sites: tuple[ResolvedSite, ...]
+    time_width: int
+    condition_widths: Mapping[str, int] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> Layout:
+        sites = tuple(ResolvedSite(**site) for site in value["sites"])
+        return cls(sites, int(value["time_width"]), dict(value["condition_widths"]))
+
+
+def resolve_sites(denoiser: nn.Module, sites: tuple[Site, ...]) -> tuple[ResolvedSite, ...]:
+    """Find every module that `sites` name, in the denoiser's own order.
+
+    Raises: ValueError when a path matches nothing or a width is unknown or wrong.
+    """
+    found: dict[str, ResolvedSite] = {}
+    for site in sites:
+        for name, module in find_modules(denoiser, site.path).items():
+            width, input_width = _widths(name, module, site)
+            found[name] = ResolvedSite(name, width, input_width, site.form, site.channel_dim, site.output, site.hidden)
+    return tuple(found[name] for name, _ in denoiser.named_modules() if name in found)
+
+
+def find_modules(denoiser: nn.Module, path: str) -> dict[str, nn.Module]:
+    """The denoiser's modules by name, where the name matches the glob `path`.
+
+    Raises: ValueError when there is none, naming the nearest.
+    """
+    modules = dict(denoiser.named_modules())
+    matches = {name: module for name, module in modules.items() if fnmatchcase(name, path)}
+    if not matches:
+        nearest = get_close_matches(path, [name for name in modules if name], n=4, cutoff=0.3)
+        raise ValueError(
+            f"no module of {type(denoiser).__name__} matches the path {path!r}; "
+            f"modules nearest to it: {', '.join(nearest) or 'none'}"
+        )
+    return matches
+
+
+def _widths(name: str, module: nn.Module, site: Site) -> tuple[int, int]:
+    width, input_width = module_widths(module)
+    for what, declared, read in (("width", site.width, width), ("input_width", site.input_width, input_width)):
+        if declared is not None and read is not None and declared != read:
+            raise ValueError(
+                f"width mismatch at {name!r}: the spec says {what}={declared}, the {type(module).__name__} there has {read}"
+            )
+    width = site.width if width is None else width
+    if width is None:
+        raise ValueError(
+            f"the width of {name!r} cannot be read off a {type(module).__name__}; "
+            f"expected Site({site.path!r}, width=...) in the spec"
+        )
+    return width, site.input_width or input_width or width
+
+
+def module_widths(module: nn.Module) -> tuple[int | None, int | None]:
+    """Output and input channels of a module, None where they cannot be told."""
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features
+    if isinstance(module, nn.LayerNorm):
+        return module.normalized_shape[-1], module.normalized_shape[-1]
+    if isinstance(module, nn.GroupNorm):
+        return module.num_channels, module.num_channels
+    out_dim, query_dim = getattr(module, "out_dim", None), getattr(module, "query_dim", None)
+    if isinstance(out_dim, int) and isinstance(query_dim, int):  # diffusers' Attention
+        return out_dim, query_dim
+    if isinstance(module, FeedForward):
+        linears = [child for child in module.modules() if isinstance(child, nn.Linear)]
+        return linears[-1].out_features, linears[0].in_features
+    return None, None
+
+
+def config_value(denoiser: nn.Module, value: Any) -> Any:
+    """`value`, or what it names when it is a string "config.<attribute>"."""
+    if isinstance(value, str) and value.startswith("config."):
+        config: Any = getattr(denoiser, "config", {})
+        name = value.removeprefix("config.")
+        found = config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
+        if found is None:
+            raise ValueError(f"the spec names {value}, but {type(denoiser).__name__} has no such entry in its config")
+        return found
+    return value
+
+
+def device_of(module: nn.Module) -> torch.device:
+    return next(module.parameters()).device
+
+
+def label_count(denoiser: nn.Module, condition: Condition) -> int | None:
+    """How many labels the base can look up, its null label among them; None where the condition is no label."""
+    for name in condition.embedding:
+        for module in find_modules(denoiser, name)[name].modules():
+            if isinstance(module, nn.Embedding):
+                return module.num_embeddings
+    return None
+
+
+def apply_modules(denoiser: nn.Module, names: tuple[str, ...], x: torch.Tensor) -> torch.Tensor:
+    """Pass `x` through the base's modules `names` in turn, each in its own dtype."""
+    for name in names:
+        module = denoiser.get_submodule(name)
+        weight = next(module.parameters(), None)
+        if weight is not None and x.is_floating_point():
+            x = x.to(weight.dtype)
+        x = module(x)
+    return x
+
+
+def forward_parameters(denoiser: nn.Module) -> tuple[str, ...]:
+    """Names of the denoiser's forward parameters, in positional order."""
+    return tuple(inspect.signature(denoiser.forward).parameters)
+
+
+def nest(conditions: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """Keyword arguments of the denoiser from conditions by (dotted) name."""
+    arguments: dict[str, Any] = {}
+    for name, value in conditions.items():
+        outer, _, inner = name.partition(".")
+        if inner:
+            arguments.setdefault(outer, {})[inner] = value
+        else:
+            arguments[outer] = value
+    return arguments

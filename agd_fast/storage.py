@@ -1,0 +1,163 @@
+"""Adapters on disk: `adapter.safetensors` beside `adapter_config.json`, never a pickle."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from agd_fast.adapters import KINDS, Adapter, AdapterConfig
+from agd_fast.attaching import Model, adapter_of, attachment_of, denoiser_of, install, layout_for
+from agd_fast.families import find_spec
+from agd_fast.files import read_json, read_tensors, replacing, save_tensors, to_json
+from agd_fast.spec import DenoiserSpec, Layout
+from agd_fast.version import __version__
+
+WEIGHTS_NAME, CONFIG_NAME = "adapter.safetensors", "adapter_config.json"
+FORMAT_VERSION = 1
+
+
+def save(model: Any, directory: str | os.PathLike[str], *, about: Mapping[str, Any] | None = None) -> Path:
+    """Write the attached adapter to `directory` and return it.
+
+    about: further entries for the config, for a reader (the teacher, how it was trained).
+    Raises: ValueError when no adapter is attached; OSError when the directory cannot be written.
+    """
+    attachment = attachment_of(model)
+    adapter = adapter_of(model)
+    assert attachment is not None
+    return write_adapter(
+        adapter,
+        directory,
+        base_class=type(denoiser_of(model)).__name__,
+        omega_offset=attachment.spec.omega_offset,
+        about={
+            "base_model": getattr(model, "name", None) or getattr(denoiser_of(model), "name_or_path", None),
+            "prediction_type": getattr(model, "prediction_type", None),
+            **(about or {}),
+        },
+    )
+
+
+def write_adapter(
+    adapter: Adapter,
+    directory: str | os.PathLike[str],
+    *,
+    base_class: str,
+    omega_offset: float = 0.0,
+    about: Mapping[str, Any] | None = None,
+) -> Path:
+    directory = Path(directory)
+    config = {
+        "format_version": FORMAT_VERSION,
+        "library_version": __version__,
+        "base_class": base_class,
+        "guidance_convention": {"omega": "guidance_scale + omega_offset, 1 is no guidance", "omega_offset": omega_offset},
+        "adapter": adapter.config.to_dict(),
+        "layout": adapter.layout.to_dict(),
+        "about": dict(about or {}),
+    }
+    config = json.loads(json.dumps(config))  # what a reader will find, to the last key
+    metadata = {"config_id": _config_id(config)}
+    with replacing(directory / WEIGHTS_NAME) as weights, replacing(directory / CONFIG_NAME) as text:  # both or neither
+        save_tensors(weights, adapter.state_dict(), metadata)
+        text.write_text(to_json(config), encoding="utf-8")
+    return directory
+
+
+def load(model: Model, directory: str | os.PathLike[str], *, spec: DenoiserSpec | None = None) -> Model:
+    """Attach the adapter in `directory`, inert until `guided` arms it. Mutates and returns its argument.
+
+    Raises: FileNotFoundError when a file is missing; ValueError when one is truncated, from a newer format, or made
+    for another base (naming what was expected and what was found). The model is then as it was.
+    """
+    directory = Path(directory)
+    config = read_config(directory)
+    denoiser = denoiser_of(model)
+    bases = [cls.__name__ for cls in type(denoiser).__mro__]
+    if config["base_class"] not in bases:
+        raise ValueError(
+            f"{directory} holds an adapter for a {config['base_class']}, expected one for this {type(denoiser).__name__}"
+        )
+    spec = spec or getattr(model, "spec", None) or find_spec(denoiser)
+    try:
+        adapter_config, layout = AdapterConfig.from_dict(config["adapter"]), Layout.from_dict(config["layout"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{directory / CONFIG_NAME} does not describe an adapter: {error!r}") from error
+    _same_layout(directory, layout, layout_for(denoiser, adapter_config, spec))
+    install(denoiser, _read_adapter(directory, config, adapter_config, layout), spec)
+    return model
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """The checked `adapter_config.json` of a directory."""
+    path = directory / CONFIG_NAME
+    if not path.is_file():
+        found = sorted(entry.name for entry in directory.iterdir()) if directory.is_dir() else "no such directory"
+        raise FileNotFoundError(f"expected {CONFIG_NAME} and {WEIGHTS_NAME} in {directory}, found {found}")
+    config = read_json(path)
+    version = config.get("format_version") if isinstance(config, dict) else None
+    if not isinstance(version, int):
+        raise ValueError(f"{path} is not an adapter of agd_fast: expected a format_version, found {version!r}")
+    if version > FORMAT_VERSION:
+        raise ValueError(
+            f"{path} has format_version {version}, this agd_fast {__version__} reads up to {FORMAT_VERSION}; "
+            "expected a newer agd_fast"
+        )
+    missing = sorted({"base_class", "adapter", "layout"} - set(config))
+    if missing:
+        raise ValueError(f"{path} lacks the entries {missing}")
+    return config
+
+
+def _read_adapter(directory: Path, config: dict[str, Any], adapter_config: AdapterConfig, layout: Layout) -> Adapter:
+    path = directory / WEIGHTS_NAME
+    tensors, metadata = read_tensors(path)
+    if metadata.get("config_id") != _config_id(config):
+        raise ValueError(f"{path} and {CONFIG_NAME} do not belong together; expected both from one agd_fast.save(...)")
+    with torch.device("meta"):  # no random initialisation: loading leaves the caller's random numbers alone
+        adapter = KINDS[adapter_config.kind](adapter_config, layout)
+    expected = {name: tuple(tensor.shape) for name, tensor in adapter.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if expected != found:
+        differing = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+        name = differing[0]
+        raise ValueError(
+            f"{path} differs from its config in {len(differing)} tensors, first {name!r}: "
+            f"expected {expected.get(name, 'none')}, found {found.get(name, 'none')}"
+        )
+    adapter.to_empty(device="cpu").load_state_dict(tensors)
+    return adapter
+
+
+def _same_layout(directory: Path, found: Layout, expected: Layout) -> None:
+    """Raises: ValueError naming the first difference between a stored adapter and this base."""
+    if found == expected:
+        return
+    stored, base = ({site.path: site for site in layout.sites} for layout in (found, expected))
+    if stored.keys() != base.keys():
+        extra, missing = sorted(stored.keys() - base.keys()), sorted(base.keys() - stored.keys())
+        raise ValueError(
+            f"{directory} holds an adapter for {len(stored)} sites, this base has {len(base)}: "
+            f"not in the base {extra[:3] or 'none'}, not in the adapter {missing[:3] or 'none'}"
+        )
+    for path, site in stored.items():
+        if site != base[path]:
+            raise ValueError(
+                f"width mismatch at {path!r}: the adapter in {directory} has {site.input_width} → {site.width} channels, "
+                f"this base {base[path].input_width} → {base[path].width}"
+            )
+    raise ValueError(
+        f"{directory} holds an adapter for embeddings of width t={found.time_width}, {dict(found.condition_widths)}; "
+        f"this base has t={expected.time_width}, {dict(expected.condition_widths)}"
+    )
+
+
+def _config_id(config: dict[str, Any]) -> str:
+    """Ties weights to their config."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]

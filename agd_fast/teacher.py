@@ -1,0 +1,204 @@
+"""The frozen model to distil, and classifier-free guidance in one place."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from agd_fast import ops
+from agd_fast.attaching import attachment_of, denoiser_of, disabled
+from agd_fast.families import find_spec
+from agd_fast.spec import DenoiserSpec, config_value, device_of, label_count, nest
+
+Conditions = Mapping[str, Tensor]
+
+
+@dataclass
+class Teacher:
+    """A denoiser, its scheduler and what AGD must know about them.
+
+    denoiser: a diffusers denoiser, or any nn.Module that `spec` describes. It is kept in eval mode.
+    scheduler: a diffusers scheduler.
+    spec: None finds the entry of a known diffusers class.
+    null_condition: the unconditional value by argument, batch 1, where the spec has none (a text model's empty prompt).
+    sample_shape: shape of one sample (C, H, W); None reads it off the denoiser's config.
+    name: what identifies the model to a reader; stored beside adapters and trajectories.
+
+    Raises: TypeError for an unknown class without a spec; ValueError for contradictory prediction types.
+    """
+
+    denoiser: nn.Module
+    scheduler: Any
+    spec: DenoiserSpec = None  # type: ignore[assignment]
+    null_condition: Mapping[str, Tensor] = field(default_factory=dict)
+    sample_shape: tuple[int, ...] = ()
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        self.denoiser = denoiser_of(self.denoiser)
+        self.spec = self.spec or find_spec(self.denoiser)
+        self.denoiser.eval()
+        if not hasattr(self.scheduler, "set_timesteps"):
+            raise TypeError(f"expected a diffusers scheduler beside the denoiser, found {type(self.scheduler).__name__}")
+        found = self.prediction_type
+        if self.spec.prediction_type not in (None, found):
+            raise ValueError(f"the spec says prediction_type={self.spec.prediction_type!r}, the scheduler has {found!r}")
+        self.sample_shape = tuple(self.sample_shape) or _sample_shape(self.denoiser)
+        self.name = self.name or str(getattr(self.denoiser, "name_or_path", "") or type(self.denoiser).__name__)
+        parameters = inspect.signature(self.denoiser.forward).parameters
+        self._extra = {"return_dict": False} if "return_dict" in parameters else {}
+        missing = [
+            name
+            for name in (self.spec.sample, self.spec.timestep, *(c.argument.split(".")[0] for c in self.spec.conditions))
+            if name not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        ]
+        if missing:
+            raise ValueError(
+                f"the spec names the arguments {missing}, but {type(self.denoiser).__name__}.forward takes {list(parameters)}"
+            )
+
+    @property
+    def prediction_type(self) -> str:
+        return getattr(self.scheduler.config, "prediction_type", None) or "flow_prediction"
+
+    @property
+    def device(self) -> torch.device:
+        return device_of(self.denoiser)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.denoiser.parameters()).dtype
+
+    @property
+    def guided_channels(self) -> int | None:
+        return config_value(self.denoiser, self.spec.guided_channels)
+
+    def conditions(
+        self, class_labels: Sequence[int] | Tensor | None = None, conditions: Conditions | None = None
+    ) -> dict[str, Tensor]:
+        """One table of conditions, batch first, from labels or from tensors by argument name.
+
+        Raises: ValueError when a condition that the denoiser needs is missing, unknown or of another length.
+        """
+        table = {name: torch.as_tensor(value) for name, value in (conditions or {}).items()}
+        if class_labels is not None:
+            table[self._label_argument()] = torch.as_tensor(
+                class_labels if isinstance(class_labels, Tensor) else list(class_labels), dtype=torch.long
+            ).reshape(-1)
+        needed = [condition.argument for condition in self.spec.adapted]
+        known = [condition.argument for condition in self.spec.conditions]
+        missing, unknown = sorted(set(needed) - set(table)), sorted(set(table) - set(known))
+        if missing or unknown:
+            raise ValueError(
+                f"expected the conditions {needed} of {type(self.denoiser).__name__}; "
+                f"missing {missing or 'none'}, unknown {unknown or 'none'}"
+            )
+        lengths = {name: len(value) for name, value in table.items()}
+        if len(set(lengths.values())) != 1 or not all(lengths.values()):
+            raise ValueError(f"expected conditions of one positive length, found {lengths}")
+        for condition in self.spec.conditions:
+            value, count = table.get(condition.argument), label_count(self.denoiser, condition)
+            if value is not None and count is not None and not ((value >= 0) & (value < count)).all():
+                raise ValueError(f"{condition.argument} must lie in 0..{count - 1}; found {int(value.min())}..{int(value.max())}")
+        return table
+
+    def _label_argument(self) -> str:
+        names = [condition.argument for condition in self.spec.conditions if condition.adapt]
+        if "class_labels" in names or len(names) != 1:
+            return "class_labels"
+        return names[0]
+
+    def null(self, conditions: Conditions) -> dict[str, Tensor]:
+        """The unconditional ∅ of the same batch as `conditions`.
+
+        Raises: ValueError naming the condition whose null value nobody gave.
+        """
+        table = {}
+        for condition in self.spec.conditions:
+            name = condition.argument
+            if name not in conditions:
+                continue
+            like = conditions[name]
+            value = self.null_condition.get(name)
+            if value is not None:
+                table[name] = value.to(like).expand_as(like)
+            elif condition.null is not None:
+                table[name] = torch.full_like(like, config_value(self.denoiser, condition.null))
+            elif not condition.adapt:
+                table[name] = like
+            else:
+                raise ValueError(
+                    f"the null value of {name!r} is unknown; expected Teacher(..., null_condition={{{name!r}: tensor}})"
+                )
+        return table
+
+    def predict(self, x: Tensor, timestep: Tensor, conditions: Conditions) -> Tensor:
+        """One forward of the denoiser, guided channels only: x [B, C, ...], t [B] → [B, C', ...]."""
+        arguments = {self.spec.sample: x, self.spec.timestep: timestep, **nest(conditions), **self._extra}
+        output = self.denoiser(**arguments)
+        prediction = output if isinstance(output, Tensor) else output[0]
+        return prediction[:, : self.guided_channels]
+
+    def predict_cfg(self, x: Tensor, timestep: Tensor, conditions: Conditions, omega: Tensor) -> tuple[Tensor, Tensor]:
+        """(ε_cfg, ε(c)) by one forward of a doubled batch [∅, c] of the base; omega: [B], standard convention.
+
+        Raises: RuntimeError when an adapter is armed.
+        """
+        self.refuse_armed()
+        null = self.null(conditions)
+        doubled = {name: torch.cat([null[name], value]) for name, value in conditions.items()}
+        uncond, cond = self.predict(torch.cat([x, x]), torch.cat([timestep, timestep]), doubled).chunk(2)
+        return ops.guidance_combine(uncond, cond, omega.to(x.device)), cond
+
+    def refuse_armed(self) -> None:
+        """Raises: RuntimeError when an adapter is armed, for then classifier-free guidance would come on top of it."""
+        attachment = attachment_of(self.denoiser)
+        if attachment is not None and attachment.active:
+            raise RuntimeError(
+                "classifier-free guidance was asked for while an adapter is armed (double guidance); "
+                "expected it outside of agd_fast.guided(...) or inside agd_fast.disabled(...)"
+            )
+
+    @contextmanager
+    def base(self) -> Any:
+        """The frozen base, without gradients and with any adapter off."""
+        with torch.no_grad(), disabled(self.denoiser):
+            yield
+
+
+def as_teacher(model: Any, scheduler: Any = None, **overrides: Any) -> Teacher:
+    """A Teacher from a Teacher, a diffusers pipeline, or a denoiser with its scheduler.
+
+    Raises: TypeError when there is no scheduler.
+    """
+    overrides = {name: value for name, value in overrides.items() if value is not None}
+    if isinstance(model, Teacher):
+        overrides = {**overrides, **({"scheduler": scheduler} if scheduler is not None else {})}
+        return replace(model, **overrides) if overrides else model
+    scheduler = scheduler if scheduler is not None else getattr(model, "scheduler", None)
+    if scheduler is None:
+        raise TypeError(
+            "expected a diffusers pipeline, an agd_fast.Teacher, or a denoiser with scheduler=..., "
+            f"found a bare {type(model).__name__}"
+        )
+    if not isinstance(model, nn.Module):
+        overrides.setdefault("name", str(getattr(model, "name_or_path", "") or type(model).__name__))
+    return Teacher(denoiser_of(model), scheduler, **overrides)
+
+
+def _sample_shape(denoiser: nn.Module) -> tuple[int, ...]:
+    config: Any = getattr(denoiser, "config", None)
+    channels, size = getattr(config, "in_channels", None), getattr(config, "sample_size", None)
+    if channels is None or size is None:
+        raise ValueError(
+            f"the sample shape of {type(denoiser).__name__} cannot be read off a config; "
+            "expected Teacher(..., sample_shape=(C, H, W))"
+        )
+    height, width = (size, size) if isinstance(size, int) else size
+    return (channels, height, width)

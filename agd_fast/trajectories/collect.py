@@ -1,0 +1,237 @@
+"""Collecting the states that a student is trained on, with the guided predictions of the teacher there."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from agd_fast.files import fingerprint, remove_partial, write_tensors
+from agd_fast.freezing import frozen
+from agd_fast.sampling import Predict, integrate
+from agd_fast.teacher import Conditions, Teacher
+from agd_fast.trajectories.dataset import Trajectories
+from agd_fast.trajectories.manifest import CONDITIONS_NAME, Manifest, Plan, Shard
+
+logger = logging.getLogger(__name__)
+
+Source = Literal["trajectories", "data"]
+Data = tuple[Tensor, Tensor]  # samples [M, C, H, W] and the row of each one's condition [M]
+
+
+def collect(
+    teacher: Teacher,
+    conditions: Conditions,
+    directory: str | os.PathLike[str],
+    *,
+    trajectories: int = 400,
+    guidance_range: tuple[float, float] = (1.0, 6.0),
+    steps: int | tuple[int, int] = (20, 30),
+    keep: int | None = None,
+    source: Source = "trajectories",
+    data: Data | None = None,
+    shard_size: int = 50,
+    seed: int = 0,
+    dtype: torch.dtype | None = None,
+    progress: bool = True,
+) -> Trajectories:
+    """Collect states into `directory`, or finish what an interrupted run left there.
+
+    conditions: the table that trajectories cycle through, batch first. guidance_range: ω ~ U[low, high], standard convention.
+    steps: of the schedule, or (lowest, highest) to draw from a shard. keep: states kept of each trajectory.
+    source: "trajectories" follows the teacher's CFG; "data" noises `data` at the same timesteps (the paper's ablation).
+    shard_size: trajectories run at once, and lost at most when the process is killed. dtype: of the stored states.
+
+    Raises: ValueError when the folder holds other trajectories, or a corrupted or foreign file (named); OSError when the
+    disk is full.
+    """
+    directory = Path(directory)
+    plan = make_plan(teacher, conditions, trajectories, guidance_range, steps, keep, source, data, shard_size, seed, dtype)
+    manifest = _open(directory, plan, conditions)
+    missing = [shard for shard in plan.shards if shard.name not in manifest.files]
+    if missing:
+        _announce(plan, len(missing), directory, progress)
+        with tqdm(total=sum(shard.calls for shard in missing), desc="collecting", disable=not progress) as bar:
+            for shard in missing:
+                rows = _run_shard(teacher, conditions, shard, data, bar.update)
+                write_tensors(directory / shard.name, rows, {"plan_id": plan.id})
+                manifest.add(shard.name, shard.states)
+    return Trajectories(directory, verify=False)  # every hash was compared or made just now
+
+
+def make_plan(
+    teacher: Teacher,
+    conditions: Conditions,
+    trajectories: int,
+    guidance_range: tuple[float, float],
+    steps: int | tuple[int, int],
+    keep: int | None,
+    source: Source,
+    data: Data | None,
+    shard_size: int,
+    seed: int,
+    dtype: torch.dtype | None,
+) -> Plan:
+    """Raises: ValueError for numbers out of range or data that does not fit the source."""
+    low, high = (steps, steps) if isinstance(steps, int) else steps
+    positive = {"trajectories": trajectories, "shard_size": shard_size, "steps": low, "keep": keep if keep is not None else 1}
+    for name, value in positive.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, found {value}")
+    if low > high:
+        raise ValueError(f"steps must be (lowest, highest), found {steps}")
+    if source not in get_args(Source):
+        raise ValueError(f"source must be one of {get_args(Source)}, found {source!r}")
+    if (source == "data") != (data is not None):
+        raise ValueError(
+            f"source='data' goes with data=(samples, condition rows); found source={source!r}, data {'given' if data else 'None'}"
+        )
+    if data is not None:
+        _check_data(data, len(next(iter(conditions.values()))), teacher.sample_shape)
+    teacher.null(conditions)  # a missing null condition is said before anything runs
+    return Plan(
+        source=source,
+        trajectories=trajectories,
+        shard_size=min(shard_size, trajectories),
+        steps=(low, high),
+        calls=_calls(teacher.scheduler, low, high),
+        keep=keep,
+        guidance_range=(float(guidance_range[0]), float(guidance_range[1])),
+        seed=seed,
+        dtype=str(dtype or teacher.dtype).removeprefix("torch."),
+        sample_shape=teacher.sample_shape,
+        guided_channels=teacher.guided_channels or teacher.sample_shape[0],
+        prediction_type=teacher.prediction_type,
+        model={
+            "name": teacher.name,
+            "class": type(teacher.denoiser).__name__,
+            "hash": fingerprint(teacher.denoiser.state_dict()),
+        },
+        scheduler={"class": type(teacher.scheduler).__name__, **_public(teacher.scheduler.config)},
+        conditions={name: fingerprint({name: value}) for name, value in conditions.items()},
+        null_condition={c.argument: c.null for c in teacher.spec.conditions}
+        | {n: fingerprint({n: v}) for n, v in teacher.null_condition.items()},
+        data=None if data is None else fingerprint({"samples": data[0], "rows": data[1]}),
+    )
+
+
+def _check_data(data: Data, conditions: int, sample_shape: tuple[int, ...]) -> None:
+    samples, rows = data
+    if tuple(samples.shape[1:]) != sample_shape or rows.shape != samples.shape[:1]:
+        raise ValueError(
+            f"expected data of M samples {sample_shape} and the M rows of their conditions, "
+            f"found {tuple(samples.shape)} and {tuple(rows.shape)}"
+        )
+    if not ((rows >= 0) & (rows < conditions)).all():
+        raise ValueError(f"expected condition rows in 0..{conditions - 1}, found {int(rows.min())}..{int(rows.max())}")
+
+
+def _calls(scheduler: Any, low: int, high: int) -> tuple[int, ...]:
+    scheduler, calls = copy.deepcopy(scheduler), []
+    for steps in range(low, high + 1):
+        scheduler.set_timesteps(steps)
+        calls.append(len(scheduler.timesteps))
+    return tuple(calls)
+
+
+def _public(config: Any) -> dict[str, Any]:
+    return {name: value for name, value in config.items() if not name.startswith("_")}
+
+
+def _open(directory: Path, plan: Plan, conditions: Conditions) -> Manifest:
+    """The folder's manifest, made if there is none, with every file in it checked."""
+    if (directory / "manifest.json").is_file():
+        remove_partial(directory)
+        manifest = Manifest.read(directory)
+        manifest.require_plan(plan)
+    else:
+        manifest = Manifest(directory, plan.to_dict(), plan.id)
+    manifest.check_foreign()
+    for name in manifest.files:
+        manifest.check_file(name)
+    if CONDITIONS_NAME not in manifest.files:
+        write_tensors(directory / CONDITIONS_NAME, conditions, {"plan_id": plan.id})
+        manifest.add(CONDITIONS_NAME, len(next(iter(conditions.values()))))
+    return manifest
+
+
+def _announce(plan: Plan, missing: int, directory: Path, progress: bool) -> None:
+    """Say how much is to come. Raises: OSError when the disk has no room for it."""
+    share = missing / len(plan.shards)
+    free = shutil.disk_usage(directory).free
+    text = (
+        f"collecting {plan.trajectories} trajectories, {plan.states:,} states, {plan.bytes / 2**20:.1f} MiB in "
+        f"{len(plan.shards)} shards ({missing} to do) into {directory}"
+    )
+    (tqdm.write if progress else logger.info)(text)
+    if plan.bytes * share > free:
+        raise OSError(
+            f"{directory} needs {plan.bytes * share / 2**20:.0f} MiB for trajectories, found {free / 2**20:.0f} MiB free"
+        )
+
+
+def _run_shard(
+    teacher: Teacher, conditions: Conditions, shard: Shard, data: Data | None, progress: Callable[[], object]
+) -> dict[str, Tensor]:
+    """The rows of one shard, on the CPU."""
+    plan, generator, steps = shard.plan, shard.generator(1), shard.steps
+    low, high = plan.guidance_range
+    omega = low + (high - low) * torch.rand(shard.count, generator=generator)  # [b]
+    noise = torch.randn(shard.count, *plan.sample_shape, generator=generator)
+    kept = torch.rand(shard.count, shard.calls, generator=generator).argsort(dim=1) < shard.kept  # [b, calls]
+    samples = None
+    rows = torch.arange(shard.start, shard.start + shard.count) % len(next(iter(conditions.values())))
+    if data is not None:
+        chosen = torch.randint(len(data[0]), (shard.count,), generator=generator)
+        samples, rows = data[0][chosen], data[1][chosen]
+    part = {name: value[rows].to(teacher.device) for name, value in conditions.items()}
+    record: dict[str, list[Tensor]] = {name: [] for name in ("sample", "timestep", "omega", "condition", "target", "step")}
+    step = 0
+
+    def predict(x: Tensor, t: Tensor) -> Tensor:
+        nonlocal step
+        target, _ = teacher.predict_cfg(x, t, part, omega)
+        mask = kept[:, step]
+        here = mask.to(x.device)
+        stored = getattr(torch, plan.dtype)
+        for name, value in (("sample", x), ("target", target)):
+            record[name].append(value[here].to("cpu", stored))
+        for name, value in (("timestep", t.cpu()), ("omega", omega), ("condition", rows)):
+            record[name].append(value[mask])
+        record["step"].append(torch.full((int(mask.sum()),), step, dtype=torch.int32))
+        step += 1
+        progress()
+        return target
+
+    with frozen(teacher.denoiser), teacher.base():
+        if samples is None:
+            integrate(teacher.scheduler, noise.to(teacher.device, teacher.dtype), steps, predict, generator=generator)
+        else:
+            _noised(teacher, samples, steps, predict, generator)
+    return {name: torch.cat(values) for name, values in record.items()}
+
+
+def _noised(teacher: Teacher, samples: Tensor, steps: int, predict: Predict, generator: torch.Generator) -> None:
+    """Visit x_t = noised samples at the timesteps of the schedule, fresh noise at each."""
+    scheduler: Any = copy.deepcopy(teacher.scheduler)
+    scheduler.set_timesteps(steps, device=teacher.device)
+    samples = samples.to(teacher.device, teacher.dtype)
+    for t in scheduler.timesteps:
+        scheduler.set_timesteps(steps, device=teacher.device)  # back to no position: it is found from t, no step is taken
+        noise = torch.randn(samples.shape, generator=generator).to(samples)
+        times = t.expand(len(samples))
+        if hasattr(scheduler, "scale_noise"):  # flow matching
+            x = scheduler.scale_noise(samples, times, noise)
+        else:
+            x = scheduler.add_noise(samples, noise, times)
+        if hasattr(scheduler, "scale_model_input"):
+            x = scheduler.scale_model_input(x, t)
+        predict(x, times)

@@ -1,0 +1,51 @@
+"""What the built sdist and wheel hold, and that the wheel works in its own environment: `check_wheel.py DIST VENV`."""
+
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from pathlib import Path
+
+EXPECTED = {
+    "agd_fast/py.typed",
+    "agd_fast/datasets/assets/digits_classifier.safetensors",
+    "agd_fast/datasets/assets/digits_teacher/diffusion_pytorch_model.safetensors",
+    "agd_fast/reporting/report.html.jinja",
+    "agd_fast_kernels/guidance_combine.py",
+}
+LIMIT = 1_500_000  # bytes of a teacher with its classifier
+
+USE = """
+import agd_fast, agd_fast_kernels, importlib.util, torch
+from pathlib import Path
+here = Path(agd_fast.__file__)
+assert {venv!r} in str(here), here
+assert importlib.util.find_spec("agd_fast_kernels.guidance_combine")
+teacher = agd_fast.datasets.digits_teacher()
+agd_fast.attach(teacher)
+images = agd_fast.sample(teacher, class_labels=[3], guidance_scale=4.0, steps=2, seed=0)
+assert images.shape == (1, 1, 8, 8) and torch.isfinite(images).all()
+print("wheel works:", here.parent.name, agd_fast.__version__)
+"""
+
+
+def main(dist: Path, venv: Path) -> None:
+    (wheel,), (sdist,) = dist.glob("*.whl"), dist.glob("*.tar.gz")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert names >= EXPECTED, f"the wheel lacks {EXPECTED - names}"
+    foreign = {name.split("/")[0] for name in names} - {"agd_fast", "agd_fast_kernels"}
+    assert all(name.endswith(".dist-info") for name in foreign), f"the wheel installs {foreign}"
+    assets = sum(entry.file_size for entry in zipfile.ZipFile(wheel).infolist() if "/assets/" in entry.filename)
+    assert assets <= LIMIT, f"assets are {assets} bytes, more than {LIMIT}"
+    with tarfile.open(sdist) as archive:
+        in_sdist = {name.split("/", 1)[-1] for name in archive.getnames()}
+    assert {"kernels/guidance_combine.py", "LICENSE", "README.md"} <= in_sdist, "the sdist is not whole"
+    python = venv.resolve() / "bin" / "python"
+    with tempfile.TemporaryDirectory() as elsewhere:
+        subprocess.run([python, "-c", USE.format(venv=str(venv.resolve()))], check=True, cwd=elsewhere)
+        subprocess.run([venv.resolve() / "bin" / "agd-fast", "--help"], check=True, cwd=elsewhere, stdout=subprocess.DEVNULL)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

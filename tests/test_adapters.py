@@ -1,0 +1,285 @@
+"""Every kind of adapter against a plain reading of its formula (method.md, "Adapters")."""
+
+import copy
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import agd_fast as agd
+from agd_fast.adapters import KINDS, build_adapter, count_parameters
+from agd_fast.attaching import layout_for
+from agd_fast.spec import Layout, ResolvedSite
+from conftest import assert_as_exact, double, make_backbone, trained
+
+SITES = (
+    ResolvedSite("a", 6, 6, "add", -1, 0, "hidden_states"),
+    ResolvedSite("b", 5, 7, "add", -1, 0, "hidden_states"),
+)
+FORMS = [("smooth", True), ("smooth", False), ("fourier", True), ("fourier", False)]
+
+
+def layer_norm(x, weight, bias):
+    centred = x - x.mean(-1, keepdim=True)
+    return centred / (centred.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * weight + bias
+
+
+def plain_omega(adapter, omega):
+    """E_ω(ω) [B, d]; the smooth features are the module's own."""
+    w = dict(adapter.conditioning.omega.state_dict())
+    if adapter.config.omega_features == "smooth":
+        return adapter.conditioning.omega(omega)
+    features = torch.cos(2 * math.pi * (omega[:, None] * w["features.frequencies"] + w["features.phases"]))
+    inner = (features @ w["net.0.weight"].T + w["net.0.bias"]).clamp(min=0)
+    return layer_norm(inner @ w["net.2.weight"].T + w["net.2.bias"], w["net.3.weight"], w["net.3.bias"])
+
+
+def plain_tokens(adapter, omega, time, conditions):
+    """[E_ω, P_t·e_t, P_c·e_c…], [B, S, d]"""
+    w = adapter.conditioning.state_dict()
+    tokens = [plain_omega(adapter, omega)[:, None], (time @ w["time.weight"].T + w["time.bias"])[:, None]]
+    for index, value in enumerate(conditions.values()):
+        token = value @ w[f"conditions.{index}.weight"].T + w[f"conditions.{index}.bias"]
+        tokens.append(token if token.ndim == 3 else token[:, None])
+    return tokens
+
+
+def plain_embedding(*context):
+    return sum(token.mean(1) for token in plain_tokens(*context))
+
+
+def plain_offset(adapter, index, hidden, output, context):
+    w = {name.removeprefix(f"sites.{index}.net."): value for name, value in adapter.state_dict().items()}
+    inner = (plain_embedding(adapter, *context) @ w["0.weight"].T + w["0.bias"]).clamp(min=0)
+    return (layer_norm(inner, w["2.weight"], w["2.bias"]) @ w["3.weight"].T + w["3.bias"])[:, None]
+
+
+def plain_modulation(adapter, index, hidden, output, context):
+    embedding = plain_embedding(adapter, *context)
+    delta = (embedding * embedding.sigmoid()) @ adapter.up.weight.T + adapter.up.bias
+    start = sum(site.width for site in adapter.layout.sites[:index])
+    return delta[:, None, start : start + adapter.layout.sites[index].width]
+
+
+def plain_cross_attention(adapter, index, hidden, output, context):
+    w = {name.removeprefix(f"sites.{index}."): value for name, value in adapter.state_dict().items()}
+    tokens = torch.cat(plain_tokens(adapter, *context), dim=1)
+    width, heads = tokens.shape[2], adapter.config.heads
+    for position in range(tokens.shape[1]):
+        for channel in range(width // 2):
+            angle = position * 10000 ** (-2 * channel / width)
+            tokens[:, position, channel] += math.sin(angle)
+            tokens[:, position, width // 2 + channel] += math.cos(angle)
+    q, k, v = hidden @ w["query.weight"].T, tokens @ w["key.weight"].T, tokens @ w["value.weight"].T
+    attended = torch.empty_like(q)
+    for head in range(heads):
+        part = slice(head * width // heads, (head + 1) * width // heads)
+        scores = q[..., part] @ k[..., part].mT / math.sqrt(width // heads)
+        attended[..., part] = scores.exp() / scores.exp().sum(-1, keepdim=True) @ v[..., part]
+    return attended @ w["out.weight"].T + w["out.bias"]
+
+
+PLAIN = {"offset": plain_offset, "modulation": plain_modulation, "cross_attention": plain_cross_attention}
+
+
+def plain(adapter, index, hidden, output, context):
+    delta = PLAIN[adapter.config.kind](adapter, index, hidden, output, context)
+    gain = context[0][:, None, None] - 1 if adapter.config.identity_at_one else 1
+    return output + delta * gain
+
+
+def make_context(batch, prompt_tokens):
+    text = torch.randn(batch, prompt_tokens, 4) if prompt_tokens else torch.randn(batch, 4)
+    return 1 + 5 * torch.rand(batch), torch.randn(batch, 3), {"text": text, "label": torch.randn(batch, 2)}
+
+
+def make_adapter(kind, features="smooth", identity=True, hidden=6, heads=1):
+    config = agd.AdapterConfig(kind, hidden, heads=heads, omega_features=features, identity_at_one=identity)
+    return trained(KINDS[kind](config, Layout(SITES, 3, {"text": 4, "label": 2})))
+
+
+def assert_reads_as_formula(adapter, batch, tokens, prompt_tokens):
+    context = make_context(batch, prompt_tokens)
+    exact_context = (context[0].double(), context[1].double(), {k: v.double() for k, v in context[2].items()})
+    prepared = adapter.prepare(*context)
+    for index, site in enumerate(SITES):
+        hidden, output = torch.randn(batch, tokens, site.input_width), torch.randn(batch, tokens, site.width)
+        found = adapter.sites[index](hidden, output, prepared[index])
+        reference = plain(double(adapter), index, hidden.double(), output.double(), exact_context)
+        assert_as_exact(found, plain(adapter, index, hidden, output, context), reference)
+
+
+@pytest.mark.parametrize(("features", "identity"), FORMS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapter_is_its_formula(kind, features, identity):
+    with torch.no_grad():
+        assert_reads_as_formula(make_adapter(kind, features, identity), batch=3, tokens=5, prompt_tokens=4)
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(
+    kind=st.sampled_from(list(KINDS)),
+    heads=st.sampled_from([1, 3]),
+    batch=st.integers(1, 5),
+    tokens=st.integers(1, 33),
+    prompt_tokens=st.sampled_from([0, 1, 77]),
+)
+def test_adapter_is_its_formula_at_any_shape(kind, heads, batch, tokens, prompt_tokens):
+    with torch.no_grad():
+        assert_reads_as_formula(make_adapter(kind, heads=heads), batch, tokens, prompt_tokens)
+
+
+def test_cross_attention_takes_prompts_longer_than_250_tokens():
+    with torch.no_grad():
+        assert_reads_as_formula(make_adapter("cross_attention"), batch=1, tokens=2, prompt_tokens=300)
+
+
+@pytest.mark.parametrize("channel_dim", [-1, 1])
+def test_affine_sites_scale_and_shift_the_channels_of_a_norm(channel_dim):
+    site = ResolvedSite("norm", 4, 4, "affine", channel_dim, 0, "hidden_states")
+    adapter = KINDS["modulation"](agd.AdapterConfig(hidden=2), Layout((site,), 3))
+    output, delta = torch.randn(2, 4, 3, 4), torch.randn(2, 8)
+    gamma, beta = delta[:, :4], delta[:, 4:]
+    shape = (2, 4, 1, 1) if channel_dim == 1 else (2, 1, 1, 4)
+
+    def formula(dtype):
+        return output.to(dtype) * (1 + gamma.to(dtype).view(shape)) + beta.to(dtype).view(shape)
+
+    assert_as_exact(adapter.sites[0](output, output, delta), formula(torch.float32), formula(torch.float64))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_prepare_at_omega_one_is_no_change(kind):
+    adapter = make_adapter(kind)
+    _, time, conditions = make_context(3, 4)
+    prepared = adapter.prepare(torch.ones(3), time, conditions)
+    for index, site in enumerate(SITES):
+        hidden, output = torch.randn(3, 5, site.input_width), torch.randn(3, 5, site.width)
+        assert torch.equal(adapter.sites[index](hidden, output, prepared[index]), output)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapter_keeps_the_dtype_of_the_base(kind):
+    adapter = make_adapter(kind)
+    context = make_context(2, 4)
+    exact_context = (context[0].double(), context[1].double(), {k: v.double() for k, v in context[2].items()})
+    hidden, output = torch.randn(2, 5, 6).bfloat16(), torch.randn(2, 5, 6).bfloat16()
+    low_context = (context[0].bfloat16(), context[1].bfloat16(), {k: v.bfloat16() for k, v in context[2].items()})
+    with torch.no_grad():
+        found = adapter.sites[0](hidden, output, adapter.prepare(*context)[0])
+        low = plain(copy.deepcopy(adapter).bfloat16(), 0, hidden, output, low_context)
+        assert_as_exact(found, low, plain(double(adapter), 0, hidden.double(), output.double(), exact_context))
+    assert found.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("share", [0.02, 0.05, 0.3])
+def test_build_adapter_takes_the_largest_within_max_fraction(backbone, kind, share):
+    denoiser, base = backbone.denoiser, count_parameters(backbone.denoiser)
+    step = 2 if kind == "cross_attention" else 1
+    config = agd.AdapterConfig(kind, max_fraction=share)
+    layout = layout_for(denoiser, config, backbone.spec)
+
+    def cost(hidden):
+        return count_parameters(build_adapter(agd.AdapterConfig(kind, hidden), layout, base))
+
+    if cost(step) > share * base:
+        with pytest.raises(ValueError, match=rf"has {cost(step):,} parameters.*max_fraction={share}.*{base:,}"):
+            build_adapter(config, layout, base)
+        return
+    adapter = build_adapter(config, layout, base)
+    assert count_parameters(adapter) <= share * base < cost(adapter.config.hidden + step)
+
+
+def test_blocks_choose_the_sites(tiny):
+    def paths(*blocks):
+        config = agd.AdapterConfig("offset", 4, blocks=blocks)
+        return [site.path for site in layout_for(tiny.denoiser, config, tiny.spec).sites]
+
+    assert paths("attention") == ["blocks.0.attention", "blocks.1.attention"]
+    assert paths("feed_forward") == ["blocks.0.mlp", "blocks.1.mlp"]
+    assert paths("feed_forward", "attention") == [
+        "blocks.0.attention", "blocks.0.mlp", "blocks.1.attention", "blocks.1.mlp",
+    ]  # fmt: skip
+
+
+def test_build_adapter_needs_sites(tiny):
+    spec = agd.DenoiserSpec("x", "t", tiny.spec.conditions, attention=tiny.spec.attention)
+    with pytest.raises(ValueError, match=r"'modulation' adapter needs modulation sites"):
+        agd.attach(tiny.denoiser, spec=spec)
+    with pytest.raises(ValueError, match=r"'offset' adapter needs feed_forward sites"):
+        agd.attach(tiny.denoiser, agd.AdapterConfig("offset", blocks=("feed_forward",)), spec=spec)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kind": "lora"}, "kind must be one of 'modulation', 'cross_attention', 'offset'; found 'lora'"),
+        ({"omega_features": "linear"}, "omega_features must be one of .* found 'linear'"),
+        ({"blocks": ("mlp",)}, "blocks must be one of 'attention', 'feed_forward'; found 'mlp'"),
+        ({"blocks": ()}, "at least one"),
+        ({"guidance_range": (3.0, 3.0)}, r"low < high, found \(3.0, 3.0\)"),
+        ({"hidden": 0}, "hidden must be .* found 0"),
+        ({"max_fraction": 0.0}, "max_fraction must be positive, found 0"),
+        ({"hidden": 8, "heads": 3}, "heads=3, hidden=8"),
+    ],
+)
+def test_adapter_config_says_what_is_wrong(options, message):
+    with pytest.raises(ValueError, match=message):
+        agd.AdapterConfig(**options)
+
+
+def test_adapter_config_round_trips():
+    config = agd.AdapterConfig("offset", 8, 0.1, 2, ("feed_forward",), "fourier", False, (2, 9))
+    assert agd.AdapterConfig.from_dict(config.to_dict()) == config
+    with pytest.raises(ValueError, match=r"missing \['heads'\], unknown \['layers'\]"):
+        agd.AdapterConfig.from_dict({**{k: v for k, v in config.to_dict().items() if k != "heads"}, "layers": 1})
+
+
+def test_cross_attention_needs_an_even_width():
+    with pytest.raises(ValueError, match=r"even `hidden`, found 5"):
+        make_adapter("cross_attention", hidden=5)
+
+
+def rewritten(backbone, sites, paths, deltas):
+    """The base with δ of one sample written into its own weights and biases: the same function without a hook."""
+    for site, path, delta in zip(sites, paths, deltas, strict=True):
+        module = backbone.denoiser.get_submodule(path)
+        if site.form == "add":
+            module.bias += delta
+        else:
+            gamma, beta = delta.chunk(2)
+            module.bias.copy_(module.bias * (1 + gamma) + beta)
+            module.weight.copy_(module.weight * (1 + gamma.view(-1, *[1] * (module.weight.ndim - 1))))
+    return backbone
+
+
+INNER = {"attn1": "attn1.to_out.0", "ff": "ff.net.2", "attention": "attention.out", "mlp": "mlp.2"}
+CASES = [("dit", "modulation", "attention"), ("unet", "modulation", "attention"), ("tiny", "modulation", "attention")]
+CASES += [(name, "offset", block) for name in ("dit", "tiny") for block in ("attention", "feed_forward")]
+
+
+@pytest.mark.parametrize(("name", "kind", "block"), CASES)
+def test_adapter_equals_the_base_with_its_delta_written_into_biases(name, kind, block):
+    backbone = make_backbone(name)
+    adapter = trained(agd.attach(backbone.denoiser, agd.AdapterConfig(kind, 4, blocks=(block,)), spec=backbone.spec))
+    sites, inputs, seen = adapter.layout.sites, backbone.inputs(batch=1), []
+    adapter.conditioning.register_forward_hook(lambda module, args, output: seen.append(args))
+    with torch.no_grad(), agd.guided(backbone.denoiser, 3.0):
+        found = backbone(**inputs)
+    agd.unload(backbone.denoiser)
+    exact = make_backbone(name)
+    exact.denoiser.load_state_dict(backbone.denoiser.state_dict())
+    exact.denoiser.double()
+    exact_inputs = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
+    paths = [site.path for site in sites]
+    if kind == "offset":
+        paths = [path.rpartition(".")[0] + "." + INNER[path.rpartition(".")[2]] for path in paths]
+    with torch.no_grad():
+        base = backbone(**inputs)
+        deltas = [delta[0] for delta in adapter.prepare(*seen[0])]
+        reference = rewritten(exact, sites, paths, [delta.double() for delta in deltas])(**exact_inputs)
+        assert_as_exact(found, rewritten(backbone, sites, paths, deltas)(**inputs), reference)
+    assert (found - base).abs().max() > 100 * (found - reference).abs().max()

@@ -1,0 +1,94 @@
+"""The command line from end to end, as a user runs it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from agd_fast.cli import app, parse_labels
+
+AGD_FAST = Path(sys.executable).with_name("agd-fast")
+
+
+def run(*arguments, check=True, cwd=None):
+    done = subprocess.run([AGD_FAST, *map(str, arguments)], capture_output=True, text=True, cwd=cwd, env=None)
+    if check:
+        assert done.returncode == 0, done.stderr + done.stdout
+    return done
+
+
+@pytest.fixture(scope="module")
+def distilled(tmp_path_factory):
+    """A short run of `agd-fast distill`."""
+    output = tmp_path_factory.mktemp("cli") / "run"
+    done = run("distill", "--output", output, "--steps", 60, "--trajectories", 60, "--batch-size", 64)
+    assert "of the guidance" in done.stdout and "collecting 60 trajectories" in done.stderr + done.stdout
+    return output
+
+
+def test_distill_writes_an_adapter(distilled):
+    names = {path.name for path in distilled.iterdir()}
+    assert {"adapter.safetensors", "adapter_config.json", "distill.json", "log.jsonl", "trajectories"} <= names
+    assert json.loads((distilled / "distill.json").read_text())["guidance_explained"]["mean"] > 0.3
+
+
+def test_sample_writes_a_picture(distilled, tmp_path):
+    picture = tmp_path / "samples.png"
+    run("sample", distilled, "--output", picture, "--labels", "0-3", "--compare", "--steps", 5)
+    assert Image.open(picture).size[0] > 300
+
+
+def test_evaluate_writes_a_report(distilled, tmp_path):
+    done = run("evaluate", distilled, "--output", tmp_path, "--samples", 100, "--rounds", 2, "--steps", 5)
+    assert "Fréchet" in done.stdout
+    assert {path.name for path in tmp_path.iterdir()} == {"report.json", "report.html", "grid.png", "curve.png"}
+
+
+def test_info_describes_an_adapter(distilled):
+    done = run("info", distilled)
+    assert "DiTTransformer2DModel" in done.stdout and "modulation" in done.stdout and "torch" in done.stdout
+
+
+def test_demo_report_holds_what_it_promises(tmp_path):
+    """The demo's own path at a reduced size: every entry of report.json, pictures that open."""
+    from agd_fast import TrainConfig
+    from agd_fast.demo import run_demo
+
+    run_demo(tmp_path, samples=100, timing_rounds=2, train_config=TrainConfig(steps=20), progress=False)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert set(report["adapter"]) == {"kind", "parameters", "fraction"}
+    assert set(report["arms"]) == {"unguided", "cfg", "agd"}
+    for arm in report["arms"].values():
+        assert {"nfe", "seconds_per_image", "frechet_distance", "class_accuracy", "precision", "recall"} <= set(arm)
+        assert all(isinstance(value, float) for value in arm.values())
+    assert set(report["rmse_to_cfg"]) == {"agd", "unguided"}
+    assert set(report["by_scale"]) == {"1.5", "2", "3", "4", "6"}
+    assert set(report["seconds"]) == {"collect", "train", "evaluate", "total"}
+    assert {"guidance_scale", "steps", "guidance_explained", "speedup_over_cfg", "environment", "bars"} <= set(report)
+    assert "data:image/png;base64," in (tmp_path / "report.html").read_text()
+    for name in ("grid.png", "curve.png"):
+        Image.open(tmp_path / name).verify()
+
+
+@pytest.mark.parametrize("command", ["demo", "distill", "sample", "evaluate", "info"])
+def test_help(command):
+    done = CliRunner().invoke(app, [command, "--help"])
+    assert done.exit_code == 0 and "Usage" in done.output
+
+
+def test_errors_are_one_line_without_a_traceback(tmp_path):
+    done = run("sample", tmp_path / "nothing", check=False)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "adapter_config.json" in " ".join(done.stderr.split())
+
+
+def test_parse_labels():
+    assert parse_labels("0-2") == [0, 1, 2]
+    assert parse_labels("1,5, 7-8") == [1, 5, 7, 8]
+    for wrong in ("", "a", "3-1"):
+        with pytest.raises(Exception, match="expected labels"):
+            parse_labels(wrong)

@@ -1,0 +1,18 @@
+"""The README's Python runs as it stands, at a reduced number of steps."""
+
+import re
+from pathlib import Path
+
+import agd_fast as agd
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def test_readme(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    defaults = agd.distill.__kwdefaults__
+    monkeypatch.setitem(defaults, "train_config", agd.TrainConfig(steps=2))
+    monkeypatch.setitem(defaults, "trajectories", 10)
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert len(blocks) == 3
+    exec(compile("\n".join(blocks), "README.md", "exec"), {"__name__": "readme"})

@@ -1,0 +1,128 @@
+"""What is said about a denoiser, and how it is found in one."""
+
+import json
+
+import pytest
+import torch
+from diffusers import DiTTransformer2DModel, UNet2DConditionModel
+from torch import nn
+
+import agd_fast as agd
+from agd_fast.attaching import layout_for
+from agd_fast.families import SPECS, find_spec
+from agd_fast.spec import Layout, config_value, find_modules, label_count, module_widths, nest, resolve_sites
+from conftest import TINY_SPEC, TinyDenoiser
+
+
+def test_find_spec_goes_by_base_class_never_by_name(dit):
+    class MyDiT(DiTTransformer2DModel):
+        pass
+
+    class UNet2DConditionModelOfMine(nn.Module):
+        pass
+
+    UNet2DConditionModelOfMine.__name__ = "UNet2DConditionModel"
+    dit.denoiser.__class__ = MyDiT
+    assert find_spec(dit.denoiser) is SPECS[DiTTransformer2DModel]
+    with pytest.raises(
+        TypeError, match=r"no DenoiserSpec .* known: DiTTransformer2DModel, UNet2DConditionModel.*Teacher"
+    ):
+        find_spec(UNet2DConditionModelOfMine())
+
+
+def test_find_spec_with_an_adapter_attached(dit):
+    agd.attach(dit.denoiser, agd.AdapterConfig(hidden=2))
+    assert find_spec(dit.denoiser) is dit.spec
+
+
+@pytest.mark.parametrize("cls", [DiTTransformer2DModel, UNet2DConditionModel])
+def test_spec_names_arguments_of_forward(cls):
+    import inspect
+
+    spec, parameters = SPECS[cls], inspect.signature(cls.forward).parameters
+    names = [spec.sample, spec.timestep, *(condition.argument.split(".")[0] for condition in spec.conditions)]
+    assert set(names) <= set(parameters)
+
+
+def test_dit_sites(dit):
+    def paths(sites):
+        return [(site.path, site.width, site.input_width) for site in resolve_sites(dit.denoiser, sites)]
+
+    blocks = [f"transformer_blocks.{i}" for i in range(2)]
+    assert paths(dit.spec.attention) == [(f"{block}.attn1", 16, 16) for block in blocks]
+    assert paths(dit.spec.feed_forward) == [(f"{block}.ff", 16, 16) for block in blocks]
+    found = paths(dit.spec.modulation)
+    assert found[:2] == [(f"{block}.norm1.linear", 96, 16) for block in blocks]
+    assert ("proj_out_1", 32, 16) in found
+
+
+def test_unet_sites_are_every_attention_to_the_prompt_and_every_norm(unet):
+    names = [name for name, _ in unet.denoiser.named_modules()]
+    attention = [site.path for site in resolve_sites(unet.denoiser, unet.spec.attention)]
+    assert attention == [name for name in names if name.endswith(".attn2")]
+    assert len(attention) == 4
+    norms = [n for n, module in unet.denoiser.named_modules() if isinstance(module, nn.GroupNorm | nn.LayerNorm)]
+    found = resolve_sites(unet.denoiser, unet.spec.modulation)
+    assert [site.path for site in found] == norms
+    for site in found:
+        module = unet.denoiser.get_submodule(site.path)
+        assert site.form == "affine"
+        assert site.channel_dim == (1 if isinstance(module, nn.GroupNorm) else -1)
+
+
+def test_resolve_sites_keeps_the_denoisers_order_and_names_each_once():
+    sites = (agd.Site("blocks.1.*", width=12), agd.Site("blocks.*.modulation"), agd.Site("inner"))
+    denoiser = TinyDenoiser()
+    with pytest.raises(ValueError, match=r"width mismatch at 'blocks.1.modulation'"):
+        resolve_sites(denoiser, sites)
+    found = [site.path for site in resolve_sites(denoiser, (agd.Site("blocks.1.modulation"), *sites[1:]))]
+    assert found == ["inner", "blocks.0.modulation", "blocks.1.modulation"]
+
+
+def test_find_modules_names_the_nearest(dit):
+    with pytest.raises(
+        ValueError, match=r"DiTTransformer2DModel matches the path 'proj_out'; .*: proj_out_[12], proj_out_"
+    ):
+        find_modules(dit.denoiser, "proj_out")
+    with pytest.raises(ValueError, match=r"modules nearest to it: none"):
+        find_modules(dit.denoiser, "qqqqqqqqqqqqq")
+
+
+def test_module_widths(dit, unet):
+    assert module_widths(nn.Linear(3, 5)) == (5, 3)
+    assert module_widths(nn.LayerNorm((2, 7))) == (7, 7)
+    assert module_widths(nn.GroupNorm(2, 6)) == (6, 6)
+    assert module_widths(dit.denoiser.transformer_blocks[0].ff) == (16, 16)
+    assert module_widths(unet.denoiser.mid_block.attentions[0].transformer_blocks[0].attn2) == (16, 16)
+    assert module_widths(nn.Sequential()) == (None, None)
+
+
+def test_layout_round_trips_through_json(backbone):
+    layout = layout_for(backbone.denoiser, agd.AdapterConfig(), backbone.spec)
+    assert Layout.from_dict(json.loads(json.dumps(layout.to_dict()))) == layout
+
+
+def test_config_value(dit):
+    assert config_value(dit.denoiser, "config.in_channels") == 2
+    assert config_value(dit.denoiser, 7) == 7
+    assert config_value(dit.denoiser, None) is None
+    with pytest.raises(ValueError, match=r"names config.channels, but DiTTransformer2DModel has no such entry"):
+        config_value(dit.denoiser, "config.channels")
+    with pytest.raises(ValueError, match=r"names config.channels, but TinyDenoiser"):
+        config_value(TinyDenoiser(), "config.channels")
+
+
+def test_label_count_holds_the_null_label(dit, unet, tiny):
+    assert label_count(dit.denoiser, dit.spec.conditions[0]) == 6
+    assert label_count(tiny.denoiser, tiny.spec.conditions[0]) == 5
+    assert label_count(unet.denoiser, unet.spec.conditions[0]) is None
+
+
+def test_nest_reaches_into_dict_arguments():
+    a, b, c = torch.zeros(1), torch.ones(1), torch.ones(2)
+    assert nest({"x": a, "added.text": b, "added.ids": c}) == {"x": a, "added": {"text": b, "ids": c}}
+
+
+def test_adapted_conditions_are_those_that_adapters_see(unet):
+    assert [condition.argument for condition in unet.spec.adapted] == ["encoder_hidden_states"]
+    assert len(TINY_SPEC.adapted) == 1
