@@ -28,8 +28,9 @@ lint: all
 types: all
 	$(BIN)/mypy
 
+# one thread a worker: the models are tiny, and threads that outnumber the cores cost more than they bring
 unit: all
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
 # the sdist, the wheel made from it, and that wheel in a fresh environment away from the sources
 wheel: all

@@ -34,17 +34,17 @@ class FourierFeatures(nn.Module):
 
 
 class SmoothFeatures(nn.Module):
-    """Slowly varying functions of ω: the state to reach is itself smooth in ω. [B] → [B, 4]"""
+    """u and log(1 + u), u from 0 to 1 over the guidance range: what guidance adds is itself smooth in ω. [B] → [B, 2]"""
 
-    width = 4
+    width = 2
 
     def __init__(self, guidance_range: tuple[float, float]) -> None:
         super().__init__()
         self.low, self.high = guidance_range
 
     def forward(self, omega: Tensor) -> Tensor:
-        u = (omega - self.low) / (self.high - self.low)
-        return torch.stack([u, u * u, torch.log1p(u.clamp(min=-0.9)), torch.rsqrt(1 + u.abs())], dim=-1)
+        u = ((omega - self.low) / (self.high - self.low)).clamp(min=-0.9)  # far below the range: no logarithm of a negative
+        return torch.stack([u, u.log1p()], dim=-1)
 
 
 class OmegaEmbedder(nn.Module):

@@ -200,9 +200,7 @@ def test_guided_names_a_site_whose_output_is_not_as_the_spec_says(tiny):
     site = agd.Site("blocks.*.mlp", width=13)
     spec = agd.DenoiserSpec("x", "t", TINY_SPEC.conditions, feed_forward=(site,))
     agd.attach(tiny.denoiser, agd.AdapterConfig("offset", 4, blocks=("feed_forward",)), spec=spec)
-    with pytest.raises(
-        ValueError, match=r"width mismatch at 'blocks.0.mlp'.* 13 channels at dimension -1.*\(3, 16, 12\)"
-    ):
+    with pytest.raises(ValueError, match=r"width mismatch at 'blocks.0.mlp'.* 13 channels at dimension -1.*\(3, 16, 12\)"):
         guided(tiny, tiny.inputs())
 
 
@@ -231,9 +229,7 @@ def test_guided_with_a_cfg_batch_is_double_guidance(backbone):
 def test_guided_names_a_missing_condition(dit, unet):
     attach(dit)
     attach(unet)
-    with pytest.raises(
-        ValueError, match=r"condition 'class_labels', which this call of DiTTransformer2DModel does not"
-    ):
+    with pytest.raises(ValueError, match=r"condition 'class_labels', which this call of DiTTransformer2DModel does not"):
         guided(dit, {"hidden_states": torch.randn(1, 2, 4, 4), "timestep": torch.tensor([3])})
     with pytest.raises(ValueError, match=r"condition 'encoder_hidden_states'"):
         guided(unet, {**unet.inputs(), "encoder_hidden_states": None})

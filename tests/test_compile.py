@@ -37,9 +37,7 @@ def call(compiled, inputs):
     return output if isinstance(output, torch.Tensor) else output.sample
 
 
-@pytest.mark.parametrize(
-    ("name", "kind"), [*((name, kind) for name in ("dit", "tiny") for kind in KINDS), ("unet", KINDS[0])]
-)
+@pytest.mark.parametrize(("name", "kind"), [*((name, kind) for name in ("dit", "tiny") for kind in KINDS), ("unet", KINDS[0])])
 def test_compiled_denoiser_is_guided_in_one_graph_and_never_recompiles(name, kind):
     backbone = make_backbone(name)
     attach(backbone, kind)
@@ -48,9 +46,7 @@ def test_compiled_denoiser_is_guided_in_one_graph_and_never_recompiles(name, kin
     for seed, scale in enumerate((2.0, 3.5, 5.0)):
         inputs = backbone.inputs(seed=seed)
         assert torch.equal(run(backbone, inputs, scale, compiled), run(backbone, inputs, scale))
-        assert (
-            counter.frame_count == 2
-        )  # torch.compile(module) leaves its hooks outside: the conditioning is a graph of its own
+        assert counter.frame_count == 2  # torch.compile(module) leaves its hooks outside: the conditioning is a graph of its own
     inputs = backbone.inputs()
     assert torch.equal(run(backbone, inputs, None, compiled), run(backbone, inputs))
     for scale in (2.0, 3.0):

@@ -67,9 +67,7 @@ def digits(tmp_path_factory):
 
 
 # measured with two seeds each: modulation .81, .82; offset .23, .25; cross_attention .38, .36
-@pytest.mark.parametrize(
-    ("kind", "steps", "bar"), [("modulation", 150, 0.7), ("offset", 80, 0.1), ("cross_attention", 80, 0.2)]
-)
+@pytest.mark.parametrize(("kind", "steps", "bar"), [("modulation", 150, 0.7), ("offset", 80, 0.1), ("cross_attention", 80, 0.2)])
 def test_distill_explains_guidance(digits, tmp_path, kind, steps, bar):
     teacher = agd.datasets.digits_teacher()
     base = {name: value.clone() for name, value in teacher.denoiser.state_dict().items()}
@@ -192,11 +190,7 @@ def test_distill_writes_what_it_returns(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == names
     written = read_json(tmp_path / "distill.json")
     assert written["parameters"] == result.parameters == sum(p.numel() for p in result.adapter.parameters())
-    assert (
-        written["fraction"]
-        == result.fraction
-        == result.parameters / sum(p.numel() for p in teacher.denoiser.parameters())
-    )
+    assert written["fraction"] == result.fraction == result.parameters / sum(p.numel() for p in teacher.denoiser.parameters())
     assert written["loss"] == result.loss == logged(tmp_path)[-1]["loss"]
     assert written["guidance_explained"] == result.explained.to_dict()
     assert set(result.seconds) == {"collect", "train", "validate"}
@@ -206,9 +200,7 @@ def test_distill_writes_what_it_returns(tmp_path):
     assert_same_tensors(read_tensors(tmp_path / "adapter.safetensors")[0], result.adapter.state_dict())
 
 
-@pytest.mark.parametrize(
-    "change", [{}, {"loss": "l1"}, {"weighting": "uniform"}, {"loss": "l1", "weighting": "uniform"}]
-)
+@pytest.mark.parametrize("change", [{}, {"loss": "l1"}, {"weighting": "uniform"}, {"loss": "l1", "weighting": "uniform"}])
 def test_distill_first_loss_is_that_of_the_base(tmp_path, change):
     config = short(steps=1, **change)
     distill_tiny(tmp_path, train_config=config)
@@ -279,9 +271,7 @@ def test_distill_in_bf16_keeps_weights_and_base_in_float32(tmp_path):
     configs = {precision: short(mixed_precision=precision) for precision in ("no", "bf16")}
     results = {name: distill_tiny(tmp_path / name, train_config=config) for name, config in configs.items()}
     assert results["no"].loss != results["bf16"].loss
-    assert results["bf16"].loss == pytest.approx(
-        results["no"].loss, rel=12 * torch.finfo(torch.bfloat16).eps
-    )  # 12 steps
+    assert results["bf16"].loss == pytest.approx(results["no"].loss, rel=12 * torch.finfo(torch.bfloat16).eps)  # 12 steps
     assert {value.dtype for value in results["bf16"].adapter.state_dict().values()} == {torch.float32}
 
 
@@ -456,8 +446,8 @@ def test_distill_a_unet_with_prompts(tmp_path, kind):
         "class_labels": None,
         "conditions": {"encoder_hidden_states": prompts},
         "adapter": small(kind=kind),
-        "train_config": TrainConfig(steps=30, batch_size=8, learning_rate=1e-2),
-        "trajectories": 20,
+        "train_config": TrainConfig(steps=100, batch_size=16, learning_rate=1e-2),
+        "trajectories": 100,
         "shard_size": 10,
         "validation": 5,
     }
@@ -465,15 +455,13 @@ def test_distill_a_unet_with_prompts(tmp_path, kind):
         distill_tiny(tmp_path, unet, **settings)
     assert attachment_of(unet) is None
     result = distill_tiny(tmp_path, unet, null_condition={"encoder_hidden_states": empty}, **settings)
-    assert result.explained.mean > 0
+    assert result.explained.mean > 0.15  # measured: .30 to .45 over seeds and kinds
     rows = Trajectories(tmp_path / "trajectories")[torch.arange(20)]
     assert torch.equal(rows.conditions["encoder_hidden_states"], prompts[torch.arange(20) % 5])
 
 
 def test_distill_a_pipeline(tmp_path):
-    pipe = DiTPipeline(
-        dit(channels=4), AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, sample_size=4), ddim()
-    )
+    pipe = DiTPipeline(dit(channels=4), AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, sample_size=4), ddim())
     result = distill_tiny(tmp_path, pipe)
     assert attachment_of(pipe).adapter is result.adapter
     assert attachment_of(pipe.transformer).adapter is result.adapter

@@ -45,9 +45,7 @@ def distill_and_tell(directory, size, **settings):
         with file_size_limit(size):
             distill_tiny(directory, teacher, **settings)
     except OSError as error:
-        return str(error), attachment_of(teacher) is None and all(
-            p.requires_grad for p in teacher.denoiser.parameters()
-        )
+        return str(error), attachment_of(teacher) is None and all(p.requires_grad for p in teacher.denoiser.parameters())
     raise AssertionError("expected an OSError")
 
 

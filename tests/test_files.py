@@ -106,9 +106,7 @@ def test_write_tensors_gives_the_same_bytes(tmp_path):
     assert (tmp_path / "first").read_bytes() == (tmp_path / "second").read_bytes()
 
 
-@pytest.mark.parametrize(
-    "damage", [lambda b: b"", lambda b: b[:4], lambda b: b[:-1], lambda b: b"\xff" * 64, lambda b: b + b"x"]
-)
+@pytest.mark.parametrize("damage", [lambda b: b"", lambda b: b[:4], lambda b: b[:-1], lambda b: b"\xff" * 64, lambda b: b + b"x"])
 def test_read_tensors_names_a_damaged_file(tmp_path, damage):
     path = tmp_path / "file"
     write_tensors(path, {"a": torch.zeros(10)})

@@ -10,9 +10,7 @@ from conftest import assert_as_exact
 
 
 def formula(uncond, cond, omega, dtype):
-    rows = [
-        u.to(dtype) + w.to(dtype) * (c.to(dtype) - u.to(dtype)) for u, c, w in zip(uncond, cond, omega, strict=True)
-    ]
+    rows = [u.to(dtype) + w.to(dtype) * (c.to(dtype) - u.to(dtype)) for u, c, w in zip(uncond, cond, omega, strict=True)]
     return torch.stack(rows) if rows else uncond.to(dtype)
 
 

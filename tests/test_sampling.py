@@ -164,12 +164,8 @@ def test_sample_leaves_the_scheduler_and_the_global_generator_alone(tiny):
 def test_sample_takes_a_scheduler_beside_the_model(dit):
     noise = torch.randn(1, 2, 4, 4)
     of_teacher = agd.sample(dit.teacher(EulerDiscreteScheduler()), [3], steps=2, noise=noise)
-    assert torch.equal(
-        agd.sample(dit.denoiser, [3], steps=2, noise=noise, scheduler=EulerDiscreteScheduler()), of_teacher
-    )
-    assert torch.equal(
-        agd.sample(dit.teacher(), [3], steps=2, noise=noise, scheduler=EulerDiscreteScheduler()), of_teacher
-    )
+    assert torch.equal(agd.sample(dit.denoiser, [3], steps=2, noise=noise, scheduler=EulerDiscreteScheduler()), of_teacher)
+    assert torch.equal(agd.sample(dit.teacher(), [3], steps=2, noise=noise, scheduler=EulerDiscreteScheduler()), of_teacher)
 
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])

@@ -24,9 +24,7 @@ def test_find_spec_goes_by_base_class_never_by_name(dit):
     UNet2DConditionModelOfMine.__name__ = "UNet2DConditionModel"
     dit.denoiser.__class__ = MyDiT
     assert find_spec(dit.denoiser) is SPECS[DiTTransformer2DModel]
-    with pytest.raises(
-        TypeError, match=r"no DenoiserSpec .* known: DiTTransformer2DModel, UNet2DConditionModel.*Teacher"
-    ):
+    with pytest.raises(TypeError, match=r"no DenoiserSpec .* known: DiTTransformer2DModel, UNet2DConditionModel.*Teacher"):
         find_spec(UNet2DConditionModelOfMine())
 
 
@@ -80,9 +78,7 @@ def test_resolve_sites_keeps_the_denoisers_order_and_names_each_once():
 
 
 def test_find_modules_names_the_nearest(dit):
-    with pytest.raises(
-        ValueError, match=r"DiTTransformer2DModel matches the path 'proj_out'; .*: proj_out_[12], proj_out_"
-    ):
+    with pytest.raises(ValueError, match=r"DiTTransformer2DModel matches the path 'proj_out'; .*: proj_out_[12], proj_out_"):
         find_modules(dit.denoiser, "proj_out")
     with pytest.raises(ValueError, match=r"modules nearest to it: none"):
         find_modules(dit.denoiser, "qqqqqqqqqqqqq")

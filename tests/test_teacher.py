@@ -52,9 +52,7 @@ def test_predict_cfg_is_two_passes(name, scales, seed):
 
 def test_predict_cfg_in_one_forward_of_twice_the_batch(tiny):
     batches = []
-    tiny.denoiser.register_forward_pre_hook(
-        lambda module, args, kwargs: batches.append(len(kwargs["x"])), with_kwargs=True
-    )
+    tiny.denoiser.register_forward_pre_hook(lambda module, args, kwargs: batches.append(len(kwargs["x"])), with_kwargs=True)
     tiny.teacher().predict_cfg(*split(tiny, tiny.inputs()), torch.tensor([2.0]))
     assert batches == [6]
 
@@ -149,9 +147,7 @@ def test_conditions_from_labels_or_by_name(dit, tiny, unet):
     assert tiny.teacher().conditions([1, 4])["label"].tolist() == [1, 4]
     assert tiny.teacher().conditions(conditions={"label": torch.tensor([2])})["label"].tolist() == [2]
     prompts = torch.randn(2, 5, 6)
-    assert torch.equal(
-        unet.teacher().conditions(conditions={"encoder_hidden_states": prompts})["encoder_hidden_states"], prompts
-    )
+    assert torch.equal(unet.teacher().conditions(conditions={"encoder_hidden_states": prompts})["encoder_hidden_states"], prompts)
 
 
 def test_conditions_say_what_is_missing_unknown_or_out_of_range(dit, tiny, unet):

@@ -177,9 +177,7 @@ def test_collect_from_data_noises_it_at_the_timesteps_of_the_schedule(tmp_path, 
     assert set(noise["condition"].tolist()) == {0, 2}
     state = {name: value[:20] for name, value in noise.items()}
     with teacher.base():
-        target, _ = teacher.predict_cfg(
-            state["sample"], state["timestep"], {"class_labels": state["condition"]}, state["omega"]
-        )
+        target, _ = teacher.predict_cfg(state["sample"], state["timestep"], {"class_labels": state["condition"]}, state["omega"])
     assert torch.equal(target, state["target"])
 
 
@@ -430,9 +428,7 @@ def test_trajectories_batch_equals_direct_indexing(trajectories, rows):
     batch, whole = trajectories[rows], rows_of(trajectories)
     for name in ("sample", "timestep", "omega", "target"):
         assert torch.equal(getattr(batch, name), whole[name][rows])
-    assert torch.equal(
-        batch.conditions["class_labels"], trajectories.conditions["class_labels"][whole["condition"][rows]]
-    )
+    assert torch.equal(batch.conditions["class_labels"], trajectories.conditions["class_labels"][whole["condition"][rows]])
 
 
 @pytest.mark.parametrize("row", [20, 1000])

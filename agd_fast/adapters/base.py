@@ -56,10 +56,8 @@ class Adapter(nn.Module):
 
 def pooled(tokens: list[Tensor]) -> Tensor:
     """Σ of the tokens' means: [B, S, d] … → [B, d]."""
-    total = tokens[0].mean(dim=1)
-    for token in tokens[1:]:
-        total = total + token.mean(dim=1)
-    return total
+    means = [token.squeeze(1) if token.shape[1] == 1 else token.mean(dim=1) for token in tokens]
+    return sum(means[1:], means[0])
 
 
 def broadcast(delta: Tensor, output: Tensor, channel_dim: int) -> Tensor:

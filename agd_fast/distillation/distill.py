@@ -153,9 +153,7 @@ def distill(
                     seed=seed + 1,
                 )
             marks.append(time.perf_counter())
-            seconds = dict(
-                zip(("collect", "train", "validate"), (b - a for a, b in pairwise(marks)), strict=True)
-            )
+            seconds = dict(zip(("collect", "train", "validate"), (b - a for a, b in pairwise(marks)), strict=True))
             result = DistillResult(
                 attached,
                 directory,
