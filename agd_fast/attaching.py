@@ -239,15 +239,15 @@ def unload(model: Model) -> Model:
     return model
 
 
-def adapter_of(model: Any) -> Adapter:
-    """The adapter that is attached. Raises: ValueError when there is none."""
+def require_attachment(model: Any) -> Attachment:
+    """Raises: ValueError when no adapter is attached."""
     attachment = attachment_of(model)
     if attachment is None:
         raise ValueError(
             f"no adapter is attached to this {type(denoiser_of(model)).__name__}; expected agd_fast.load(...), "
             "agd_fast.attach(...) or agd_fast.distill(...) first"
         )
-    return attachment.adapter
+    return attachment
 
 
 @contextmanager
@@ -258,11 +258,9 @@ def guided(model: Any, guidance_scale: GuidanceScale) -> Iterator[None]:
     batch cannot be told from a plain one: call the denoiser, or a pipeline with its own guidance off.
     Raises: ValueError when no adapter is attached. Warns: when ω lies outside the range that was trained.
     """
-    adapter = adapter_of(model)
-    attachment = attachment_of(model)
-    assert attachment is not None
+    attachment = require_attachment(model)
     omega = to_omega(guidance_scale, attachment.spec)
-    _warn_outside(omega, adapter.config)
+    _warn_outside(omega, attachment.adapter.config)
     with armed(attachment, omega.to(device_of(denoiser_of(model)))):
         yield
 

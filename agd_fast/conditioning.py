@@ -85,10 +85,10 @@ class Conditioning(nn.Module):
 
 
 def embed_time(denoiser: nn.Module, spec: DenoiserSpec, timestep: Tensor) -> Tensor:
-    """e_t [B, D_t] in float32, from t [B]."""
+    """e_t [B, D_t] in the base's dtype, from t [B]."""
     if not spec.time_embedding:
         return get_timestep_embedding(timestep, SINUSOIDAL_WIDTH, flip_sin_to_cos=True)
-    return apply_modules(denoiser, spec.time_embedding, timestep).float()
+    return apply_modules(denoiser, spec.time_embedding, timestep)
 
 
 def condition_width(denoiser: nn.Module, condition: Condition) -> int:
@@ -109,8 +109,8 @@ def condition_width(denoiser: nn.Module, condition: Condition) -> int:
 
 
 def embed_conditions(denoiser: nn.Module, spec: DenoiserSpec, conditions: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """e_c [B, D_c] or [B, L, D_c] in float32 by argument, for the conditions that adapters see."""
+    """e_c [B, D_c] or [B, L, D_c] in the base's dtype by argument, for the conditions that adapters see."""
     return {
-        condition.argument: apply_modules(denoiser, condition.embedding, conditions[condition.argument]).float()
+        condition.argument: apply_modules(denoiser, condition.embedding, conditions[condition.argument])
         for condition in spec.adapted
     }

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from agd_fast.adapters import KINDS, Adapter, AdapterConfig
-from agd_fast.attaching import Model, adapter_of, attachment_of, denoiser_of, install, layout_for
+from agd_fast.attaching import Model, denoiser_of, install, layout_for, require_attachment
 from agd_fast.families import find_spec
 from agd_fast.files import read_json, read_tensors, replacing, save_tensors, to_json
 from agd_fast.spec import DenoiserSpec, Layout
@@ -28,44 +28,25 @@ def save(model: Any, directory: str | os.PathLike[str], *, about: Mapping[str, A
     about: further entries for the config, for a reader (the teacher, how it was trained).
     Raises: ValueError when no adapter is attached; OSError when the directory cannot be written.
     """
-    attachment = attachment_of(model)
-    adapter = adapter_of(model)
-    assert attachment is not None
-    return write_adapter(
-        adapter,
-        directory,
-        base_class=type(denoiser_of(model)).__name__,
-        omega_offset=attachment.spec.omega_offset,
-        about={
-            "base_model": getattr(model, "name", None) or getattr(denoiser_of(model), "name_or_path", None),
-            "prediction_type": getattr(model, "prediction_type", None),
-            **(about or {}),
-        },
-    )
-
-
-def write_adapter(
-    adapter: Adapter,
-    directory: str | os.PathLike[str],
-    *,
-    base_class: str,
-    omega_offset: float = 0.0,
-    about: Mapping[str, Any] | None = None,
-) -> Path:
-    directory = Path(directory)
+    attachment, denoiser, directory = require_attachment(model), denoiser_of(model), Path(directory)
     config = {
         "format_version": FORMAT_VERSION,
         "library_version": __version__,
-        "base_class": base_class,
-        "guidance_convention": {"omega": "guidance_scale + omega_offset, 1 is no guidance", "omega_offset": omega_offset},
-        "adapter": adapter.config.to_dict(),
-        "layout": adapter.layout.to_dict(),
-        "about": dict(about or {}),
+        "base_class": type(denoiser).__name__,
+        "guidance_convention": "omega = guidance_scale + omega_offset; omega = 1 is no guidance",
+        "omega_offset": attachment.spec.omega_offset,
+        "adapter": attachment.adapter.config.to_dict(),
+        "layout": attachment.adapter.layout.to_dict(),
+        "about": {
+            "base_model": getattr(model, "name", None) or getattr(denoiser, "name_or_path", None),
+            "prediction_type": getattr(model, "prediction_type", None),
+            **(about or {}),
+        },
     }
     config = json.loads(json.dumps(config))  # what a reader will find, to the last key
     metadata = {"config_id": _config_id(config)}
     with replacing(directory / WEIGHTS_NAME) as weights, replacing(directory / CONFIG_NAME) as text:  # both or neither
-        save_tensors(weights, adapter.state_dict(), metadata)
+        save_tensors(weights, attachment.adapter.state_dict(), metadata)
         text.write_text(to_json(config), encoding="utf-8")
     return directory
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from agd_fast import ops
 from agd_fast.attaching import attachment_of, denoiser_of, disabled
 from agd_fast.families import find_spec
+from agd_fast.freezing import frozen
 from agd_fast.spec import DenoiserSpec, config_value, device_of, label_count, nest
 
 Conditions = Mapping[str, Tensor]
@@ -166,9 +167,9 @@ class Teacher:
             )
 
     @contextmanager
-    def base(self) -> Any:
-        """The frozen base, without gradients and with any adapter off."""
-        with torch.no_grad(), disabled(self.denoiser):
+    def base(self) -> Iterator[None]:
+        """The base frozen, in eval mode, without gradients and with any adapter off."""
+        with frozen(self.denoiser), torch.no_grad(), disabled(self.denoiser):
             yield
 
 

@@ -11,6 +11,7 @@ from diffusers import DDIMScheduler, DiTTransformer2DModel, UNet2DConditionModel
 from torch import nn
 
 import agd_fast as agd
+from agd_fast.attaching import attachment_of
 from agd_fast.families import find_spec
 
 
@@ -167,8 +168,12 @@ def trained(adapter, scale=0.3):
     return adapter
 
 
-def double(module):
-    return copy.deepcopy(module).double()
+def double(denoiser):
+    """A float64 copy, of an attached adapter too."""
+    exact = copy.deepcopy(denoiser).double()
+    if (attachment := attachment_of(exact)) is not None:
+        attachment.adapter.double()
+    return exact
 
 
 def assert_as_exact(found, plain, reference):

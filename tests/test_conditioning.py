@@ -33,11 +33,12 @@ def test_embed_conditions_is_the_denoisers_own(dit, unet):
     assert torch.equal(found["encoder_hidden_states"], prompt)
 
 
-def test_embeddings_of_a_half_precision_base_are_float32(dit):
-    dit.denoiser.bfloat16()
-    assert embed_time(dit.denoiser, dit.spec, torch.tensor([3.0])).dtype == torch.float32
-    found = embed_conditions(dit.denoiser, dit.spec, {"class_labels": torch.tensor([3])})
-    assert found["class_labels"].dtype == torch.float32
+def test_adapter_of_a_half_precision_base_prepares_in_its_own_dtype(dit):
+    adapter = agd.attach(dit.denoiser.bfloat16(), agd.AdapterConfig(hidden=2))
+    time = embed_time(dit.denoiser, dit.spec, torch.tensor([3.0]))
+    conditions = embed_conditions(dit.denoiser, dit.spec, {"class_labels": torch.tensor([3])})
+    assert time.dtype == conditions["class_labels"].dtype == torch.bfloat16
+    assert {entry.dtype for entry in adapter.prepare(torch.tensor([2.0]), time, conditions)} == {torch.float32}
 
 
 def test_condition_width_is_read_or_found_out(dit, unet):

@@ -125,7 +125,7 @@ def test_save_writes_a_config_for_readers(saved):
     assert config["format_version"] == 1
     assert config["library_version"] == agd.__version__
     assert config["base_class"] == "DiTTransformer2DModel"
-    assert config["guidance_convention"]["omega_offset"] == 0.0
+    assert config["omega_offset"] == 0.0
     assert config["adapter"]["kind"] == "modulation"
     assert config["adapter"]["guidance_range"] == [1.0, 6.0]
     assert "transformer_blocks.0.norm1.linear" in [site["path"] for site in config["layout"]["sites"]]

@@ -46,7 +46,10 @@ class Adapter(nn.Module):
         self.conditioning = Conditioning(config, layout, config.hidden)
 
     def prepare(self, omega: Tensor, time: Tensor, conditions: Mapping[str, Tensor]) -> Prepared:
-        """ω [B], e_t [B, D_t], e_c [B, D_c] or [B, L, D_c] → one entry a site."""
+        """ω [B], e_t [B, D_t], e_c [B, D_c] or [B, L, D_c] → one entry a site, in the adapter's own dtype."""
+        dtype = self.conditioning.time.weight.dtype
+        omega, time = omega.to(dtype), time.to(dtype)
+        conditions = {name: value.to(dtype) for name, value in conditions.items()}
         gain = omega - 1 if self.config.identity_at_one else None
         return self.prepare_sites(self.conditioning(omega, time, conditions), gain)
 

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from agd_fast.adapters import Adapter, AdapterConfig, count_parameters
-from agd_fast.attaching import attach, attachment_of, unload
+from agd_fast.attaching import attach, unload
 from agd_fast.distillation.config import LEARNING_RATES, TrainConfig
 from agd_fast.distillation.train import make_accelerator, train
-from agd_fast.evaluation.explained import Explained, guidance_explained
+from agd_fast.evaluation.explained import SCALES, Explained, guidance_explained
 from agd_fast.files import differences, fingerprint, write_json
 from agd_fast.freezing import frozen
 from agd_fast.spec import DenoiserSpec
@@ -196,8 +196,6 @@ def _write(teacher: Teacher, result: DistillResult, train_config: TrainConfig) -
         "guidance_explained": result.explained.mean if result.explained else None,
     }
     save(teacher, result.output_dir, about=about)
-    attachment = attachment_of(teacher)
-    assert attachment is not None
     write_json(
         result.output_dir / RESULT_NAME,
         {
@@ -217,7 +215,7 @@ def _cycled(table: Conditions, count: int) -> dict[str, Tensor]:
 
 def _scales(low: float, high: float) -> tuple[float, ...]:
     """The scales fidelity is reported at, within the trained range."""
-    inside = tuple(omega for omega in (1.5, 2.0, 3.0, 4.0, 6.0) if low <= omega <= high)
+    inside = tuple(omega for omega in SCALES if low <= omega <= high)
     return inside or ((low + high) / 2,)
 
 

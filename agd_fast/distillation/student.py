@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from agd_fast.attaching import armed, attachment_of
+from agd_fast.attaching import armed, require_attachment
 from agd_fast.teacher import Teacher
 from agd_fast.trajectories import Batch
 
@@ -14,8 +14,7 @@ class Student(nn.Module):
 
     def __init__(self, teacher: Teacher) -> None:
         super().__init__()
-        attachment = attachment_of(teacher)
-        assert attachment is not None
+        attachment = require_attachment(teacher)
         self.denoiser, self.adapter = teacher.denoiser, attachment.adapter
         self._teacher, self._attachment = teacher, attachment
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from agd_fast.adapters import count_parameters
-from agd_fast.attaching import adapter_of, disabled
+from agd_fast.attaching import disabled, require_attachment
 from agd_fast.environment import environment
 from agd_fast.evaluation.explained import SCALES, guidance_explained
 from agd_fast.evaluation.frechet import frechet_distance
@@ -107,7 +107,7 @@ def evaluate(
     Raises: ValueError when no adapter is attached.
     """
     teacher = as_teacher(model)
-    adapter = adapter_of(teacher)
+    adapter = require_attachment(teacher).adapter
     labels = torch.as_tensor(list(class_labels))[torch.arange(samples) % len(class_labels)]
     noise = torch.randn(samples, *teacher.sample_shape, generator=torch.Generator().manual_seed(seed))
     real = _features(reference, reference.images)

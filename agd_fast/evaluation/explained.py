@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from agd_fast.attaching import adapter_of, armed, attachment_of
+from agd_fast.attaching import armed, require_attachment
 from agd_fast.freezing import frozen
 from agd_fast.sampling import integrate
 from agd_fast.teacher import Conditions, Teacher
@@ -50,7 +50,7 @@ def guidance_explained(
     seed: of the trajectories' noise; they are held out if it was not used for training.
     Raises: ValueError when no adapter is attached.
     """
-    adapter_of(teacher)
+    require_attachment(teacher)
     count = len(next(iter(conditions.values())))
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(count, *teacher.sample_shape, generator=generator)
@@ -77,8 +77,7 @@ def _errors_along(
     teacher: Teacher, conditions: Conditions, omega: float, noise: Tensor, steps: int, generator: torch.Generator
 ) -> tuple[list[float], Tensor]:
     """Along guided trajectories from `noise`: t [steps], and Σ‖ε̂_agd − ε_cfg‖², Σ‖ε(c) − ε_cfg‖² [steps, 2]."""
-    attachment = attachment_of(teacher)
-    assert attachment is not None
+    attachment = require_attachment(teacher)
     scale = torch.full((len(noise),), omega, device=teacher.device)
     times: list[Tensor] = []
     sums: list[Tensor] = []

@@ -15,11 +15,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from agd_fast.files import fingerprint, remove_partial, write_tensors
-from agd_fast.freezing import frozen
 from agd_fast.sampling import Predict, integrate
 from agd_fast.teacher import Conditions, Teacher
 from agd_fast.trajectories.dataset import Trajectories
-from agd_fast.trajectories.manifest import CONDITIONS_NAME, Manifest, Plan, Shard
+from agd_fast.trajectories.manifest import CONDITIONS_NAME, MANIFEST_NAME, Manifest, Plan, Shard
 
 logger = logging.getLogger(__name__)
 
@@ -148,7 +147,7 @@ def _public(config: Any) -> dict[str, Any]:
 
 def _open(directory: Path, plan: Plan, conditions: Conditions) -> Manifest:
     """The folder's manifest, made if there is none, with every file in it checked."""
-    if (directory / "manifest.json").is_file():
+    if (directory / MANIFEST_NAME).is_file():
         remove_partial(directory)
         manifest = Manifest.read(directory)
         manifest.require_plan(plan)
@@ -211,7 +210,7 @@ def _run_shard(
         progress()
         return target
 
-    with frozen(teacher.denoiser), teacher.base():
+    with teacher.base():
         if samples is None:
             integrate(teacher.scheduler, noise.to(teacher.device, teacher.dtype), steps, predict, generator=generator)
         else:
