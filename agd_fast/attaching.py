@@ -34,12 +34,17 @@ def denoiser_of(model: Any) -> nn.Module:
 
     Raises: TypeError.
     """
+    component = component_of(model)
+    return getattr(component, "_orig_mod", component)  # torch.compile
+
+
+def component_of(model: Any) -> nn.Module:
+    """As `denoiser_of`, but compiled where it is compiled."""
     for name in ("denoiser", "transformer", "unet"):
         inner = None if isinstance(model, nn.Module) else getattr(model, name, None)
         if isinstance(inner, nn.Module):
             model = inner
             break
-    model = getattr(model, "_orig_mod", model)  # torch.compile
     if not isinstance(model, nn.Module):
         raise TypeError(
             "expected a denoiser (nn.Module), an agd_fast.Teacher or a diffusers pipeline with a unet or transformer, "
@@ -291,13 +296,19 @@ def disabled(model: Any) -> Iterator[None]:
 
 def to_omega(guidance_scale: GuidanceScale, spec: DenoiserSpec) -> Tensor:
     """ω in the standard convention (ω = 1: no guidance), [1] or [B] float32."""
-    return torch.as_tensor(guidance_scale, dtype=torch.float32).detach().reshape(-1) + spec.omega_offset
+    scale = torch.as_tensor(guidance_scale, dtype=torch.float32).detach()
+    if scale.ndim > 1:
+        raise ValueError(f"expected one guidance scale or one a sample [B], found shape {tuple(scale.shape)}")
+    return scale.reshape(-1) + spec.omega_offset
 
 
 def _warn_outside(omega: Tensor, config: AdapterConfig) -> None:
     low, high = config.guidance_range
-    lowest, highest = float(omega.min()), float(omega.max())
-    if lowest < min(low, 1.0 if config.identity_at_one else low) - 1e-6 or highest > high + 1e-6:
+    outside = ~((omega >= low - 1e-6) & (omega <= high + 1e-6))  # NaN too
+    if config.identity_at_one:
+        outside &= omega != 1
+    if outside.any():
+        lowest, highest = float(omega.min()), float(omega.max())
         warnings.warn(
             f"guidance scale ω from {lowest:g} to {highest:g} lies outside [{low:g}, {high:g}], "
             "the range this adapter was trained on",

@@ -121,9 +121,12 @@ def sample(
     noise = torch.randn(len(classes), *teacher.sample_shape, generator=torch.Generator().manual_seed(seed))
     omega = guidance + teacher.spec.omega_offset
     arms = ARMS if compare else ("agd",)
-    rows = {NAMES[arm]: to_images(pipeline, arm_sampler(teacher, arm, classes, noise, omega, steps, 64)()) for arm in arms}
+    rows = {}
+    for arm in arms:
+        run = arm_sampler(teacher, arm, classes, noise, omega, steps, batch_size=64, progress=not quiet)
+        rows[NAMES[arm]] = to_images(pipeline, run())
     save_grid(output, rows, [str(label) for label in classes.tolist()])
-    console.print(f"{len(classes)} samples at guidance scale {guidance:g}, {steps} forwards each: {output}")
+    console.print(f"{len(classes)} samples at guidance scale {guidance:g} in {steps} steps: {output}")
 
 
 @app.command()
@@ -137,27 +140,13 @@ def evaluate(
     quiet: QuietOption = False,
 ) -> None:
     """Measure an adapter for the digits: Fréchet distance, precision/recall, accuracy, explained guidance, speed."""
-    from agd_fast.demo import digits_grid, digits_reference
-    from agd_fast.evaluation import evaluate as measure
-    from agd_fast.evaluation.bars import quality_bars, speed_bars
-    from agd_fast.reporting.report import write_report
+    from agd_fast.demo import report_digits
     from agd_fast.reporting.tables import print_evaluation
 
-    teacher = agd.load(agd.datasets.digits_teacher(), adapter)
-    result = measure(
-        teacher,
-        digits_reference(),
-        class_labels=range(10),
-        samples=samples,
-        steps=steps,
-        seed=seed,
-        timing_rounds=rounds,
-        progress=not quiet,
-    )
-    bars = [*quality_bars(result), *speed_bars(result)]
+    teacher = agd.load(load_model("digits"), adapter)
     directory = output or adapter
-    write_report(directory, result, digits_grid(teacher, result), columns=[str(digit) for digit in range(10)], bars=bars)
-    print_evaluation(result, bars, console)
+    done = report_digits(teacher, directory, samples=samples, steps=steps, seed=seed, timing_rounds=rounds, progress=not quiet)
+    print_evaluation(done.result, done.bars, console)
     console.print(f"\npictures and tables: {directory / 'report.html'}")
 
 
@@ -207,11 +196,15 @@ def parse_labels(text: str) -> list[int]:
 
 
 def load_model(name: str) -> Any:
+    """A model on the GPU, if there is one."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "digits":
-        return agd.datasets.digits_teacher()
+        teacher = agd.datasets.digits_teacher()
+        teacher.denoiser.to(device)
+        return teacher
     from diffusers import DiffusionPipeline
 
-    return DiffusionPipeline.from_pretrained(name)
+    return DiffusionPipeline.from_pretrained(name).to(device)
 
 
 def to_images(pipeline: Any, samples: torch.Tensor) -> torch.Tensor:

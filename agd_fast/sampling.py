@@ -33,12 +33,13 @@ def integrate(
     generator: for the noise of stochastic schedulers, one or one a sample.
     """
     scheduler = copy.deepcopy(scheduler)  # schedulers hold the state of the loop
-    scheduler.set_timesteps(steps, device=noise.device)
+    scheduler.set_timesteps(steps)  # on the CPU, where schedulers look up their tables: no sync in the loop
+    times = scheduler.timesteps.to(noise.device)
     extra = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
     x = noise * scheduler.init_noise_sigma if hasattr(scheduler, "init_noise_sigma") else noise
-    for t in scheduler.timesteps:
+    for t, time in zip(scheduler.timesteps, times, strict=True):
         scaled = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
-        prediction = predict(scaled, t.expand(len(x)))
+        prediction = predict(scaled, time.expand(len(x)))
         x = scheduler.step(prediction, t, x, return_dict=False, **extra)[0]
         if progress is not None:
             progress()

@@ -49,8 +49,8 @@ class Condition:
     argument: its name; a dot reaches into a dict argument ("added_cond_kwargs.text_embeds").
     embedding: names of the base's own modules applied in turn to get e_c [B, D] or [B, L, D]; empty
         takes the argument as it is.
-    null: the unconditional value: a number, or "config.<attribute>" read off the denoiser; None when the
-        caller must give one (`Teacher(null_condition=...)`).
+    null: the unconditional value: a number, "config.<attribute>" read off the denoiser, or "same" where it does not
+        differ; None when the caller must give one (`Teacher(null_condition=...)`).
     width: channels of e_c, a number or "config.<attribute>"; None finds out by embedding the label 0.
     adapt: whether adapters see it; False only passes it through.
     """
@@ -225,6 +225,11 @@ def apply_modules(denoiser: nn.Module, names: tuple[str, ...], x: torch.Tensor) 
             x = x.to(weight.dtype)
         x = module(x)
     return x
+
+
+def prediction_type_of(scheduler: Any) -> str:
+    """What the denoiser predicts under a diffusers scheduler; those of flow matching do not say it."""
+    return getattr(scheduler.config, "prediction_type", None) or "flow_prediction"
 
 
 def forward_parameters(denoiser: nn.Module) -> tuple[str, ...]:

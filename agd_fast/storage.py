@@ -15,7 +15,7 @@ from agd_fast.adapters import KINDS, Adapter, AdapterConfig
 from agd_fast.attaching import Model, denoiser_of, install, layout_for, require_attachment
 from agd_fast.families import find_spec
 from agd_fast.files import read_json, read_tensors, replacing, save_tensors, to_json
-from agd_fast.spec import DenoiserSpec, Layout
+from agd_fast.spec import DenoiserSpec, Layout, prediction_type_of
 from agd_fast.version import __version__
 
 WEIGHTS_NAME, CONFIG_NAME = "adapter.safetensors", "adapter_config.json"
@@ -35,11 +35,11 @@ def save(model: Any, directory: str | os.PathLike[str], *, about: Mapping[str, A
         "base_class": type(denoiser).__name__,
         "guidance_convention": "omega = guidance_scale + omega_offset; omega = 1 is no guidance",
         "omega_offset": attachment.spec.omega_offset,
+        "prediction_type": _prediction_type(model),
         "adapter": attachment.adapter.config.to_dict(),
         "layout": attachment.adapter.layout.to_dict(),
         "about": {
             "base_model": getattr(model, "name", None) or getattr(denoiser, "name_or_path", None),
-            "prediction_type": getattr(model, "prediction_type", None),
             **(about or {}),
         },
     }
@@ -66,10 +66,10 @@ def load(model: Model, directory: str | os.PathLike[str], *, spec: DenoiserSpec 
             f"{directory} holds an adapter for a {config['base_class']}, expected one for this {type(denoiser).__name__}"
         )
     spec = spec or getattr(model, "spec", None) or find_spec(denoiser)
-    try:
-        adapter_config, layout = AdapterConfig.from_dict(config["adapter"]), Layout.from_dict(config["layout"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{directory / CONFIG_NAME} does not describe an adapter: {error!r}") from error
+    for name, expected in (("prediction_type", _prediction_type(model)), ("omega_offset", spec.omega_offset)):
+        if None not in (expected, config[name]) and config[name] != expected:
+            raise ValueError(f"{directory} holds an adapter for {name}={config[name]!r}, expected {expected!r} for this model")
+    adapter_config, layout = AdapterConfig.from_dict(config["adapter"]), Layout.from_dict(config["layout"])
     _same_layout(directory, layout, layout_for(denoiser, adapter_config, spec))
     install(denoiser, _read_adapter(directory, config, adapter_config, layout), spec)
     return model
@@ -90,10 +90,21 @@ def read_config(directory: Path) -> dict[str, Any]:
             f"{path} has format_version {version}, this agd_fast {__version__} reads up to {FORMAT_VERSION}; "
             "expected a newer agd_fast"
         )
-    missing = sorted({"base_class", "adapter", "layout"} - set(config))
+    missing = sorted({"base_class", "omega_offset", "prediction_type", "adapter", "layout", "about"} - set(config))
     if missing:
         raise ValueError(f"{path} lacks the entries {missing}")
+    try:
+        AdapterConfig.from_dict(config["adapter"])
+        Layout.from_dict(config["layout"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} does not describe an adapter: {error!r}") from error
     return config
+
+
+def _prediction_type(model: Any) -> str | None:
+    """Of a Teacher or a pipeline; a bare denoiser does not tell."""
+    scheduler = getattr(model, "scheduler", None)
+    return None if scheduler is None else prediction_type_of(scheduler)
 
 
 def _read_adapter(directory: Path, config: dict[str, Any], adapter_config: AdapterConfig, layout: Layout) -> Adapter:

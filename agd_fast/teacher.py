@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from agd_fast import ops
-from agd_fast.attaching import attachment_of, denoiser_of, disabled
+from agd_fast.attaching import attachment_of, component_of, denoiser_of, disabled
 from agd_fast.families import find_spec
 from agd_fast.freezing import frozen
-from agd_fast.spec import DenoiserSpec, config_value, device_of, label_count, nest
+from agd_fast.spec import DenoiserSpec, config_value, device_of, label_count, nest, prediction_type_of
 
 Conditions = Mapping[str, Tensor]
 
@@ -42,6 +42,7 @@ class Teacher:
     name: str = ""
 
     def __post_init__(self) -> None:
+        self._call = self.denoiser  # compiled, if that is what was given
         self.denoiser = denoiser_of(self.denoiser)
         self.spec = self.spec or find_spec(self.denoiser)
         self.denoiser.eval()
@@ -66,7 +67,7 @@ class Teacher:
 
     @property
     def prediction_type(self) -> str:
-        return getattr(self.scheduler.config, "prediction_type", None) or "flow_prediction"
+        return prediction_type_of(self.scheduler)
 
     @property
     def device(self) -> torch.device:
@@ -129,10 +130,10 @@ class Teacher:
             value = self.null_condition.get(name)
             if value is not None:
                 table[name] = value.to(like).expand_as(like)
+            elif condition.null == "same":
+                table[name] = like
             elif condition.null is not None:
                 table[name] = torch.full_like(like, config_value(self.denoiser, condition.null))
-            elif not condition.adapt:
-                table[name] = like
             else:
                 raise ValueError(
                     f"the null value of {name!r} is unknown; expected Teacher(..., null_condition={{{name!r}: tensor}})"
@@ -141,8 +142,9 @@ class Teacher:
 
     def predict(self, x: Tensor, timestep: Tensor, conditions: Conditions) -> Tensor:
         """One forward of the denoiser, guided channels only: x [B, C, ...], t [B] → [B, C', ...]."""
+        conditions = {n: value.to(self.dtype) if value.is_floating_point() else value for n, value in conditions.items()}
         arguments = {self.spec.sample: x, self.spec.timestep: timestep, **nest(conditions), **self._extra}
-        output = self.denoiser(**arguments)
+        output = self._call(**arguments)
         prediction = output if isinstance(output, Tensor) else output[0]
         return prediction[:, : self.guided_channels]
 
@@ -181,7 +183,7 @@ def as_teacher(model: Any, scheduler: Any = None, **overrides: Any) -> Teacher:
     overrides = {name: value for name, value in overrides.items() if value is not None}
     if isinstance(model, Teacher):
         overrides = {**overrides, **({"scheduler": scheduler} if scheduler is not None else {})}
-        return replace(model, **overrides) if overrides else model
+        return replace(model, denoiser=model._call, **overrides) if overrides else model
     scheduler = scheduler if scheduler is not None else getattr(model, "scheduler", None)
     if scheduler is None:
         raise TypeError(
@@ -190,7 +192,7 @@ def as_teacher(model: Any, scheduler: Any = None, **overrides: Any) -> Teacher:
         )
     if not isinstance(model, nn.Module):
         overrides.setdefault("name", str(getattr(model, "name_or_path", "") or type(model).__name__))
-    return Teacher(denoiser_of(model), scheduler, **overrides)
+    return Teacher(component_of(model), scheduler, **overrides)
 
 
 def _sample_shape(denoiser: nn.Module) -> tuple[int, ...]:

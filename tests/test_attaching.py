@@ -427,3 +427,21 @@ def test_info_says_what_is_attached(backbone, config):
     with agd.guided(denoiser, 2.0), agd.disabled(denoiser):
         assert agd.info(denoiser)["adapter"]["armed"]
         assert not agd.info(denoiser)["adapter"]["enabled"]
+
+
+def test_guided_below_a_range_that_starts_above_one_warns(dit):
+    attach(dit, agd.AdapterConfig(hidden=2, guidance_range=(3.0, 6.0)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for scale in (1.0, 3.0, [1.0, 6.0]):
+            with agd.guided(dit.denoiser, scale):
+                pass
+    for scale in (1.5, 6.1, float("nan"), [3.0, 0.5]):
+        with pytest.warns(UserWarning, match="lies outside"), agd.guided(dit.denoiser, scale):
+            pass
+
+
+def test_guided_takes_no_table_of_scales(dit):
+    attach(dit, agd.AdapterConfig(hidden=2))
+    with pytest.raises(ValueError, match=r"found shape \(2, 2\)"), agd.guided(dit.denoiser, torch.ones(2, 2)):
+        pass

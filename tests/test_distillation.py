@@ -195,7 +195,7 @@ def test_distill_writes_what_it_returns(tmp_path):
     assert written["guidance_explained"] == result.explained.to_dict()
     assert set(result.seconds) == {"collect", "train", "validate"}
     config = read_json(tmp_path / "adapter_config.json")
-    assert config["about"]["train"] == short(learning_rate=2e-2).to_dict()
+    assert config["about"]["train"] == short(learning_rate=2e-2, seed=0).to_dict()
     assert config["adapter"]["guidance_range"] == [1.0, 6.0]
     assert_same_tensors(read_tensors(tmp_path / "adapter.safetensors")[0], result.adapter.state_dict())
 
@@ -589,3 +589,21 @@ def test_guidance_explained_without_adapter():
     teacher = tiny_teacher()
     with pytest.raises(ValueError, match="no adapter is attached"):
         guidance_explained(teacher, teacher.conditions(range(3)))
+
+
+def test_distill_of_a_float16_base_asks_for_a_scaler(tmp_path):
+    teacher = tiny_teacher()
+    teacher.denoiser.half()
+    with pytest.raises(ValueError, match="float16 base.*expected mixed_precision='fp16'.*found mixed_precision='no'"):
+        distill_tiny(tmp_path, teacher)
+    assert attachment_of(teacher) is None
+
+
+def test_distill_trains_with_its_own_seed(tmp_path):
+    """Unless the training names another."""
+    orders = {}
+    for name, seed in (("followed", None), ("named", 3)):
+        config = TrainConfig(steps=2, batch_size=4, learning_rate=1e-2, seed=seed)
+        distill_tiny(tmp_path / name, tiny_teacher(), seed=5, train_config=config, validation=0)
+        orders[name] = read_json(tmp_path / name / "adapter_config.json")["about"]["train"]["seed"]
+    assert orders == {"followed": 5, "named": 3}

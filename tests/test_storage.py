@@ -1,5 +1,6 @@
 """agd_fast.save and agd_fast.load."""
 
+import dataclasses
 import json
 import shutil
 
@@ -129,7 +130,8 @@ def test_save_writes_a_config_for_readers(saved):
     assert config["adapter"]["kind"] == "modulation"
     assert config["adapter"]["guidance_range"] == [1.0, 6.0]
     assert "transformer_blocks.0.norm1.linear" in [site["path"] for site in config["layout"]["sites"]]
-    assert config["about"] == {"base_model": "tiny", "prediction_type": "v_prediction", "note": "for the tests"}
+    assert config["prediction_type"] == "v_prediction"
+    assert config["about"] == {"base_model": "tiny", "note": "for the tests"}
 
 
 def test_save_writes_no_pickle(saved, monkeypatch):
@@ -280,3 +282,16 @@ def test_save_twice_gives_the_same_bytes(saved, tmp_path):
     teacher = agd.load(tiny_teacher(), saved)
     agd.save(teacher, tmp_path, about=json.loads((saved / CONFIG_NAME).read_text())["about"])
     assert contents(tmp_path) == contents(saved)
+
+
+@pytest.mark.parametrize(("entry", "value"), [("prediction_type", "epsilon"), ("omega_offset", 1.0)])
+def test_load_of_an_adapter_for_another_prediction_is_an_error(saved, entry, value):
+    """Its shapes fit; its numbers would not."""
+    teacher = tiny_teacher()
+    if entry == "prediction_type":
+        teacher.scheduler.register_to_config(prediction_type=value)
+    else:
+        teacher.spec = dataclasses.replace(teacher.spec, omega_offset=value)
+    with pytest.raises(ValueError, match=f"{entry}=.*expected {value!r}"):
+        agd.load(teacher, saved)
+    assert attachment_of(teacher) is None

@@ -5,6 +5,7 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounter
 
 import agd_fast as agd
 from agd_fast.teacher import as_teacher
@@ -184,3 +185,40 @@ def test_as_teacher(dit):
     assert teacher.scheduler is scheduler
     with pytest.raises(TypeError, match=r"found a bare DiTTransformer2DModel"):
         as_teacher(make_dit())
+
+
+def test_null_is_never_guessed(unet):
+    """A pooled prompt has an unconditional value of its own; time ids do not."""
+    conditions = {
+        "encoder_hidden_states": torch.randn(2, 5, 6),
+        "added_cond_kwargs.text_embeds": torch.randn(2, 7),
+        "added_cond_kwargs.time_ids": torch.randn(2, 6),
+    }
+    teacher = unet.teacher()
+    with pytest.raises(ValueError, match="null value of 'added_cond_kwargs.text_embeds' is unknown"):
+        teacher.null(conditions)
+    pooled = torch.randn(1, 7)
+    teacher.null_condition = {**teacher.null_condition, "added_cond_kwargs.text_embeds": pooled}
+    null = teacher.null(conditions)
+    assert torch.equal(null["added_cond_kwargs.text_embeds"], pooled.expand(2, 7))
+    assert torch.equal(null["added_cond_kwargs.time_ids"], conditions["added_cond_kwargs.time_ids"])
+
+
+def test_predict_casts_conditions_to_the_base(unet):
+    unet.denoiser.bfloat16()
+    inputs = unet.inputs(2)
+    sample, t = inputs["sample"].bfloat16(), inputs["timestep"]
+    prompt = {"encoder_hidden_states": inputs["encoder_hidden_states"]}
+    assert prompt["encoder_hidden_states"].dtype == torch.float32
+    assert unet.teacher().predict(sample, t, prompt).dtype == torch.bfloat16
+
+
+def test_teacher_calls_the_compiled_denoiser_it_was_given(tiny):
+    counter = CompileCounter()
+    compiled = torch.compile(tiny.denoiser, backend=counter)
+    plain = agd.sample(tiny.teacher(), [1, 2], steps=2, seed=0)
+    teacher = agd.Teacher(compiled, DDIMScheduler(), tiny.spec, sample_shape=(3, 4, 4))
+    found = agd.sample(as_teacher(teacher, DDIMScheduler()), [1, 2], steps=2, seed=0)
+    assert counter.frame_count > 0
+    assert teacher.denoiser is tiny.denoiser
+    assert torch.equal(found, plain)

@@ -17,7 +17,7 @@ class AdapterConfig:
     kind: "modulation" moves the base's own conditioning sites; "cross_attention" and "offset" are the paper's,
         added to the output of attention blocks (arXiv 2503.07274, section 4).
     hidden: width d of the adapter's embedding (its rank, for modulation); None takes the largest that keeps the
-        adapter within `max_fraction` of the base's parameters.
+        adapter within `max_fraction` of the base's parameters, 320 at most.
     max_fraction: that bound.
     heads: attention heads, for cross_attention.
     blocks: which blocks residual adapters are added to.

@@ -22,7 +22,7 @@ class TrainConfig:
         (the paper trains its kinds with 1e-4 for 5,000 steps).
     max_grad_norm: clipped to it. ema: decay of an average of the weights that is saved instead of them; None for none.
     loss: "l2" or "l1" a state. weighting: "omega" divides a state's loss by (ω − 1)² + ¼, which lifts small ω.
-    checkpoint_every, log_every: in steps.
+    seed: of the order of the states; None takes that of `distill`. checkpoint_every, log_every: in steps.
     """
 
     steps: int = 800
@@ -35,7 +35,7 @@ class TrainConfig:
     loss: Loss = "l2"
     weighting: Weighting = "omega"
     mixed_precision: MixedPrecision = "no"
-    seed: int = 0
+    seed: int | None = None
     checkpoint_every: int = 200
     log_every: int = 20
 

@@ -90,11 +90,19 @@ def distill(
     """
     teacher = as_teacher(model, scheduler, spec=spec, null_condition=null_condition)
     table = teacher.conditions(class_labels, conditions)
-    train_config = train_config or TrainConfig(seed=seed)
+    train_config = train_config or TrainConfig()
     low, high = (scale + teacher.spec.omega_offset for scale in guidance_range)
     config = replace(adapter or AdapterConfig(), guidance_range=(low, high))
-    if train_config.learning_rate is None:
-        train_config = replace(train_config, learning_rate=LEARNING_RATES[config.kind])
+    learning_rate = LEARNING_RATES[config.kind] if train_config.learning_rate is None else train_config.learning_rate
+    order = seed if train_config.seed is None else train_config.seed
+    train_config = replace(train_config, learning_rate=learning_rate, seed=order)
+    if teacher.dtype is torch.float16 and train_config.mixed_precision != "fp16":
+        raise ValueError(
+            "a float16 base loses small gradients unscaled: expected mixed_precision='fp16', which scales the loss, "
+            f"or a bfloat16 or float32 base; found mixed_precision={train_config.mixed_precision!r}"
+        )
+    if validation < 0:
+        raise ValueError(f"validation must be a number of trajectories or 0, found {validation}")
     directory = Path(output_dir)
     accelerator = make_accelerator(train_config.mixed_precision)
     with torch.random.fork_rng(), frozen(teacher.denoiser):

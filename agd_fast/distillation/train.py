@@ -6,6 +6,7 @@ import json
 import time
 from contextlib import closing
 from copy import deepcopy
+from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, is_initialized
+from accelerate.utils import InitProcessGroupKwargs
 from diffusers.optimization import get_cosine_schedule_with_warmup
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
@@ -33,7 +35,8 @@ def make_accelerator(mixed_precision: str) -> Accelerator:
     """Devices and processes. A precision chosen earlier in this process gives way to the new one."""
     if is_initialized() and AcceleratorState().mixed_precision != mixed_precision:
         AcceleratorState._reset_state()
-    return Accelerator(mixed_precision=mixed_precision)
+    waiting = InitProcessGroupKwargs(timeout=timedelta(days=7))  # for the process that collects
+    return Accelerator(mixed_precision=mixed_precision, kwargs_handlers=[waiting])
 
 
 def batch_rows(step: int, batch_size: int, states: int, seed: int) -> Tensor:
@@ -73,6 +76,7 @@ def train(
     student = Student(teacher)
     adapter = student.adapter
     assert config.learning_rate is not None
+    assert config.seed is not None
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
     schedule = get_cosine_schedule_with_warmup(optimizer, int(config.warmup * config.steps), config.steps)
     average = deepcopy(adapter).requires_grad_(False) if config.ema else None

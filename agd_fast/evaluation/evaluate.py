@@ -22,6 +22,7 @@ from agd_fast.sampling import sample
 from agd_fast.teacher import Teacher, as_teacher
 
 ARMS = ("unguided", "cfg", "agd")
+FEATURE_BATCH = 250  # images an extractor sees at once
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,8 @@ class Reference:
     """What samples are compared with.
 
     images: real samples [M, C, H, W] in the denoiser's space, on the device that the functions below run on.
-    features: [N, C, H, W] → [N, D], any extractor; with the weights at hand, torchmetrics' Inception:
-        `lambda x: NoTrainInceptionV3("inception-v3-compat", ["2048"])(x.add(1).mul(127.5).byte())`.
+    features: [N, C, H, W] → [N, D], any extractor. With the weights at hand, torchmetrics' Inception is one:
+        `inception = NoTrainInceptionV3("inception-v3-compat", ["2048"])`, `lambda x: inception(x.add(1).mul(127.5).byte())`.
     classify: [N, C, H, W] → logits [N, K]; None leaves class accuracy out.
     """
 
@@ -103,6 +104,7 @@ def evaluate(
     """Compare the attached adapter with two-pass CFG and the unguided base.
 
     model: a Teacher, or what makes one, with an adapter attached. class_labels: classes, each sampled equally often.
+    guidance_scales: ω in the standard convention.
     timing_rounds: interleaved rounds at `timing_batch`; 0 leaves speed out.
     Raises: ValueError when no adapter is attached.
     """
@@ -158,7 +160,14 @@ def evaluate(
 
 
 def arm_sampler(
-    teacher: Teacher, name: str, labels: Tensor, noise: Tensor, omega: float, steps: int, batch_size: int
+    teacher: Teacher,
+    name: str,
+    labels: Tensor,
+    noise: Tensor,
+    omega: float,
+    steps: int,
+    batch_size: int,
+    progress: bool = False,
 ) -> Callable[[], Tensor]:
     """A call that samples one arm: the base in one pass, the base with CFG in two, or the adapter in one."""
     scale = (1.0 if name == "unguided" else omega) - teacher.spec.omega_offset
@@ -174,6 +183,7 @@ def arm_sampler(
                 noise=noise,
                 seed=0,
                 batch_size=batch_size,
+                progress=progress,
             )
 
     return run
@@ -207,7 +217,8 @@ def _arm(reference: Reference, real: Tensor, images: Tensor, labels: Tensor, per
 
 def _features(reference: Reference, images: Tensor) -> Tensor:
     with torch.inference_mode():
-        return reference.features(images.to(reference.images.device)).flatten(1).cpu()
+        parts = images.to(reference.images.device).split(FEATURE_BATCH)
+        return torch.cat([reference.features(part).flatten(1).cpu() for part in parts])
 
 
 def _rmse(a: Tensor, b: Tensor) -> float:

@@ -15,7 +15,7 @@ SPECS = {
             Condition("encoder_hidden_states", width="config.cross_attention_dim"),
             Condition("class_labels", adapt=False),
             Condition("added_cond_kwargs.text_embeds", adapt=False),
-            Condition("added_cond_kwargs.time_ids", adapt=False),
+            Condition("added_cond_kwargs.time_ids", null="same", adapt=False),
         ),
         time_embedding=("time_proj", "time_embedding"),
         attention=(Site("*.attn2"),),
