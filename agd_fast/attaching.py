@@ -186,7 +186,13 @@ def layout_for(denoiser: nn.Module, config: AdapterConfig, spec: DenoiserSpec) -
         for name in names:
             find_modules(denoiser, name)
     with torch.no_grad():
-        time_width = embed_time(denoiser, spec, torch.zeros(1, device=device_of(denoiser))).shape[-1]
+        try:
+            time_width = embed_time(denoiser, spec, torch.zeros(1, device=device_of(denoiser))).shape[-1]
+        except RuntimeError as error:
+            raise ValueError(
+                f"the spec's time_embedding {spec.time_embedding} does not run on t [1]: {error}; expected modules from t to "
+                "e_t [B, D], or () to use sinusoidal features of t"
+            ) from error
         widths = {condition.argument: condition_width(denoiser, condition) for condition in spec.adapted}
     return Layout(sites, time_width, widths)
 
@@ -297,20 +303,22 @@ def disabled(model: Any) -> Iterator[None]:
 def to_omega(guidance_scale: GuidanceScale, spec: DenoiserSpec) -> Tensor:
     """ω in the standard convention (ω = 1: no guidance), [1] or [B] float32."""
     scale = torch.as_tensor(guidance_scale, dtype=torch.float32).detach()
-    if scale.ndim > 1:
-        raise ValueError(f"expected one guidance scale or one a sample [B], found shape {tuple(scale.shape)}")
+    if scale.ndim > 1 or not torch.isfinite(scale).all():
+        raise ValueError(
+            f"expected one finite guidance scale or one a sample [B], found shape {tuple(scale.shape)}: {scale.tolist()}"
+        )
     return scale.reshape(-1) + spec.omega_offset
 
 
 def _warn_outside(omega: Tensor, config: AdapterConfig) -> None:
     low, high = config.guidance_range
-    outside = ~((omega >= low - 1e-6) & (omega <= high + 1e-6))  # NaN too
+    outside = (omega < low - 1e-6) | (omega > high + 1e-6)
     if config.identity_at_one:
         outside &= omega != 1
     if outside.any():
         lowest, highest = float(omega.min()), float(omega.max())
         warnings.warn(
             f"guidance scale ω from {lowest:g} to {highest:g} lies outside [{low:g}, {high:g}], "
-            "the range this adapter was trained on",
+            "the range this adapter was trained on; far outside, samples break: distil with a wider guidance_range",
             stacklevel=4,
         )

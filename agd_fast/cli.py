@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 import agd_fast as agd
 from agd_fast.adapters.config import AdapterConfig
@@ -19,7 +21,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-console = Console()
+console = Console(soft_wrap=True)
 
 ModelOption = Annotated[
     str, typer.Option(help="'digits' (ships with the package), or a folder or Hub id of a diffusers pipeline.")
@@ -45,7 +47,9 @@ def demo(
 
     done = run_demo(output, seed=seed, samples=samples, resume=not fresh, progress=not quiet)
     print_evaluation(done.result, done.bars, console)
-    console.print(f"\n{done.report['seconds']['total']:.0f} s in all; pictures and tables: {output / 'report.html'}")
+    console.print(
+        f"\n{done.report['seconds']['total']:.0f} s in all; pictures and tables: {output / 'report.html'}", markup=False
+    )
 
 
 @app.command()
@@ -59,7 +63,7 @@ def distill(
     guidance: Annotated[tuple[float, float], typer.Option(help="Lowest and highest guidance scale.")] = (1.0, 6.0),
     trajectories: Annotated[int, typer.Option(min=1, help="Guided trajectories to collect.")] = 400,
     sampling_steps: Annotated[tuple[int, int], typer.Option(help="Lowest and highest number of their steps.")] = (20, 30),
-    steps: StepsOption = agd.TrainConfig.steps,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = agd.TrainConfig.steps,
     batch_size: Annotated[int, typer.Option(min=1, help="States a training step.")] = agd.TrainConfig.batch_size,
     learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate; default: by kind.")] = None,
     ema: Annotated[float | None, typer.Option(help="Decay of an average of the weights, e.g. 0.999.")] = None,
@@ -95,7 +99,8 @@ def distill(
     assert result.explained is not None
     console.print(
         f"{result.parameters:,} parameters ({result.fraction:.1%} of the base) "
-        f"explain {result.explained.mean:.1%} of the guidance; written to {output}"
+        f"explain {result.explained.mean:.1%} of the guidance; written to {output}",
+        markup=False,
     )
 
 
@@ -116,6 +121,8 @@ def sample(
     from agd_fast.reporting.pictures import NAMES, save_grid
 
     pipeline = load_model(model)
+    if output.suffix != ".png":
+        raise typer.BadParameter(f"expected a file name that ends in .png, found {output}")
     teacher = agd.load(as_teacher(pipeline), adapter)
     classes = torch.tensor(parse_labels(labels))
     noise = torch.randn(len(classes), *teacher.sample_shape, generator=torch.Generator().manual_seed(seed))
@@ -126,7 +133,7 @@ def sample(
         run = arm_sampler(teacher, arm, classes, noise, omega, steps, batch_size=64, progress=not quiet)
         rows[NAMES[arm]] = to_images(pipeline, run())
     save_grid(output, rows, [str(label) for label in classes.tolist()])
-    console.print(f"{len(classes)} samples at guidance scale {guidance:g} in {steps} steps: {output}")
+    console.print(f"{len(classes)} samples at guidance scale {guidance:g} in {steps} steps: {output}", markup=False)
 
 
 @app.command()
@@ -147,7 +154,7 @@ def evaluate(
     directory = output or adapter
     done = report_digits(teacher, directory, samples=samples, steps=steps, seed=seed, timing_rounds=rounds, progress=not quiet)
     print_evaluation(done.result, done.bars, console)
-    console.print(f"\npictures and tables: {directory / 'report.html'}")
+    console.print(f"\npictures and tables: {directory / 'report.html'}", markup=False)
 
 
 @app.command()
@@ -157,10 +164,11 @@ def info(
     """Versions, devices, what is installed; with ADAPTER, what it is and what it was made for."""
     from agd_fast.reporting.tables import rich_table
 
-    rows = list(agd.info()["environment"].items())
-    console.print(rich_table("environment", ("", "found"), rows, "left"))
+    tables = [rich_table("environment", ("", "found"), list(agd.info()["environment"].items()), "left")]
     if adapter is not None:
-        console.print(rich_table(str(adapter), ("", "found"), describe(adapter), "left"))
+        tables.append(rich_table(escape(str(adapter)), ("", "found"), describe(adapter), "left"))
+    for table in tables:
+        console.print(table)
 
 
 def describe(adapter: Path) -> list[tuple[str, str]]:
@@ -174,7 +182,7 @@ def describe(adapter: Path) -> list[tuple[str, str]]:
         **config["adapter"],
         "sites": len(layout["sites"]),
         "first site": layout["sites"][0]["path"],
-        **{name: value for name, value in config["about"].items() if not isinstance(value, dict)},
+        **{name: value for name, value in config["about"].items() if not isinstance(value, dict) and value is not None},
         "library": config["library_version"],
         "format": config["format_version"],
     }
@@ -217,9 +225,12 @@ def to_images(pipeline: Any, samples: torch.Tensor) -> torch.Tensor:
 
 
 def main() -> None:
-    """Expected errors as one line, without a traceback."""
+    """Expected errors and warnings as one line, without a traceback."""
+    stderr = Console(stderr=True, highlight=False, soft_wrap=True)
+    warnings.showwarning = lambda message, *_, **__: stderr.print(f"[yellow]warning:[/yellow] {escape(str(message))}")
     try:
         app()
     except (ValueError, TypeError, OSError, ImportError, FloatingPointError) as error:
-        Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False)
+        hint = "; expected pip install 'agd-fast[demo]'" if isinstance(error, ModuleNotFoundError) else ""
+        stderr.print(f"[red]error:[/red] {escape(str(error))}{escape(hint)}")
         raise SystemExit(1) from error

@@ -109,7 +109,7 @@ def report_digits(
     seconds["total"] = sum(seconds.values())
     bars = [*quality_bars(result), *speed_bars(result)]
     if limit is not None:
-        bars.append(Bar("seconds in all", seconds["total"], limit))
+        bars.append(Bar("seconds in all, on two idle cores", seconds["total"], limit))
     columns = [str(digit) for digit in range(10)]
     report = write_report(directory, result, grid, columns=columns, bars=bars, seconds=seconds)
     return Demo(result, bars, report, directory)

@@ -48,7 +48,7 @@ def integrate(
 
 def sample(
     model: Any,
-    class_labels: Sequence[int] | Tensor | None = None,
+    class_labels: Sequence[int] | Tensor | int | None = None,
     *,
     conditions: Conditions | None = None,
     guidance_scale: GuidanceScale = 4.0,
@@ -73,6 +73,8 @@ def sample(
     """
     if method not in get_args(Method):
         raise ValueError(f"method must be one of {', '.join(map(repr, get_args(Method)))}; found {method!r}")
+    if steps < 1 or batch_size < 1:
+        raise ValueError(f"steps and batch_size must be at least 1, found {steps} and {batch_size}")
     teacher = as_teacher(model, scheduler)
     table = teacher.conditions(class_labels, conditions)
     count = len(next(iter(table.values())))
@@ -91,9 +93,10 @@ def sample(
     seeds = torch.randint(2**31, (count,), generator=generator).tolist()
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]  # one a sample: batches do not matter
     omega = to_omega(guidance_scale, teacher.spec)
-    if len(noise) != count or len(omega) not in (1, count):
+    if noise.shape != (count, *teacher.sample_shape) or len(omega) not in (1, count):
         raise ValueError(
-            f"expected noise and guidance_scale for {count} samples (or one scale), found {len(noise)} and {len(omega)}"
+            f"expected noise {(count, *teacher.sample_shape)} and one guidance_scale or {count}, "
+            f"found {tuple(noise.shape)} and {len(omega)}"
         )
     omega = omega.expand(count)
     batches = [slice(start, start + batch_size) for start in range(0, count, batch_size)]

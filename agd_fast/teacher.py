@@ -82,7 +82,7 @@ class Teacher:
         return config_value(self.denoiser, self.spec.guided_channels)
 
     def conditions(
-        self, class_labels: Sequence[int] | Tensor | None = None, conditions: Conditions | None = None
+        self, class_labels: Sequence[int] | Tensor | int | None = None, conditions: Conditions | None = None
     ) -> dict[str, Tensor]:
         """One table of conditions, batch first, from labels or from tensors by argument name.
 
@@ -90,9 +90,10 @@ class Teacher:
         """
         table = {name: torch.as_tensor(value) for name, value in (conditions or {}).items()}
         if class_labels is not None:
-            table[self._label_argument()] = torch.as_tensor(
-                class_labels if isinstance(class_labels, Tensor) else list(class_labels), dtype=torch.long
-            ).reshape(-1)
+            labels = torch.as_tensor(class_labels if isinstance(class_labels, Tensor | int) else list(class_labels))
+            if labels.is_floating_point() and labels.numel():
+                raise ValueError(f"class_labels must be integers, found {labels.tolist()}")
+            table[self._label_argument()] = labels.long().reshape(-1)
         needed = [condition.argument for condition in self.spec.adapted]
         known = [condition.argument for condition in self.spec.conditions]
         missing, unknown = sorted(set(needed) - set(table)), sorted(set(table) - set(known))

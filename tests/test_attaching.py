@@ -3,6 +3,7 @@
 import copy
 import io
 import json
+import math
 import pickle
 import warnings
 
@@ -436,12 +437,15 @@ def test_guided_below_a_range_that_starts_above_one_warns(dit):
         for scale in (1.0, 3.0, [1.0, 6.0]):
             with agd.guided(dit.denoiser, scale):
                 pass
-    for scale in (1.5, 6.1, float("nan"), [3.0, 0.5]):
+    for scale in (1.5, 6.1, [3.0, 0.5]):
         with pytest.warns(UserWarning, match="lies outside"), agd.guided(dit.denoiser, scale):
             pass
 
 
-def test_guided_takes_no_table_of_scales(dit):
+@pytest.mark.parametrize(
+    ("scale", "found"), [(torch.ones(2, 2), r"shape \(2, 2\)"), (float("nan"), "nan"), ([2.0, math.inf], "inf")]
+)
+def test_guided_takes_finite_scales_of_one_dimension(dit, scale, found):
     attach(dit, agd.AdapterConfig(hidden=2))
-    with pytest.raises(ValueError, match=r"found shape \(2, 2\)"), agd.guided(dit.denoiser, torch.ones(2, 2)):
+    with pytest.raises(ValueError, match=f"finite guidance scale.*{found}"), agd.guided(dit.denoiser, scale):
         pass

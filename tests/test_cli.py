@@ -92,3 +92,13 @@ def test_parse_labels():
     for wrong in ("", "a", "3-1"):
         with pytest.raises(Exception, match="expected labels"):
             parse_labels(wrong)
+
+
+def test_messages_with_brackets_and_warnings_are_printed_as_they_are(distilled, tmp_path):
+    done = run("info", "[/nowhere]", check=False)
+    assert done.returncode == 1
+    assert "[/nowhere]" in done.stderr
+    done = run("sample", distilled, "--output", tmp_path / "a.png", "--guidance", 20, "--steps", 2, "--labels", 1)
+    assert "warning: guidance scale ω from 20 to 20 lies outside [1, 6]" in done.stderr
+    assert "UserWarning" not in done.stderr
+    assert run("sample", distilled, "--output", tmp_path / "a.jpg", check=False).returncode == 2

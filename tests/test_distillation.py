@@ -607,3 +607,8 @@ def test_distill_trains_with_its_own_seed(tmp_path):
         distill_tiny(tmp_path / name, tiny_teacher(), seed=5, train_config=config, validation=0)
         orders[name] = read_json(tmp_path / name / "adapter_config.json")["about"]["train"]["seed"]
     assert orders == {"followed": 5, "named": 3}
+
+
+def test_distill_of_the_null_label_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="class_labels holds the null label"):
+        distill_tiny(tmp_path, agd.datasets.digits_teacher(), class_labels=[3, 10])

@@ -183,9 +183,9 @@ def test_sample_says_what_is_wrong(dit):
         agd.sample(teacher, [1], method="agd")
     with pytest.raises(ValueError, match=r"missing \['class_labels'\]"):
         agd.sample(teacher)
-    with pytest.raises(ValueError, match=r"for 3 samples \(or one scale\), found 3 and 2"):
+    with pytest.raises(ValueError, match=r"one guidance_scale or 3, found \(3, 2, 4, 4\) and 2"):
         agd.sample(teacher, [1, 2, 3], guidance_scale=[1.0, 2.0])
-    with pytest.raises(ValueError, match=r"for 3 samples \(or one scale\), found 2 and 1"):
+    with pytest.raises(ValueError, match=r"expected noise \(3, 2, 4, 4\) .* found \(2, 2, 4, 4\) and 1"):
         agd.sample(teacher, [1, 2, 3], noise=torch.randn(2, 2, 4, 4))
     with pytest.raises(TypeError, match=r"found a bare DiTTransformer2DModel"):
         agd.sample(dit.denoiser, [1])
@@ -236,3 +236,21 @@ def test_guided_pipeline_without_its_own_guidance_is_sample_with_agd(pipeline_la
     agd.unload(pipe)
     with pytest.raises(ValueError, match=r"no adapter"), agd.guided(pipe, 3.0):
         pass
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": 0}, "must be at least 1, found 0"),
+        ({"batch_size": 0}, "must be at least 1, found 4 and 0"),
+        ({"noise": torch.zeros(2, 3, 4, 5)}, r"expected noise \(2, 3, 4, 4\).*found \(2, 3, 4, 5\)"),
+        ({"class_labels": [1.5, 2.0]}, "must be integers"),
+    ],
+)
+def test_sample_names_what_does_not_fit(tiny, change, message):
+    with pytest.raises(ValueError, match=message):
+        agd.sample(tiny.teacher(), **{"class_labels": [1, 2], "steps": 4, **change})
+
+
+def test_sample_takes_one_label(tiny):
+    assert agd.sample(tiny.teacher(), 3, steps=2).shape == (1, 3, 4, 4)

@@ -122,3 +122,9 @@ def test_nest_reaches_into_dict_arguments():
 def test_adapted_conditions_are_those_that_adapters_see(unet):
     assert [condition.argument for condition in unet.spec.adapted] == ["encoder_hidden_states"]
     assert len(TINY_SPEC.adapted) == 1
+
+
+def test_a_time_embedding_that_does_not_run_on_t_is_named(tiny):
+    spec = agd.DenoiserSpec(**{**vars(TINY_SPEC), "time_embedding": ("inner",)})
+    with pytest.raises(ValueError, match=r"time_embedding \('inner',\) does not run on t .*sinusoidal"):
+        agd.attach(tiny.denoiser, spec=spec)

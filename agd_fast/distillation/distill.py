@@ -6,7 +6,7 @@ import os
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ class DistillResult:
     seconds: by phase, of this call.
     """
 
-    adapter: Adapter
+    adapter: Adapter = field(repr=False)
     output_dir: Path
     parameters: int
     fraction: float
@@ -90,6 +90,7 @@ def distill(
     """
     teacher = as_teacher(model, scheduler, spec=spec, null_condition=null_condition)
     table = teacher.conditions(class_labels, conditions)
+    _require_conditional(teacher, table)
     train_config = train_config or TrainConfig()
     low, high = (scale + teacher.spec.omega_offset for scale in guidance_range)
     config = replace(adapter or AdapterConfig(), guidance_range=(low, high))
@@ -178,6 +179,18 @@ def distill(
             unload(teacher)
             raise
     return result
+
+
+def _require_conditional(teacher: Teacher, table: Conditions) -> None:
+    """Raises: ValueError when the unconditional label is among what is to be distilled: guidance does not move it."""
+    null = teacher.null(table)
+    for condition in teacher.spec.adapted:
+        value = table[condition.argument]
+        if not value.is_floating_point() and (value == null[condition.argument]).any():
+            raise ValueError(
+                f"{condition.argument} holds the null label {int(null[condition.argument][0])}, which guidance does not move; "
+                "expected labels of classes alone"
+            )
 
 
 def _require_fit(states: Trajectories, teacher: Teacher, guidance_range: tuple[float, float]) -> None:

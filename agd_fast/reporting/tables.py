@@ -11,7 +11,7 @@ from agd_fast.evaluation import Evaluation
 from agd_fast.evaluation.bars import Bar
 
 ARM_HEADER = ("", "NFE", "ms / image", "Fréchet", "accuracy", "precision", "recall")
-SCALE_HEADER = ("ω", "Fréchet CFG", "Fréchet AGD", "accuracy CFG", "accuracy AGD", "explained", "RMSE to CFG", "… unguided")
+SCALE_HEADER = ("ω", "Fréchet CFG", "Fréchet AGD", "accuracy CFG", "accuracy AGD", "explained", "RMSE AGD", "RMSE unguided")
 BAR_HEADER = ("bar", "measured", "limit", "")
 _TITLES = {"unguided": "unguided", "cfg": "CFG (two passes)", "agd": "AGD (one pass)"}
 
