@@ -8,7 +8,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 
 import torch
-from diffusers import DDIMScheduler, DiTTransformer2DModel
+from diffusers import DDIMScheduler, DiTTransformer2DModel, UNet2DConditionModel
 from torch import nn
 
 import agd_fast as agd
@@ -32,6 +32,21 @@ def dit(layers=1, width=16, classes=3, channels=1, seed=0, **config):
         num_embeds_ada_norm=classes,
         norm_num_groups=1,
         **config,
+    )
+
+
+def unet(embedding=8):
+    return UNet2DConditionModel(
+        sample_size=4,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(8, 16),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=1,
+        norm_num_groups=4,
+        attention_head_dim=4,
+        cross_attention_dim=embedding,
     )
 
 

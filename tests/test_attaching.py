@@ -1,7 +1,6 @@
 """Putting an adapter on, taking it off, and being inert in between."""
 
 import copy
-import io
 import json
 import math
 import pickle
@@ -355,16 +354,9 @@ def test_attached_modules_are_named_as_before(dit):
         assert found.forward is cls.forward
 
 
-def through_torch_save(model):
-    buffer = io.BytesIO()
-    torch.save(model, buffer)
-    return torch.load(io.BytesIO(buffer.getvalue()), weights_only=False)
-
-
 COPIES = {
     "pickle": lambda model: pickle.loads(pickle.dumps(model)),
     "deepcopy": copy.deepcopy,
-    "torch": through_torch_save,
 }
 
 

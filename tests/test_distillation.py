@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DiTPipeline, EulerDiscreteScheduler, HeunDiscreteScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, DiTPipeline, EulerDiscreteScheduler, HeunDiscreteScheduler
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -36,6 +36,7 @@ from helpers_distillation import (
     short,
     small,
     tiny_teacher,
+    unet,
 )
 
 
@@ -428,18 +429,7 @@ def test_distill_a_custom_denoiser(tmp_path, kind):
 @pytest.mark.parametrize("kind", ["modulation", "cross_attention"])
 def test_distill_a_unet_with_prompts(tmp_path, kind):
     torch.manual_seed(0)
-    unet = UNet2DConditionModel(
-        sample_size=4,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(8, 16),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        layers_per_block=1,
-        norm_num_groups=4,
-        attention_head_dim=4,
-        cross_attention_dim=8,
-    )
+    denoiser = unet()
     prompts, empty = torch.randn(5, 3, 8), torch.zeros(1, 3, 8)
     settings = {
         "scheduler": ddim(),
@@ -452,9 +442,9 @@ def test_distill_a_unet_with_prompts(tmp_path, kind):
         "validation": 5,
     }
     with pytest.raises(ValueError, match="the null value of 'encoder_hidden_states' is unknown"):
-        distill_tiny(tmp_path, unet, **settings)
-    assert attachment_of(unet) is None
-    result = distill_tiny(tmp_path, unet, null_condition={"encoder_hidden_states": empty}, **settings)
+        distill_tiny(tmp_path, denoiser, **settings)
+    assert attachment_of(denoiser) is None
+    result = distill_tiny(tmp_path, denoiser, null_condition={"encoder_hidden_states": empty}, **settings)
     assert result.explained.mean > 0.15  # measured: .30 to .45 over seeds and kinds
     rows = Trajectories(tmp_path / "trajectories")[torch.arange(20)]
     assert torch.equal(rows.conditions["encoder_hidden_states"], prompts[torch.arange(20) % 5])

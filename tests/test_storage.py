@@ -6,31 +6,15 @@ import shutil
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
 from safetensors import safe_open
 
 import agd_fast as agd
 from agd_fast.attaching import attachment_of
 from agd_fast.files import read_json, read_tensors, write_json, write_tensors
 from agd_fast.storage import CONFIG_NAME, WEIGHTS_NAME
-from helpers_distillation import NET_SPEC, Net, assert_same_tensors, contents, custom_teacher, small, tiny_teacher
+from helpers_distillation import NET_SPEC, Net, assert_same_tensors, contents, custom_teacher, small, tiny_teacher, unet
 
 KINDS = ("modulation", "cross_attention", "offset")
-
-
-def unet(embedding=8):
-    return UNet2DConditionModel(
-        sample_size=4,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(8, 16),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        layers_per_block=1,
-        norm_num_groups=4,
-        attention_head_dim=4,
-        cross_attention_dim=embedding,
-    )
 
 
 def attach_random(teacher, config):
