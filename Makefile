@@ -17,7 +17,7 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt
 	touch $@
 
 demo: all
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/agd-fast demo --output runs/demo
+	$(BIN)/agd-fast demo --output runs/demo
 
 test: lint types unit wheel
 
