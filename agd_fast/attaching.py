@@ -26,7 +26,7 @@ from agd_fast.spec import DenoiserSpec, Layout, device_of, find_modules, forward
 Model = TypeVar("Model")
 GuidanceScale = float | Sequence[float] | Tensor
 
-_ROOT, _SITE = "_agd", "_agd_site"
+_ROOT, _SITES = "_agd", "_agd_sites"
 
 
 def denoiser_of(model: Any) -> nn.Module:
@@ -54,10 +54,10 @@ def component_of(model: Any) -> nn.Module:
 
 
 class AttachedSite:
-    """What the hook at a site needs: the adapter's part there and, during an armed forward, its prepared entry."""
+    """What the hook at a site needs: what the adapter does there and, during an armed forward, its prepared entry."""
 
-    def __init__(self, part: SiteAdapter) -> None:
-        self.part = part
+    def __init__(self, adapter: SiteAdapter) -> None:
+        self.adapter = adapter
         self.prepared: Any = None
 
 
@@ -67,7 +67,7 @@ class Attachment:
     def __init__(self, adapter: Adapter, spec: DenoiserSpec, parameters: tuple[str, ...]) -> None:
         self.adapter, self.spec = adapter, spec
         self.positions = {name: position for position, name in enumerate(parameters)}
-        self.sites = [AttachedSite(part) for part in adapter.sites]  # type: ignore[arg-type]
+        self.sites = [AttachedSite(part) for part in adapter.sites]
         self.handles: list[Any] = []
         self.enabled = True
         self.omega: Tensor | None = None  # [1] or [B] float32 while armed
@@ -128,10 +128,14 @@ def _finish_forward(denoiser: nn.Module, args: tuple[Any, ...], output: Any) -> 
 
 
 def _apply_at_site(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    attached: AttachedSite = module._agd_site  # type: ignore[assignment]
-    if attached.prepared is None:
-        return None
-    site = attached.part.site
+    for attached in module._agd_sites:  # type: ignore[union-attr]
+        if attached.prepared is not None:
+            output = _changed(attached.adapter, attached.prepared, args, kwargs, output)
+    return output
+
+
+def _changed(adapter: SiteAdapter, prepared: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    site = adapter.site
     base = output[site.output] if isinstance(output, tuple) else output
     if base.shape[site.channel_dim] != site.width:
         raise ValueError(
@@ -139,7 +143,7 @@ def _apply_at_site(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
             f"{site.channel_dim}, the output there is {tuple(base.shape)}"
         )
     hidden = args[0] if args else kwargs.get(site.hidden, base)
-    changed = attached.part(hidden, base, attached.prepared)
+    changed = adapter(hidden, base, prepared)
     if isinstance(output, tuple):
         return (*output[: site.output], changed, *output[site.output + 1 :])
     return changed
@@ -181,7 +185,7 @@ def layout_for(denoiser: nn.Module, config: AdapterConfig, spec: DenoiserSpec) -
 
     Raises: ValueError when a path is unknown, a width mismatched, or the spec's embeddings do not run.
     """
-    sites = resolve_sites(denoiser, adapter_sites(config, spec))
+    sites = {kind: resolve_sites(denoiser, adapter_sites(kind, config, spec)) for kind in config.kinds}
     for names in (spec.time_embedding, *(condition.embedding for condition in spec.adapted)):
         for name in names:
             find_modules(denoiser, name)
@@ -228,10 +232,12 @@ def install(denoiser: nn.Module, adapter: Adapter, spec: DenoiserSpec) -> Adapte
     setattr(denoiser, _ROOT, attachment)
     _mark(denoiser)
     for attached in attachment.sites:
-        module = denoiser.get_submodule(attached.part.site.path)
-        setattr(module, _SITE, attached)
-        attachment.handles.append(module.register_forward_hook(_apply_at_site, with_kwargs=True))
-        _mark(module)
+        module = denoiser.get_submodule(attached.adapter.site.path)
+        if _SITES not in vars(module):
+            setattr(module, _SITES, [])
+            attachment.handles.append(module.register_forward_hook(_apply_at_site, with_kwargs=True))
+            _mark(module)
+        vars(module)[_SITES].append(attached)
     return adapter
 
 
@@ -245,7 +251,7 @@ def unload(model: Model) -> Model:
         handle.remove()
     for module in denoiser.modules():  # not by path: a site may have moved, as LoRA moves what it wraps
         vars(module).pop(_ROOT, None)
-        vars(module).pop(_SITE, None)
+        vars(module).pop(_SITES, None)
         _unmark(module)
     return model
 

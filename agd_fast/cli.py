@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 
 import agd_fast as agd
-from agd_fast.adapters.config import AdapterConfig
+from agd_fast.distillation.presets import find_preset
 from agd_fast.teacher import as_teacher
 
 app = typer.Typer(
@@ -57,37 +58,58 @@ def distill(
     output: OutputOption = Path("runs/distill"),
     model: ModelOption = "digits",
     labels: LabelsOption = "0-9",
-    kind: Annotated[str, typer.Option(help="modulation, cross_attention or offset.")] = "modulation",
+    preset: Annotated[
+        str | None, typer.Option(help="Settings that go together: small, sd15, sd21, sdxl, paper-dit, paper-sd21 or paper-sdxl.")
+    ] = None,
+    kind: Annotated[
+        str | None,
+        typer.Option(help="modulation, gated_lora, cross_attention or offset; several joined by '+'.", show_default="modulation"),
+    ] = None,
     hidden: Annotated[int | None, typer.Option(help="Width of the adapter; default: the largest within --max-fraction.")] = None,
-    max_fraction: Annotated[float, typer.Option(help="Most parameters, as a share of the base's.")] = 0.05,
-    guidance: Annotated[tuple[float, float], typer.Option(help="Lowest and highest guidance scale.")] = (1.0, 6.0),
-    trajectories: Annotated[int, typer.Option(min=1, help="Guided trajectories to collect.")] = 400,
-    sampling_steps: Annotated[tuple[int, int], typer.Option(help="Lowest and highest number of their steps.")] = (20, 30),
-    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = agd.TrainConfig.steps,
-    batch_size: Annotated[int, typer.Option(min=1, help="States a training step.")] = agd.TrainConfig.batch_size,
+    max_fraction: Annotated[
+        float | None, typer.Option(help="Most parameters, as a share of the base's.", show_default="0.05")
+    ] = None,
+    guidance: Annotated[
+        tuple[float, float] | None, typer.Option(help="Lowest and highest guidance scale.", show_default="1 6")
+    ] = None,
+    init: Annotated[Path | None, typer.Option(help="Folder of a trained adapter to start from.")] = None,
+    source: Annotated[str, typer.Option(help="Whose states to train on: trajectories (guided), or student (of --init).")] = (
+        "trajectories"
+    ),
+    trajectories: Annotated[int | None, typer.Option(min=1, help="Trajectories to collect.", show_default="400")] = None,
+    sampling_steps: Annotated[
+        tuple[int, int] | None, typer.Option(help="Lowest and highest number of their steps.", show_default="20 30")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Training steps.", show_default="800")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="States a training step.", show_default="128")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate; default: by kind.")] = None,
     ema: Annotated[float | None, typer.Option(help="Decay of an average of the weights, e.g. 0.999.")] = None,
-    mixed_precision: Annotated[str, typer.Option(help="no, fp16 or bf16.")] = "no",
+    mixed_precision: Annotated[str | None, typer.Option(help="no, fp16 or bf16.", show_default="no")] = None,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also write TensorBoard events.")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Train anew instead of continuing what OUTPUT holds.")] = False,
     seed: SeedOption = 0,
     quiet: QuietOption = False,
 ) -> None:
     """Distil guidance of a class-conditional model into an adapter. Continues an interrupted run."""
-    config = agd.TrainConfig(
-        steps=steps,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        ema=ema,
-        mixed_precision=mixed_precision,  # type: ignore[arg-type]
-        seed=seed,
-    )
+    settings = find_preset(preset)
+    of_training = {
+        "steps": steps,
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "ema": ema,
+        "mixed_precision": mixed_precision,
+    }
+    of_adapter = {"kind": kind, "hidden": hidden, "max_fraction": max_fraction}
+    chosen = _given(of_adapter)
     result = agd.distill(
         load_model(model),
         class_labels=parse_labels(labels),
         guidance_range=guidance,
-        adapter=AdapterConfig(kind=kind, hidden=hidden, max_fraction=max_fraction),  # type: ignore[arg-type]
-        train_config=config,
+        preset=preset,
+        adapter=replace(settings.adapter, **chosen) if chosen else None,
+        init=init,
+        source=source,  # type: ignore[arg-type]
+        train_config=replace(settings.train, **_given(of_training)),
         trajectories=trajectories,
         sampling_steps=sampling_steps,
         output_dir=output,
@@ -171,17 +193,21 @@ def info(
         console.print(table)
 
 
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
 def describe(adapter: Path) -> list[tuple[str, str]]:
     """What an adapter's config says, in rows for a reader."""
     from agd_fast.storage import read_config
 
     config = read_config(adapter)
-    layout = config["layout"]
+    sites = [site["path"] for found in config["layout"]["sites"].values() for site in found]
     entries: dict[str, Any] = {
         "base": config["base_class"],
         **config["adapter"],
-        "sites": len(layout["sites"]),
-        "first site": layout["sites"][0]["path"],
+        "sites": len(sites),
+        "first site": sites[0],
         **{name: value for name, value in config["about"].items() if not isinstance(value, dict) and value is not None},
         "library": config["library_version"],
         "format": config["format_version"],

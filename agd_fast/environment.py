@@ -47,7 +47,7 @@ def info(model: Any = None) -> dict[str, Any]:
     found["adapter"] = {
         "kind": adapter.config.kind,
         "hidden": adapter.config.hidden,
-        "sites": [site.path for site in adapter.layout.sites],
+        "sites": [site.adapter.site.path for site in attachment.sites],
         "parameters": parameters,
         "fraction": parameters / base,
         "guidance_range": list(adapter.config.guidance_range),

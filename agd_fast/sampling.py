@@ -1,4 +1,4 @@
-"""Sampling with diffusers' schedulers: one loop, used by sampling, collecting and measuring alike."""
+"""The states of a schedule with diffusers' schedulers: the loops that sampling, collecting and measuring share."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from tqdm.auto import tqdm
 from agd_fast.attaching import GuidanceScale, attachment_of, guided, to_omega
 from agd_fast.teacher import Conditions, Teacher, as_teacher
 
-Method = Literal["auto", "agd", "cfg"]
+Method = Literal["auto", "agd", "cfg", "unguided"]
 Predict = Callable[[Tensor, Tensor], Tensor]  # scaled x_t [B, C, ...], t [B] → prediction [B, C, ...]
+Data = tuple[Tensor, Tensor]  # samples [M, C, H, W] and the row of each one's condition [M]
 
 
 def integrate(
@@ -46,6 +47,33 @@ def integrate(
     return x
 
 
+def visit_noised(scheduler: Any, samples: Tensor, steps: int, predict: Predict, *, generator: torch.Generator) -> None:
+    """Call `predict` on samples [B, C, ...] noised at each timestep of a schedule of `steps`, with fresh noise each time."""
+    scheduler = copy.deepcopy(scheduler)
+    scheduler.set_timesteps(steps, device=samples.device)
+    for t in scheduler.timesteps:
+        scheduler.set_timesteps(steps, device=samples.device)  # back to no position: it is found from t, no step is taken
+        noise = torch.randn(samples.shape, generator=generator).to(samples)
+        times = t.expand(len(samples))
+        if hasattr(scheduler, "scale_noise"):  # flow matching
+            x = scheduler.scale_noise(samples, times, noise)
+        else:
+            x = scheduler.add_noise(samples, noise, times)
+        predict(scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x, times)
+
+
+def require_data(data: Data, conditions: Conditions, sample_shape: tuple[int, ...]) -> None:
+    """Raises: ValueError when data does not fit the model or the table of conditions."""
+    (samples, rows), count = data, len(next(iter(conditions.values())))
+    if tuple(samples.shape[1:]) != sample_shape or rows.shape != samples.shape[:1]:
+        raise ValueError(
+            f"expected data of M samples {sample_shape} and the M rows of their conditions, "
+            f"found {tuple(samples.shape)} and {tuple(rows.shape)}"
+        )
+    if not ((rows >= 0) & (rows < count)).all():
+        raise ValueError(f"expected condition rows in 0..{count - 1}, found {int(rows.min())}..{int(rows.max())}")
+
+
 def sample(
     model: Any,
     class_labels: Sequence[int] | Tensor | int | None = None,
@@ -65,8 +93,9 @@ def sample(
     model: a Teacher, a diffusers pipeline, or a denoiser with `scheduler`.
     class_labels, conditions: one condition a sample, as labels or as tensors by argument name.
     guidance_scale: one number or one a sample, in the family's own convention.
-    method: "agd" is one forward a step with the attached adapter; "cfg" is the base with two (one at ω = 1);
-        "auto" takes the adapter if one is attached and not disabled.
+    method: "agd" is one forward a step with the attached adapter; "cfg" is the base with two, put together by the teacher's
+        rule of guidance; "unguided" is the base with one, at any guidance_scale; "auto" takes the adapter if one is attached
+        and not disabled, else "cfg".
     noise: [N, C, H, W] to start from; None draws it from `seed`.
 
     Raises: ValueError for a missing condition, lengths that differ, or method="agd" without an adapter.
@@ -78,14 +107,11 @@ def sample(
     teacher = as_teacher(model, scheduler)
     table = teacher.conditions(class_labels, conditions)
     count = len(next(iter(table.values())))
-    attachment = attachment_of(teacher)
-    usable = attachment is not None and attachment.enabled
     if method == "auto":
-        method = "agd" if usable else "cfg"
-    if method == "agd" and not usable:
-        raise ValueError(
-            f"method='agd' expects an adapter that is attached and not disabled, found {'it disabled' if attachment else 'none'}"
-        )
+        attachment = attachment_of(teacher)
+        method = "agd" if attachment is not None and attachment.enabled else "cfg"
+    if method == "agd":
+        teacher.require_adapter("method='agd'")
     seed = int(torch.randint(2**31, (1,))) if seed is None else seed
     generator = torch.Generator().manual_seed(seed)
     if noise is None:
@@ -115,9 +141,9 @@ def sample(
 
 
 def predictor(teacher: Teacher, conditions: Conditions, omega: Tensor, method: Method) -> Predict:
-    """The prediction of one arm at fixed conditions and ω [B]: one forward where that suffices, else CFG's two."""
-    if method == "cfg":
+    """The prediction of one arm at fixed conditions and ω [B]: one forward of what is armed, or the base's two of guidance."""
+    if method != "agd":
         teacher.refuse_armed()
-    if method == "agd" or bool((omega == 1).all()):
-        return lambda x, t: teacher.predict(x, t, conditions)
-    return lambda x, t: teacher.predict_cfg(x, t, conditions, omega)[0]
+    if method == "cfg":
+        return lambda x, t: teacher.predict_cfg(x, t, conditions, omega)[0]
+    return lambda x, t: teacher.predict(x, t, conditions)

@@ -70,7 +70,7 @@ class DenoiserSpec:
     conditions: its conditioning arguments.
     time_embedding: names of the base's own modules applied in turn to t to get e_t [B, D]; empty uses
         sinusoidal features of t.
-    attention, feed_forward: blocks that residual adapters are added to.
+    attention, feed_forward, convolution: blocks that residual adapters are added to.
     modulation: conditioning sites that modulation adapters move.
     guided_channels: leading output channels that CFG guides; "config.<attribute>" is read off the denoiser, None means all.
         Channels after them (a learned variance) are left as the conditional pass gives them.
@@ -85,6 +85,7 @@ class DenoiserSpec:
     time_embedding: tuple[str, ...] = ()
     attention: tuple[Site, ...] = ()
     feed_forward: tuple[Site, ...] = ()
+    convolution: tuple[Site, ...] = ()
     modulation: tuple[Site, ...] = ()
     guided_channels: int | str | None = None
     prediction_type: str | None = None
@@ -112,11 +113,11 @@ class ResolvedSite:
 class Layout:
     """All that the shapes of an adapter depend on; stored beside its weights.
 
-    sites: in the order of the denoiser's modules. time_width: channels of e_t.
+    sites: by kind of adapter, in the order of the denoiser's modules. time_width: channels of e_t.
     condition_widths: channels of e_c by argument.
     """
 
-    sites: tuple[ResolvedSite, ...]
+    sites: Mapping[str, tuple[ResolvedSite, ...]]
     time_width: int
     condition_widths: Mapping[str, int] = field(default_factory=dict)
 
@@ -125,7 +126,7 @@ class Layout:
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Layout:
-        sites = tuple(ResolvedSite(**site) for site in value["sites"])
+        sites = {kind: tuple(ResolvedSite(**site) for site in found) for kind, found in value["sites"].items()}
         return cls(sites, int(value["time_width"]), dict(value["condition_widths"]))
 
 
@@ -178,6 +179,8 @@ def module_widths(module: nn.Module) -> tuple[int | None, int | None]:
     """Output and input channels of a module, None where they cannot be told."""
     if isinstance(module, nn.Linear):
         return module.out_features, module.in_features
+    if isinstance(module, nn.Conv2d):
+        return module.out_channels, module.in_channels
     if isinstance(module, nn.LayerNorm):
         return module.normalized_shape[-1], module.normalized_shape[-1]
     if isinstance(module, nn.GroupNorm):

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from agd_fast.adapters import KINDS, Adapter, AdapterConfig
+from agd_fast.adapters import Adapter, AdapterConfig
 from agd_fast.attaching import Model, denoiser_of, install, layout_for, require_attachment
 from agd_fast.families import find_spec
 from agd_fast.files import read_json, read_tensors, replacing, save_tensors, to_json
@@ -113,7 +113,7 @@ def _read_adapter(directory: Path, config: dict[str, Any], adapter_config: Adapt
     if metadata.get("config_id") != _config_id(config):
         raise ValueError(f"{path} and {CONFIG_NAME} do not belong together; expected both from one agd_fast.save(...)")
     with torch.device("meta"):  # no random initialisation: loading leaves the caller's random numbers alone
-        adapter = KINDS[adapter_config.kind](adapter_config, layout)
+        adapter = Adapter(adapter_config, layout)
     expected = {name: tuple(tensor.shape) for name, tensor in adapter.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if expected != found:
@@ -131,23 +131,27 @@ def _same_layout(directory: Path, found: Layout, expected: Layout) -> None:
     """Raises: ValueError naming the first difference between a stored adapter and this base."""
     if found == expected:
         return
-    stored, base = ({site.path: site for site in layout.sites} for layout in (found, expected))
+    stored, base = ({(kind, s.path): s for kind, sites in layout.sites.items() for s in sites} for layout in (found, expected))
     if stored.keys() != base.keys():
         extra, missing = sorted(stored.keys() - base.keys()), sorted(base.keys() - stored.keys())
         raise ValueError(
             f"{directory} holds an adapter for {len(stored)} sites, this base has {len(base)}: "
-            f"not in the base {extra[:3] or 'none'}, not in the adapter {missing[:3] or 'none'}"
+            f"not in the base {_paths(extra)}, not in the adapter {_paths(missing)}"
         )
-    for path, site in stored.items():
-        if site != base[path]:
+    for key, site in stored.items():
+        if site != base[key]:
             raise ValueError(
-                f"width mismatch at {path!r}: the adapter in {directory} has {site.input_width} → {site.width} channels, "
-                f"this base {base[path].input_width} → {base[path].width}"
+                f"width mismatch at {site.path!r}: the adapter in {directory} has {site.input_width} → {site.width} channels, "
+                f"this base {base[key].input_width} → {base[key].width}"
             )
     raise ValueError(
         f"{directory} holds an adapter for embeddings of width t={found.time_width}, {dict(found.condition_widths)}; "
         f"this base has t={expected.time_width}, {dict(expected.condition_widths)}"
     )
+
+
+def _paths(keys: list[tuple[str, str]]) -> list[str] | str:
+    return [path for _, path in keys[:3]] or "none"
 
 
 def _config_id(config: dict[str, Any]) -> str:

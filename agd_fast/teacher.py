@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from agd_fast import ops
-from agd_fast.attaching import attachment_of, component_of, denoiser_of, disabled
+from agd_fast.attaching import Attachment, armed, attachment_of, component_of, denoiser_of, disabled
 from agd_fast.families import find_spec
 from agd_fast.freezing import frozen
 from agd_fast.spec import DenoiserSpec, config_value, device_of, label_count, nest, prediction_type_of
 
 Conditions = Mapping[str, Tensor]
+Guidance = Callable[[Tensor, Tensor, Tensor], Tensor]  # ε(∅), ε(c) [B, C, ...], ω [B] → guided prediction [B, C, ...]
 
 
 @dataclass
@@ -30,6 +33,8 @@ class Teacher:
     null_condition: the unconditional value by argument, batch 1, where the spec has none (a text model's empty prompt).
     sample_shape: shape of one sample (C, H, W); None reads it off the denoiser's config.
     name: what identifies the model to a reader; stored beside adapters and trajectories.
+    guidance: the rule to distil, (ε(∅), ε(c), ω) → guided prediction; plain CFG unless given. Adapters with identity_at_one
+        assume that it gives ε(c) at ω = 1.
 
     Raises: TypeError for an unknown class without a spec; ValueError for contradictory prediction types.
     """
@@ -40,6 +45,7 @@ class Teacher:
     null_condition: Mapping[str, Tensor] = field(default_factory=dict)
     sample_shape: tuple[int, ...] = ()
     name: str = ""
+    guidance: Guidance = ops.guidance_combine
 
     def __post_init__(self) -> None:
         self._call = self.denoiser  # compiled, if that is what was given
@@ -80,6 +86,21 @@ class Teacher:
     @property
     def guided_channels(self) -> int | None:
         return config_value(self.denoiser, self.spec.guided_channels)
+
+    @property
+    def guidance_name(self) -> str:
+        """What tells this rule from any other, in the folders that hold what it made: module and name of a function, the
+        arguments of a functools.partial too, the repr of another object.
+
+        Raises: ValueError for a rule that has no such name, as a lambda or a closure.
+        """
+        name = _rule_name(self.guidance)
+        if "<" in name:
+            raise ValueError(
+                "expected a guidance rule that a name tells from others: a function of a module, a functools.partial of one, or "
+                f"an object whose repr holds its settings (a dataclass with __call__); found {name}"
+            )
+        return name
 
     def conditions(
         self, class_labels: Sequence[int] | Tensor | int | None = None, conditions: Conditions | None = None
@@ -151,6 +172,7 @@ class Teacher:
 
     def predict_cfg(self, x: Tensor, timestep: Tensor, conditions: Conditions, omega: Tensor) -> tuple[Tensor, Tensor]:
         """(ε_cfg, ε(c)) by one forward of a doubled batch [∅, c] of the base; omega: [B], standard convention.
+        ε_cfg is what the teacher's rule of guidance makes of both.
 
         Raises: RuntimeError when an adapter is armed.
         """
@@ -158,14 +180,30 @@ class Teacher:
         null = self.null(conditions)
         doubled = {name: torch.cat([null[name], value]) for name, value in conditions.items()}
         uncond, cond = self.predict(torch.cat([x, x]), torch.cat([timestep, timestep]), doubled).chunk(2)
-        return ops.guidance_combine(uncond, cond, omega.to(x.device)), cond
+        return self.guidance(uncond, cond, omega.to(x.device)), cond
+
+    def predict_agd(self, x: Tensor, timestep: Tensor, conditions: Conditions, omega: Tensor) -> Tensor:
+        """ε̂_agd by one forward with the attached adapter; omega: [B], standard convention.
+
+        Raises: ValueError when there is no adapter to use.
+        """
+        with armed(self.require_adapter("predict_agd"), omega):
+            return self.predict(x, timestep, conditions)
+
+    def require_adapter(self, who: str) -> Attachment:
+        """Raises: ValueError in the name of `who` when no adapter is attached, or it is disabled."""
+        attachment = attachment_of(self)
+        if attachment is None or not attachment.enabled:
+            found = "it disabled" if attachment else "none"
+            raise ValueError(f"{who} expects an adapter that is attached and not disabled, found {found}")
+        return attachment
 
     def refuse_armed(self) -> None:
-        """Raises: RuntimeError when an adapter is armed, for then classifier-free guidance would come on top of it."""
+        """Raises: RuntimeError when an adapter is armed, for then the base's guidance would come on top of it."""
         attachment = attachment_of(self.denoiser)
         if attachment is not None and attachment.active:
             raise RuntimeError(
-                "classifier-free guidance was asked for while an adapter is armed (double guidance); "
+                "the base's own prediction was asked for while an adapter is armed (double guidance); "
                 "expected it outside of agd_fast.guided(...) or inside agd_fast.disabled(...)"
             )
 
@@ -194,6 +232,13 @@ def as_teacher(model: Any, scheduler: Any = None, **overrides: Any) -> Teacher:
     if not isinstance(model, nn.Module):
         overrides.setdefault("name", str(getattr(model, "name_or_path", "") or type(model).__name__))
     return Teacher(component_of(model), scheduler, **overrides)
+
+
+def _rule_name(rule: Any) -> str:
+    if isinstance(rule, partial):
+        settings = [*map(repr, rule.args), *(f"{name}={value!r}" for name, value in sorted(rule.keywords.items()))]
+        return f"{_rule_name(rule.func)}({', '.join(settings)})"
+    return f"{rule.__module__}.{rule.__qualname__}" if isinstance(rule, FunctionType) else repr(rule)
 
 
 def _sample_shape(denoiser: nn.Module) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from itertools import product
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import agd_fast as agd
-from agd_fast.adapters import KINDS, build_adapter, count_parameters
+from agd_fast.adapters import Adapter, build_adapter, count_parameters
+from agd_fast.adapters.adapter import PARTS
 from agd_fast.attaching import layout_for
 from agd_fast.spec import Layout, ResolvedSite
 from conftest import assert_as_exact, double, make_backbone, trained
@@ -51,20 +53,31 @@ def plain_embedding(*context):
 
 
 def plain_offset(adapter, index, hidden, output, context):
-    w = {name.removeprefix(f"sites.{index}.net."): value for name, value in adapter.state_dict().items()}
+    w = adapter.parts["offset"].sites[index].net.state_dict()
     inner = (plain_embedding(adapter, *context) @ w["0.weight"].T + w["0.bias"]).clamp(min=0)
     return (layer_norm(inner, w["2.weight"], w["2.bias"]) @ w["3.weight"].T + w["3.bias"])[:, None]
 
 
 def plain_modulation(adapter, index, hidden, output, context):
-    embedding = plain_embedding(adapter, *context)
-    delta = (embedding * embedding.sigmoid()) @ adapter.up.weight.T + adapter.up.bias
-    start = sum(site.width for site in adapter.layout.sites[:index])
-    return delta[:, None, start : start + adapter.layout.sites[index].width]
+    embedding, up = plain_embedding(adapter, *context), adapter.parts["modulation"].up
+    delta = (embedding * embedding.sigmoid()) @ up.weight.T + up.bias
+    start = sum(site.width for site in SITES[:index])
+    return delta[:, None, start : start + SITES[index].width]
+
+
+def plain_gated_lora(adapter, index, hidden, output, context):
+    embedding, part, rank = plain_embedding(adapter, *context), adapter.parts["gated_lora"], adapter.config.rank
+    gates = 1 + (embedding * embedding.sigmoid()) @ part.gates.weight.T + part.gates.bias
+    delta = torch.zeros_like(output)
+    for direction in range(rank):
+        seen = hidden @ part.sites[index].down.weight[direction]  # [B, T]
+        scaled = seen * gates[:, index * rank + direction, None]
+        delta = delta + scaled[..., None] * part.sites[index].up.weight[:, direction]
+    return delta
 
 
 def plain_cross_attention(adapter, index, hidden, output, context):
-    w = {name.removeprefix(f"sites.{index}."): value for name, value in adapter.state_dict().items()}
+    w = adapter.parts["cross_attention"].sites[index].state_dict()
     tokens = torch.cat(plain_tokens(adapter, *context), dim=1)
     width, heads = tokens.shape[2], adapter.config.heads
     for position in range(tokens.shape[1]):
@@ -81,11 +94,17 @@ def plain_cross_attention(adapter, index, hidden, output, context):
     return attended @ w["out.weight"].T + w["out.bias"]
 
 
-PLAIN = {"offset": plain_offset, "modulation": plain_modulation, "cross_attention": plain_cross_attention}
+PLAIN = {
+    "offset": plain_offset,
+    "modulation": plain_modulation,
+    "gated_lora": plain_gated_lora,
+    "cross_attention": plain_cross_attention,
+}
+KINDS = [*PLAIN, "modulation+gated_lora", "gated_lora+cross_attention"]
 
 
-def plain(adapter, index, hidden, output, context):
-    delta = PLAIN[adapter.config.kind](adapter, index, hidden, output, context)
+def plain(adapter, kind, index, hidden, output, context):
+    delta = PLAIN[kind](adapter, index, hidden, output, context)
     gain = context[0][:, None, None] - 1 if adapter.config.identity_at_one else 1
     return output + delta * gain
 
@@ -96,19 +115,20 @@ def make_context(batch, prompt_tokens):
 
 
 def make_adapter(kind, features="smooth", identity=True, hidden=6, heads=1):
-    config = agd.AdapterConfig(kind, hidden, heads=heads, omega_features=features, identity_at_one=identity)
-    return trained(KINDS[kind](config, Layout(SITES, 3, {"text": 4, "label": 2})))
+    rank = 2 if "gated_lora" in kind else None
+    config = agd.AdapterConfig(kind, hidden, rank=rank, heads=heads, omega_features=features, identity_at_one=identity)
+    return trained(Adapter(config, Layout(dict.fromkeys(config.kinds, SITES), 3, {"text": 4, "label": 2})))
 
 
 def assert_reads_as_formula(adapter, batch, tokens, prompt_tokens):
     context = make_context(batch, prompt_tokens)
     exact_context = (context[0].double(), context[1].double(), {k: v.double() for k, v in context[2].items()})
-    prepared = adapter.prepare(*context)
-    for index, site in enumerate(SITES):
+    entries = zip(adapter.sites, adapter.prepare(*context), strict=True)
+    for (kind, (index, site)), (part, prepared) in zip(product(adapter.config.kinds, enumerate(SITES)), entries, strict=True):
         hidden, output = torch.randn(batch, tokens, site.input_width), torch.randn(batch, tokens, site.width)
-        found = adapter.sites[index](hidden, output, prepared[index])
-        reference = plain(double(adapter), index, hidden.double(), output.double(), exact_context)
-        assert_as_exact(found, plain(adapter, index, hidden, output, context), reference)
+        found = part(hidden, output, prepared)
+        reference = plain(double(adapter), kind, index, hidden.double(), output.double(), exact_context)
+        assert_as_exact(found, plain(adapter, kind, index, hidden, output, context), reference)
 
 
 @pytest.mark.parametrize(("features", "identity"), FORMS)
@@ -120,7 +140,7 @@ def test_adapter_is_its_formula(kind, features, identity):
 
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(
-    kind=st.sampled_from(list(KINDS)),
+    kind=st.sampled_from(KINDS),
     heads=st.sampled_from([1, 3]),
     batch=st.integers(1, 5),
     tokens=st.integers(1, 33),
@@ -139,7 +159,7 @@ def test_cross_attention_takes_prompts_longer_than_250_tokens():
 @pytest.mark.parametrize("channel_dim", [-1, 1])
 def test_affine_sites_scale_and_shift_the_channels_of_a_norm(channel_dim):
     site = ResolvedSite("norm", 4, 4, "affine", channel_dim, 0, "hidden_states")
-    adapter = KINDS["modulation"](agd.AdapterConfig(hidden=2), Layout((site,), 3))
+    part = PARTS["modulation"](agd.AdapterConfig(hidden=2), (site,))
     output, delta = torch.randn(2, 4, 3, 4), torch.randn(2, 8)
     gamma, beta = delta[:, :4], delta[:, 4:]
     shape = (2, 4, 1, 1) if channel_dim == 1 else (2, 1, 1, 4)
@@ -147,20 +167,19 @@ def test_affine_sites_scale_and_shift_the_channels_of_a_norm(channel_dim):
     def formula(dtype):
         return output.to(dtype) * (1 + gamma.to(dtype).view(shape)) + beta.to(dtype).view(shape)
 
-    assert_as_exact(adapter.sites[0](output, output, delta), formula(torch.float32), formula(torch.float64))
+    assert_as_exact(part.sites[0](output, output, delta), formula(torch.float32), formula(torch.float64))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_prepare_at_omega_one_is_no_change(kind):
     adapter = make_adapter(kind)
     _, time, conditions = make_context(3, 4)
-    prepared = adapter.prepare(torch.ones(3), time, conditions)
-    for index, site in enumerate(SITES):
-        hidden, output = torch.randn(3, 5, site.input_width), torch.randn(3, 5, site.width)
-        assert torch.equal(adapter.sites[index](hidden, output, prepared[index]), output)
+    for part, prepared in zip(adapter.sites, adapter.prepare(torch.ones(3), time, conditions), strict=True):
+        hidden, output = torch.randn(3, 5, part.site.input_width), torch.randn(3, 5, part.site.width)
+        assert torch.equal(part(hidden, output, prepared), output)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", PLAIN)
 def test_adapter_keeps_the_dtype_of_the_base(kind):
     adapter = make_adapter(kind)
     context = make_context(2, 4)
@@ -168,9 +187,9 @@ def test_adapter_keeps_the_dtype_of_the_base(kind):
     hidden, output = torch.randn(2, 5, 6).bfloat16(), torch.randn(2, 5, 6).bfloat16()
     low_context = (context[0].bfloat16(), context[1].bfloat16(), {k: v.bfloat16() for k, v in context[2].items()})
     with torch.no_grad():
-        found = adapter.sites[0](hidden, output, adapter.prepare(*context)[0])
-        low = plain(copy.deepcopy(adapter).bfloat16(), 0, hidden, output, low_context)
-        assert_as_exact(found, low, plain(double(adapter), 0, hidden.double(), output.double(), exact_context))
+        found = next(adapter.sites)(hidden, output, adapter.prepare(*context)[0])
+        low = plain(copy.deepcopy(adapter).bfloat16(), kind, 0, hidden, output, low_context)
+        assert_as_exact(found, low, plain(double(adapter), kind, 0, hidden.double(), output.double(), exact_context))
     assert found.dtype == torch.bfloat16
 
 
@@ -178,7 +197,7 @@ def test_adapter_keeps_the_dtype_of_the_base(kind):
 @pytest.mark.parametrize("share", [0.02, 0.05, 0.3])
 def test_build_adapter_takes_the_largest_within_max_fraction(backbone, kind, share):
     denoiser, base = backbone.denoiser, count_parameters(backbone.denoiser)
-    step = 2 if kind == "cross_attention" else 1
+    step = 2 if "cross_attention" in kind else 1
     config = agd.AdapterConfig(kind, max_fraction=share)
     layout = layout_for(denoiser, config, backbone.spec)
 
@@ -196,7 +215,7 @@ def test_build_adapter_takes_the_largest_within_max_fraction(backbone, kind, sha
 def test_blocks_choose_the_sites(tiny):
     def paths(*blocks):
         config = agd.AdapterConfig("offset", 4, blocks=blocks)
-        return [site.path for site in layout_for(tiny.denoiser, config, tiny.spec).sites]
+        return [site.path for site in layout_for(tiny.denoiser, config, tiny.spec).sites["offset"]]
 
     assert paths("attention") == ["blocks.0.attention", "blocks.1.attention"]
     assert paths("feed_forward") == ["blocks.0.mlp", "blocks.1.mlp"]
@@ -216,12 +235,15 @@ def test_build_adapter_needs_sites(tiny):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kind": "lora"}, "kind must be one of 'modulation', 'cross_attention', 'offset'; found 'lora'"),
+        ({"kind": "lora"}, "kind must be one of 'modulation', 'gated_lora', 'cross_attention', 'offset'; found 'lora'"),
+        ({"kind": "offset+"}, "kind must be one of .*; found ''"),
+        ({"kind": "offset+offset"}, r"each kind once, found 'offset\+offset'"),
         ({"omega_features": "linear"}, "omega_features must be one of .* found 'linear'"),
-        ({"blocks": ("mlp",)}, "blocks must be one of 'attention', 'feed_forward'; found 'mlp'"),
+        ({"blocks": ("mlp",)}, "blocks must be one of 'attention', 'feed_forward', 'convolution'; found 'mlp'"),
         ({"blocks": ()}, "at least one"),
         ({"guidance_range": (3.0, 3.0)}, r"low < high, found \(3.0, 3.0\)"),
         ({"hidden": 0}, "hidden must be .* found 0"),
+        ({"rank": 0}, "rank must be .* found 0"),
         ({"max_fraction": 0.0}, "max_fraction must be positive, found 0"),
         ({"hidden": 8, "heads": 3}, "heads=3, hidden=8"),
     ],
@@ -232,7 +254,7 @@ def test_adapter_config_says_what_is_wrong(options, message):
 
 
 def test_adapter_config_round_trips():
-    config = agd.AdapterConfig("offset", 8, 0.1, 2, ("feed_forward",), "fourier", False, (2, 9))
+    config = agd.AdapterConfig("offset", 8, 0.1, 3, 2, ("feed_forward",), "fourier", False, (2, 9))
     assert agd.AdapterConfig.from_dict(config.to_dict()) == config
     with pytest.raises(ValueError, match=r"missing \['heads'\], unknown \['layers'\]"):
         agd.AdapterConfig.from_dict({**{k: v for k, v in config.to_dict().items() if k != "heads"}, "layers": 1})
@@ -265,7 +287,7 @@ CASES += [(name, "offset", block) for name in ("dit", "tiny") for block in ("att
 def test_adapter_equals_the_base_with_its_delta_written_into_biases(name, kind, block):
     backbone = make_backbone(name)
     adapter = trained(agd.attach(backbone.denoiser, agd.AdapterConfig(kind, 4, blocks=(block,)), spec=backbone.spec))
-    sites, inputs, seen = adapter.layout.sites, backbone.inputs(batch=1), []
+    sites, inputs, seen = adapter.layout.sites[kind], backbone.inputs(batch=1), []
     adapter.conditioning.register_forward_hook(lambda module, args, output: seen.append(args))
     with torch.no_grad(), agd.guided(backbone.denoiser, 3.0):
         found = backbone(**inputs)

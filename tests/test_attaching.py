@@ -15,15 +15,17 @@ from safetensors.torch import load_file
 
 import agd_fast as agd
 from agd_fast.attaching import attachment_of, denoiser_of
-from conftest import TINY_SPEC, assert_as_exact, double, make_backbone, trained
+from conftest import TINY_SPEC, TinyAttention, assert_as_exact, double, make_backbone, trained
 
 CONFIGS = [
     agd.AdapterConfig("modulation", 4),
     agd.AdapterConfig("offset", 4, blocks=("attention", "feed_forward")),
     agd.AdapterConfig("cross_attention", 4),
     agd.AdapterConfig("cross_attention", 4, blocks=("feed_forward",), omega_features="fourier", identity_at_one=False),
+    agd.AdapterConfig("gated_lora+cross_attention", 4),  # both at the attention blocks
 ]
-config_ids = ["modulation", "offset-both", "cross_attention", "cross_attention-ff-paper"]
+config_ids = ["modulation", "offset-both", "cross_attention", "cross_attention-ff-paper", "two-parts"]
+TWO_PARTS = CONFIGS[-1]
 every_config = pytest.mark.parametrize("config", CONFIGS, ids=config_ids)
 
 
@@ -93,7 +95,7 @@ def test_guided_takes_a_number_a_list_or_a_tensor(backbone):
 
 @pytest.mark.parametrize("name", ["dit", "unet", "tiny"])
 @settings(max_examples=8, deadline=None, derandomize=True)
-@given(scales=st.lists(st.floats(1.0, 6.0, width=32), min_size=1, max_size=5), config=st.sampled_from(CONFIGS))
+@given(scales=st.lists(st.floats(1.0, 6.0, width=32), min_size=1, max_size=5), config=st.sampled_from(CONFIGS[:-1]))
 def test_guided_per_sample_equals_one_by_one(name, scales, config):
     backbone = make_backbone(name)
     trained(attach(backbone, config))
@@ -137,6 +139,38 @@ def test_unload_leaves_no_trace(name, configs):
     assert all(torch.equal(value, state[name]) for name, value in backbone.denoiser.state_dict().items())
 
 
+def test_two_parts_at_one_module_act_each_as_it_does_alone(backbone):
+    """With one of them zero, the other is what it would be without it."""
+    inputs, kinds = backbone.inputs(), TWO_PARTS.kinds
+    both = trained(attach(backbone, TWO_PARTS))
+    at_one = [part.site.path for part in both.parts["cross_attention"].sites]
+    assert at_one and set(at_one) <= {part.site.path for part in both.parts["gated_lora"].sites}
+    weights, together = copy.deepcopy(both.state_dict()), guided(backbone, inputs)
+    zeros = {"gated_lora": "up.", "cross_attention": "out."}
+    left = {}
+    for kind, other in (kinds, kinds[::-1]):
+        both.load_state_dict({n: v * 0 if f"{other}.sites" in n and zeros[other] in n else v for n, v in weights.items()})
+        left[kind] = guided(backbone, inputs)
+        assert not torch.equal(left[kind], together)
+    agd.unload(backbone.denoiser)
+    for kind, expected in left.items():
+        own = {name: value for name, value in weights.items() if name.startswith(("conditioning.", f"parts.{kind}."))}
+        rank = both.config.rank if kind == "gated_lora" else None
+        attach(backbone, agd.AdapterConfig(kind, 4, rank=rank)).load_state_dict(own)
+        assert torch.equal(guided(backbone, inputs), expected)
+        agd.unload(backbone.denoiser)
+
+
+def test_unload_takes_two_parts_off_a_module_that_was_wrapped_meanwhile(tiny):
+    attention = tiny.denoiser.blocks[0].attention
+    attach(tiny, TWO_PARTS)
+    assert len(attention._forward_hooks) == 1  # of both parts
+    tiny.denoiser.blocks[0].attention = torch.nn.Sequential(attention)
+    agd.unload(tiny.denoiser)
+    assert (type(attention), len(attention._forward_hooks)) == (TinyAttention, 0)
+    assert "_agd_sites" not in vars(attention)
+
+
 def test_unload_keeps_the_hooks_of_others(dit):
     calls, linear = [], dit.denoiser.transformer_blocks[0].norm1.linear
     linear.register_forward_hook(lambda *_: calls.append("before"))
@@ -154,7 +188,7 @@ def test_unload_finds_a_site_that_was_wrapped_meanwhile(tiny):
     agd.unload(tiny.denoiser)
     assert type(linear) is torch.nn.Linear
     assert not linear._forward_hooks
-    assert "_agd_site" not in vars(linear)
+    assert "_agd_sites" not in vars(linear)
 
 
 def test_unload_without_an_adapter_does_nothing(dit):
@@ -287,7 +321,7 @@ def test_an_exception_in_a_forward_leaves_nothing_armed(backbone, where):
     with torch.no_grad():
         base = backbone(**inputs)
     adapter = trained(attach(backbone))
-    last = backbone.denoiser.get_submodule(adapter.layout.sites[-1].path)
+    last = backbone.denoiser.get_submodule(list(adapter.sites)[-1].site.path)
     handle = (last if where == "site" else backbone.denoiser).register_forward_hook(lambda *_: 1 / 0)
     with torch.no_grad(), agd.guided(backbone.denoiser, 3.0):
         with pytest.raises(ZeroDivisionError):
@@ -362,11 +396,12 @@ COPIES = {
 
 @pytest.mark.parametrize("armed", [False, True])
 @pytest.mark.parametrize("copier", COPIES)
-def test_copies_carry_an_adapter_of_their_own(backbone, copier, armed):
+@pytest.mark.parametrize("config", [CONFIGS[0], TWO_PARTS], ids=["one-part", "two-parts"])
+def test_copies_carry_an_adapter_of_their_own(backbone, copier, armed, config):
     inputs = backbone.inputs()
     with torch.no_grad():
         base = backbone(**inputs)
-    trained(attach(backbone))
+    trained(attach(backbone, config))
     expected = guided(backbone, inputs)
     if armed:
         with agd.guided(backbone.denoiser, 5.0), agd.disabled(backbone.denoiser):
@@ -410,7 +445,7 @@ def test_info_says_what_is_attached(backbone, config):
     assert found["adapter"] == {
         "kind": config.kind,
         "hidden": 4,
-        "sites": [site.path for site in adapter.layout.sites],
+        "sites": [part.site.path for part in adapter.sites],
         "parameters": own,
         "fraction": own / base,
         "guidance_range": [1.0, 6.0],

@@ -36,6 +36,16 @@ def test_distill_writes_an_adapter(distilled):
     assert json.loads((distilled / "distill.json").read_text())["guidance_explained"]["mean"] > 0.3
 
 
+def test_distill_goes_on_with_the_states_of_its_adapter(distilled, tmp_path):
+    short = ("--steps", 2, "--batch-size", 8, "--trajectories", 5)
+    run("distill", "--output", tmp_path / "b", "--init", distilled, "--source", "student", *short)
+    about = json.loads((tmp_path / "b" / "adapter_config.json").read_text())["about"]
+    assert about["source"] == "student" and about["init"]
+    done = run("distill", "--output", tmp_path / "c", "--init", distilled, "--kind", "offset", *short, check=False)
+    assert done.returncode == 1 and "kind: expected 'offset', found 'modulation'" in done.stderr
+    assert not (tmp_path / "c").exists()
+
+
 def test_sample_writes_a_picture(distilled, tmp_path):
     picture = tmp_path / "samples.png"
     run("sample", distilled, "--output", picture, "--labels", "0-3", "--compare", "--steps", 5)

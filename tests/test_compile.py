@@ -9,7 +9,7 @@ from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 import agd_fast as agd
 from conftest import TinyDenoiser, assert_as_exact, double, make_backbone, make_unet, trained
 
-KINDS = ["modulation", "offset", "cross_attention"]
+KINDS = ["modulation", "offset", "cross_attention", "modulation+gated_lora"]
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from agd_fast.attaching import attachment_of
-from agd_fast.files import read_json, read_tensors
+from agd_fast.files import read_json, read_tensors, write_json
 from helpers_distillation import (
     after_calls,
     assert_same_tensors,
@@ -53,6 +53,13 @@ def killed_in_a_checkpoint(directory):
 
     agd_fast.files.save_file = save_half
     distill_tiny(directory)
+
+
+def killed_on_policy(directory, init, call, training):
+    """SIGKILL in a forward call of the teacher, or in a training step."""
+    teacher = tiny_teacher()
+    after_calls(teacher.denoiser, call, kill_self, training=training)
+    distill_tiny(directory, teacher, init=init, source="student")
 
 
 def killed_while_collecting(directory):
@@ -114,6 +121,49 @@ def test_distill_continues_after_a_kill_while_collecting(tmp_path, whole):
     assert not (tmp_path / "checkpoint.safetensors").exists()
     distill_tiny(tmp_path)
     assert_same_run(tmp_path, whole / "default")
+
+
+@pytest.fixture(scope="module")
+def on_policy(tmp_path_factory, whole):
+    """An uninterrupted run on the states of the default run's adapter."""
+    directory = tmp_path_factory.mktemp("on_policy")
+    distill_tiny(directory, init=whole / "default", source="student")
+    return directory
+
+
+@pytest.mark.parametrize(("call", "training"), [(10, False), (8, True)])  # in the second of three shards; in the eighth step
+def test_distill_on_policy_continues_after_a_kill(tmp_path, whole, on_policy, call, training):
+    init = whole / "default"
+    kill_in_child(killed_on_policy, tmp_path, init, call, training)
+    files = read_json(tmp_path / "trajectories" / "manifest.json")["files"]
+    assert ("shard-00000.safetensors" in files, "shard-00001.safetensors" in files) == (True, training)
+    distill_tiny(tmp_path, init=init, source="student")
+    assert_same_run(tmp_path, on_policy)
+
+
+def test_distill_on_policy_remakes_a_shard_with_the_adapter_it_began_with(tmp_path, whole, on_policy):
+    """Not with the half-trained one of the checkpoint."""
+    init = whole / "default"
+    interrupt(tmp_path, 8, init=init, source="student")
+    manifest = tmp_path / "trajectories" / "manifest.json"
+    content = read_json(manifest)
+    del content["files"]["shard-00002.safetensors"]
+    write_json(manifest, content)
+    (tmp_path / "trajectories" / "shard-00002.safetensors").unlink()
+    distill_tiny(tmp_path, init=init, source="student")
+    manifest.write_bytes((on_policy / "trajectories" / "manifest.json").read_bytes())  # its entries are in another order
+    assert_same_run(tmp_path, on_policy)
+
+
+@pytest.mark.parametrize(("source", "message"), [("trajectories", "init: expected '.*', found '"), ("student", "adapter.hash")])
+def test_distill_refuses_to_continue_from_another_adapter(tmp_path, whole, source, message):
+    distill_tiny(tmp_path / "other", train_config=short(seed=1))
+    interrupt(tmp_path / "run", 8, init=whole / "default", source=source)
+    with pytest.raises(ValueError, match=message):
+        distill_tiny(tmp_path / "run", init=tmp_path / "other", source=source)
+    if source == "trajectories":
+        with pytest.raises(ValueError, match="init: expected None, found '"):
+            distill_tiny(tmp_path / "run")
 
 
 def test_distill_continues_in_the_middle_of_an_epoch_and_of_a_log_entry(tmp_path):

@@ -72,9 +72,7 @@ def test_sample_auto_takes_the_adapter_if_there_is_one(backbone):
     assert torch.equal(sample("auto"), cfg)
 
 
-@pytest.mark.parametrize(
-    ("method", "scale", "batch"), [("agd", 3.0, 4), ("cfg", 3.0, 8), ("cfg", 1.0, 4), ("cfg", [1.0, 1.0, 2.0, 1.0], 8)]
-)
+@pytest.mark.parametrize(("method", "scale", "batch"), [("agd", 3.0, 4), ("cfg", 3.0, 8), ("cfg", 1.0, 8), ("unguided", 3.0, 4)])
 def test_sample_makes_one_forward_a_step(tiny, method, scale, batch):
     teacher = with_adapter(tiny)
     batches = forwards(tiny.denoiser)
@@ -168,16 +166,43 @@ def test_sample_takes_a_scheduler_beside_the_model(dit):
     assert torch.equal(agd.sample(dit.teacher(), [3], steps=2, noise=noise, scheduler=EulerDiscreteScheduler()), of_teacher)
 
 
-@pytest.mark.parametrize("scale", [1.0, 3.0])
-def test_sample_cfg_inside_guided_is_double_guidance(tiny, scale):
+@pytest.mark.parametrize("method", ["cfg", "unguided"])
+def test_sample_of_the_base_inside_guided_is_double_guidance(tiny, method):
     teacher = with_adapter(tiny)
     with agd.guided(teacher, 3.0), pytest.raises(RuntimeError, match=r"double guidance"):
-        agd.sample(teacher, [1], guidance_scale=scale, steps=2, method="cfg")
+        agd.sample(teacher, [1], steps=2, method=method)
+
+
+def test_sample_unguided_is_a_plain_loop_of_the_base(tiny):
+    teacher, loop = with_adapter(tiny), DDIMScheduler()
+    x, labels = torch.randn(2, 3, 4, 4), torch.tensor([1, 2])
+    found = agd.sample(teacher, labels, guidance_scale=3.0, steps=4, noise=x, method="unguided")
+    loop.set_timesteps(4)
+    with torch.no_grad():
+        for t in loop.timesteps:
+            x = loop.step(tiny.denoiser(x, t.repeat(2), labels), t, x).prev_sample
+    assert torch.equal(found, x)
+
+
+def test_sample_with_cfg_follows_the_teachers_rule(tiny):
+    """Also at ω = 1, where another rule need not give ε(c)."""
+    labels, noise = torch.tensor([1, 2]), torch.randn(2, 3, 4, 4)
+
+    def unconditional(uncond, cond, omega):
+        return uncond
+
+    options = {"steps": 3, "noise": noise, "guidance_scale": 1.0, "method": "cfg"}
+    found = agd.sample(tiny.teacher(guidance=unconditional), labels, **options)
+    plain = tiny.teacher()
+    options["guidance_scale"] = 0.0
+    assert torch.equal(found, agd.sample(plain, labels, **options))  # ε(∅) + 0·(ε(c) − ε(∅))
+    options["guidance_scale"] = 1.0
+    assert not torch.equal(found, agd.sample(plain, labels, **options))
 
 
 def test_sample_says_what_is_wrong(dit):
     teacher = dit.teacher()
-    with pytest.raises(ValueError, match=r"one of 'auto', 'agd', 'cfg'; found 'apg'"):
+    with pytest.raises(ValueError, match=r"one of 'auto', 'agd', 'cfg', 'unguided'; found 'apg'"):
         agd.sample(teacher, [1], method="apg")
     with pytest.raises(ValueError, match=r"method='agd' expects an adapter .* found none"):
         agd.sample(teacher, [1], method="agd")

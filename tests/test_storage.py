@@ -14,7 +14,7 @@ from agd_fast.files import read_json, read_tensors, write_json, write_tensors
 from agd_fast.storage import CONFIG_NAME, WEIGHTS_NAME
 from helpers_distillation import NET_SPEC, Net, assert_same_tensors, contents, custom_teacher, small, tiny_teacher, unet
 
-KINDS = ("modulation", "cross_attention", "offset")
+KINDS = ("modulation", "gated_lora", "cross_attention", "offset", "modulation+cross_attention")
 
 
 def attach_random(teacher, config):
@@ -113,7 +113,7 @@ def test_save_writes_a_config_for_readers(saved):
     assert config["omega_offset"] == 0.0
     assert config["adapter"]["kind"] == "modulation"
     assert config["adapter"]["guidance_range"] == [1.0, 6.0]
-    assert "transformer_blocks.0.norm1.linear" in [site["path"] for site in config["layout"]["sites"]]
+    assert "transformer_blocks.0.norm1.linear" in [site["path"] for site in config["layout"]["sites"]["modulation"]]
     assert config["prediction_type"] == "v_prediction"
     assert config["about"] == {"base_model": "tiny", "note": "for the tests"}
 

@@ -1,5 +1,8 @@
 """Classifier-free guidance against a plain reading with two passes, and what a teacher is made from."""
 
+from dataclasses import dataclass
+from functools import partial
+
 import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
@@ -79,6 +82,77 @@ def test_predict_cfg_while_armed_is_double_guidance(backbone):
                 assert torch.equal(teacher.predict_cfg(*arguments, omega)[0], expected)
         agd.unload(teacher)
         assert torch.equal(teacher.predict_cfg(*arguments, omega)[0], expected)
+
+
+def towards_cond(uncond, cond, omega, share=1.0):
+    """A rule that does not see ω."""
+    return uncond + share * (cond - uncond)
+
+
+@dataclass(frozen=True)
+class Rule:
+    share: float
+
+    def __call__(self, uncond, cond, omega):
+        return towards_cond(uncond, cond, omega, self.share)
+
+
+@torch.no_grad()
+def test_predict_cfg_follows_the_rule_of_guidance(tiny):
+    arguments, seen = split(tiny, tiny.inputs()), []
+
+    def rule(uncond, cond, omega):
+        seen.append((uncond, cond, omega))
+        return uncond - cond
+
+    omega = torch.tensor([1.0, 2.0, 3.0])
+    found, cond = tiny.teacher(guidance=rule).predict_cfg(*arguments, omega)
+    ((uncond, seen_cond, seen_omega),) = seen
+    assert torch.equal(found, uncond - cond)
+    assert torch.equal(seen_cond, cond)
+    assert torch.equal(seen_omega, omega)
+    plain, plain_cond = tiny.teacher().predict_cfg(*arguments, omega)
+    assert torch.equal(cond, plain_cond)
+    assert torch.equal(plain, uncond + omega.view(-1, 1, 1, 1) * (cond - uncond))
+
+
+@pytest.mark.parametrize(
+    ("rule", "name"),
+    [
+        (towards_cond, "test_teacher.towards_cond"),
+        (partial(towards_cond, share=0.5), "test_teacher.towards_cond(share=0.5)"),
+        (partial(partial(towards_cond), share=0.5), "test_teacher.towards_cond(share=0.5)"),
+        (Rule(0.5), "Rule(share=0.5)"),
+    ],
+)
+def test_guidance_name_tells_rules_apart(tiny, rule, name):
+    teacher = tiny.teacher(guidance=rule)
+    assert teacher.guidance_name == name
+    assert as_teacher(teacher, DDIMScheduler()).guidance_name == name
+    assert tiny.teacher().guidance_name == "agd_fast.ops.guidance_combine"
+
+
+def test_guidance_without_a_name_is_said(tiny):
+    class Nameless:
+        def __call__(self, uncond, cond, omega):
+            return cond
+
+    for rule in (lambda uncond, cond, omega: cond, Nameless(), partial(Nameless()), Rule(0.5).__call__):
+        with pytest.raises(ValueError, match="a function of a module, a functools.partial of one"):
+            _ = tiny.teacher(guidance=rule).guidance_name
+
+
+def test_predict_agd_is_the_armed_forward(backbone):
+    trained(agd.attach(backbone.denoiser, agd.AdapterConfig(hidden=2), spec=backbone.spec))
+    teacher, omega = backbone.teacher(), torch.tensor([1.5, 3.0, 6.0])
+    arguments = split(backbone, backbone.inputs())
+    with torch.no_grad():
+        found = teacher.predict_agd(*arguments, omega)
+        with agd.guided(teacher, omega):
+            assert torch.equal(found, teacher.predict(*arguments))
+        assert not torch.equal(found, teacher.predict(*arguments))
+        with agd.disabled(teacher), pytest.raises(ValueError, match="predict_agd expects .* found it disabled"):
+            teacher.predict_agd(*arguments, omega)
 
 
 def test_base_has_no_gradients(tiny):

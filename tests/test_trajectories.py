@@ -17,10 +17,12 @@ from diffusers import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import agd_fast as agd
 from agd_fast.files import read_json, write_json
 from agd_fast.trajectories import Trajectories, collect
-from agd_fast.trajectories.collect import make_plan
-from helpers_distillation import after_calls, collect_tiny, contents, kill_in_child, kill_self, tiny_teacher
+from agd_fast.trajectories.manifest import Plan
+from conftest import assert_as_exact, double, trained
+from helpers_distillation import after_calls, collect_tiny, contents, kill_in_child, kill_self, small, tiny_teacher
 
 NAMES = ("sample", "timestep", "omega", "condition", "target")
 
@@ -181,6 +183,123 @@ def test_collect_from_data_noises_it_at_the_timesteps_of_the_schedule(tmp_path, 
     assert torch.equal(target, state["target"])
 
 
+def with_adapter(seed=0, **config):
+    """A tiny teacher with an adapter of random weights."""
+    teacher = tiny_teacher()
+    torch.manual_seed(seed)
+    trained(agd.attach(teacher, small(**config)))
+    return teacher
+
+
+@torch.no_grad()
+def driven_by_hand(denoiser, scheduler, x, label, omega, steps):
+    """One trajectory that the adapter drives: x and the teacher's ε_cfg at each step."""
+    scheduler.set_timesteps(steps)
+    visited = []
+    for t in scheduler.timesteps:
+        with agd.disabled(denoiser):
+            uncond, cond = (denoiser(x, timestep=t[None], class_labels=torch.tensor([c])).sample for c in (3, label))
+        visited.append((x, uncond + omega.to(x) * (cond - uncond)))
+        with agd.guided(denoiser, omega):
+            student = denoiser(x, timestep=t[None], class_labels=torch.tensor([label])).sample
+        x = scheduler.step(student, t, x).prev_sample
+    return [torch.cat(column) for column in zip(*visited, strict=True)]
+
+
+def test_collect_from_the_student_follows_its_adapter_and_asks_the_teacher(tmp_path):
+    teacher = with_adapter()
+    shard = collect_tiny(tmp_path, teacher, source="student", trajectories=3, shard_size=3).shards[0]
+    exact = double(teacher.denoiser)
+    for label in range(3):
+        mine = {name: value[label::3] for name, value in shard.items()}
+        start, omega = mine["sample"][:1], mine["omega"][0]
+        plain = driven_by_hand(teacher.denoiser, teacher.scheduler, start, label, omega, 4)
+        reference = driven_by_hand(exact, teacher.scheduler, start.double(), label, omega, 4)
+        assert_as_exact(mine["sample"], plain[0], reference[0])
+        assert_as_exact(mine["target"], plain[1], reference[1])
+
+
+def test_collect_starts_every_source_from_the_same_noise(tmp_path, trajectories):
+    first = collect_tiny(tmp_path, with_adapter(), source="student").shards[0]
+    same = {name: torch.equal(first[name], trajectories.shards[0][name]) for name in ("omega", "condition", "timestep")}
+    assert all(same.values()), same
+    assert torch.equal(first["sample"][:2], trajectories.shards[0]["sample"][:2])
+    assert not torch.equal(first["sample"][2:], trajectories.shards[0]["sample"][2:])
+
+
+def test_collect_from_the_student_of_a_zero_adapter_is_unguided(tmp_path):
+    teacher = tiny_teacher()
+    agd.attach(teacher, small())
+    shard = collect_tiny(tmp_path, teacher, source="student", trajectories=1).shards[0]
+    plain, exact = (
+        driven_by_hand(d, teacher.scheduler, shard["sample"][:1].to(d.dtype), 0, shard["omega"][0], 4)
+        for d in (teacher.denoiser, double(teacher.denoiser))
+    )
+    assert_as_exact(shard["sample"], plain[0], exact[0])
+
+
+@pytest.mark.parametrize("source", ["trajectories", "student"])
+def test_collect_inside_guided_or_with_an_adapter_is_the_same(tmp_path, folder, trajectories, source):
+    collect_tiny(tmp_path / "outside", with_adapter(), source=source)
+    teacher = with_adapter()
+    with agd.guided(teacher, 2.0):
+        collect_tiny(tmp_path / "inside", teacher, source=source)
+    assert contents(tmp_path / "inside") == contents(tmp_path / "outside")
+    assert (contents(tmp_path / "inside") == contents(folder)) == (source == "trajectories")
+
+
+def test_collect_from_the_student_needs_an_adapter(tmp_path):
+    expected = "source='student' expects an adapter that is attached and not disabled, found"
+    with pytest.raises(ValueError, match=f"{expected} none"):
+        collect_tiny(tmp_path, source="student")
+    teacher = with_adapter()
+    with agd.disabled(teacher), pytest.raises(ValueError, match=f"{expected} it disabled"):
+        collect_tiny(tmp_path, teacher, source="student")
+    assert contents(tmp_path) == {}
+
+
+@pytest.mark.parametrize(
+    ("other", "entry"),
+    [({"seed": 1}, "adapter.hash"), ({"identity_at_one": False}, "adapter.config.identity_at_one: expected False, found True")],
+)
+def test_collect_names_another_adapter_than_the_folders(tmp_path, other, entry):
+    collect_tiny(tmp_path, with_adapter(), source="student")
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match=f"holds other trajectories .*{entry}"):
+        collect_tiny(tmp_path, with_adapter(**other), source="student")
+    with pytest.raises(ValueError, match="holds other trajectories .*adapter: expected None.*source: expected 'trajectories'"):
+        collect_tiny(tmp_path, with_adapter())
+    collect_tiny(tmp_path, with_adapter(), source="student")
+    assert contents(tmp_path) == before
+
+
+def half_guidance(uncond, cond, omega, share=0.5):
+    return torch.lerp(cond, agd.ops.guidance_combine(uncond, cond, omega), share)
+
+
+def test_collect_names_another_rule_of_guidance_than_the_folders(tmp_path, trajectories):
+    def teacher(**settings):
+        found = tiny_teacher()
+        return agd.Teacher(found.denoiser, found.scheduler, name="tiny", guidance=partial(half_guidance, **settings))
+
+    half = rows_of(collect_tiny(tmp_path, teacher()))
+    whole = rows_of(trajectories)
+    assert torch.equal(half["sample"][:2], whole["sample"][:2])
+    assert not torch.equal(half["target"][:2], whole["target"][:2])
+    with pytest.raises(ValueError, match=r"guidance: expected 'agd_fast.ops.guidance_combine', found 'test_trajectories.half_"):
+        collect_tiny(tmp_path)
+    with pytest.raises(ValueError, match=r"guidance: expected 'test_trajectories.half_guidance\(share=0.75\)', found"):
+        collect_tiny(tmp_path, teacher(share=0.75))
+
+
+def test_collect_refuses_a_rule_of_guidance_without_a_name(tmp_path):
+    base = tiny_teacher()
+    teacher = agd.Teacher(base.denoiser, base.scheduler, guidance=lambda uncond, cond, omega: cond)
+    with pytest.raises(ValueError, match="a name tells from others: .* found test_trajectories.*<lambda>"):
+        collect_tiny(tmp_path, teacher)
+    assert contents(tmp_path) == {}
+
+
 @pytest.mark.parametrize(
     "data",
     [
@@ -214,10 +333,8 @@ def test_collect_announces_the_size_before_it_starts(tmp_path, caplog):
         found = collect_tiny(tmp_path, teacher)
     hook.remove()
     assert said == [f"collecting 5 trajectories, 20 states, 0.0 MiB in 3 shards (3 to do) into {tmp_path}"]
-    table = teacher.conditions(range(3))
-    plan = make_plan(teacher, table, 5, (1.0, 6.0), 4, None, "trajectories", None, 2, 0, None)
     stored = sum(value.numel() * value.itemsize for shard in found.shards for value in shard.values())
-    assert plan.bytes == stored
+    assert Plan(**found.manifest.plan).bytes == stored
 
 
 def test_collect_refuses_a_disk_without_room_before_it_starts(tmp_path, monkeypatch):

@@ -2,46 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import nn
 
-from agd_fast.adapters.base import Adapter
+from agd_fast.adapters.adapter import Adapter
 from agd_fast.adapters.config import AdapterConfig
-from agd_fast.adapters.cross_attention import CrossAttentionAdapter
-from agd_fast.adapters.modulation import ModulationAdapter
-from agd_fast.adapters.offset import OffsetAdapter
 from agd_fast.spec import DenoiserSpec, Layout, Site
 
-KINDS: dict[str, type[Adapter]] = {
-    "modulation": ModulationAdapter,
-    "cross_attention": CrossAttentionAdapter,
-    "offset": OffsetAdapter,
-}
 LARGEST_HIDDEN = 320  # the paper's width for UNets; wider brings little
+BLOCKS = {"gated_lora": ("attention", "feed_forward", "convolution")}  # of a residual kind; the paper's have attention alone
 
 
-def adapter_sites(config: AdapterConfig, spec: DenoiserSpec) -> tuple[Site, ...]:
+def adapter_sites(kind: str, config: AdapterConfig, spec: DenoiserSpec) -> tuple[Site, ...]:
     """The spec's sites that this kind of adapter acts on.
 
     Raises: ValueError when the spec names none.
     """
-    if config.kind == "modulation":
-        sites, where = spec.modulation, "modulation"
-    else:
-        where = " or ".join(config.blocks)
-        sites = tuple(site for block in config.blocks for site in getattr(spec, block))
+    blocks: Sequence[str] = BLOCKS.get(kind, ("attention",)) if config.blocks is None else config.blocks
+    if kind == "modulation":
+        blocks = ("modulation",)
+    sites = tuple(site for block in blocks for site in getattr(spec, block))
     if not sites:
-        raise ValueError(f"a {config.kind!r} adapter needs {where} sites; the spec names none")
+        raise ValueError(f"a {kind!r} adapter needs {' or '.join(blocks)} sites; the spec names none")
     return sites
 
 
 def build_adapter(config: AdapterConfig, layout: Layout, base_parameters: int) -> Adapter:
     """A zero adapter; `hidden=None` becomes the largest width within `max_fraction` of `base_parameters`."""
     if config.hidden is None:
-        config = replace(config, hidden=_largest_hidden(config, layout, base_parameters))
-    return KINDS[config.kind](config, layout)
+        config = sized(config, _largest_hidden(config, layout, base_parameters))
+    return Adapter(sized(config, config.hidden), layout)
+
+
+def sized(config: AdapterConfig, hidden: int | None) -> AdapterConfig:
+    """`config` with this width, and the rank that goes with it where none was chosen."""
+    rank = config.rank or (max(1, (hidden or 0) // 2) if "gated_lora" in config.kinds else None)
+    return replace(config, hidden=hidden, rank=rank)
 
 
 def count_parameters(module: nn.Module) -> int:
@@ -49,12 +48,12 @@ def count_parameters(module: nn.Module) -> int:
 
 
 def _largest_hidden(config: AdapterConfig, layout: Layout, base_parameters: int) -> int:
-    step = config.heads * (2 if config.kind == "cross_attention" else 1)
+    step = config.heads * (2 if "cross_attention" in config.kinds else 1)
     budget = config.max_fraction * base_parameters
 
     def cost(hidden: int) -> int:
         with torch.device("meta"):
-            return count_parameters(KINDS[config.kind](replace(config, hidden=hidden), layout))
+            return count_parameters(Adapter(sized(config, hidden), layout))
 
     low, high = 1, max(LARGEST_HIDDEN // step, 1)  # in units of `step`
     if cost(step) > budget:

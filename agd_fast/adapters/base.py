@@ -1,15 +1,13 @@
-"""What every kind of adapter is: a part that depends on (ω, t, c) alone, and a part that meets the tokens."""
+"""What every kind of adapter is made of: a part that depends on (ω, t, c) alone, and a part that meets the tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from agd_fast.adapters.config import AdapterConfig
-from agd_fast.conditioning import Conditioning
-from agd_fast.spec import Layout, ResolvedSite
+from agd_fast.spec import ResolvedSite
 
 Prepared = tuple[Any, ...]  # one entry a site
 
@@ -29,31 +27,22 @@ class SiteAdapter(nn.Module):
         return output + broadcast(prepared, output, self.site.channel_dim)
 
 
-class Adapter(nn.Module):
-    """An adapter for all sites of one denoiser, created equal to zero.
+class Part(nn.Module):
+    """One kind of adapter at all its sites, created equal to zero.
 
-    `prepare` holds all that does not see x_t: it can be computed for a whole schedule before the first step.
+    `forward` holds all that does not see x_t: it can be computed for a whole schedule before the first step.
     `sites` hold what remains at each, in the order of the layout.
     """
 
     sites: nn.ModuleList
 
-    def __init__(self, config: AdapterConfig, layout: Layout) -> None:
+    def __init__(self, config: AdapterConfig, sites: tuple[ResolvedSite, ...]) -> None:
         super().__init__()
-        if config.hidden is None:
-            raise ValueError("expected an AdapterConfig with a resolved `hidden`, found None")
-        self.config, self.layout = config, layout
-        self.conditioning = Conditioning(config, layout, config.hidden)
+        assert config.hidden is not None
+        self.hidden = config.hidden
 
-    def prepare(self, omega: Tensor, time: Tensor, conditions: Mapping[str, Tensor]) -> Prepared:
-        """ω [B], e_t [B, D_t], e_c [B, D_c] or [B, L, D_c] → one entry a site, in the adapter's own dtype."""
-        dtype = self.conditioning.time.weight.dtype
-        omega, time = omega.to(dtype), time.to(dtype)
-        conditions = {name: value.to(dtype) for name, value in conditions.items()}
-        gain = omega - 1 if self.config.identity_at_one else None
-        return self.prepare_sites(self.conditioning(omega, time, conditions), gain)
-
-    def prepare_sites(self, tokens: list[Tensor], gain: Tensor | None) -> Prepared:
+    def forward(self, tokens: list[Tensor], gain: Tensor | None) -> Prepared:
+        """Tokens of (ω, t, c), [B, S, d] each, and the factor (ω − 1) [B] or None → one entry a site."""
         raise NotImplementedError
 
 

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
-Kind = Literal["modulation", "cross_attention", "offset"]
+Kind = Literal["modulation", "gated_lora", "cross_attention", "offset"]
 OmegaFeatures = Literal["smooth", "fourier"]
-Blocks = Literal["attention", "feed_forward"]
+Blocks = Literal["attention", "feed_forward", "convolution"]
 
 
 @dataclass(frozen=True)
 class AdapterConfig:
     """What kind of adapter, and how large.
 
-    kind: "modulation" moves the base's own conditioning sites; "cross_attention" and "offset" are the paper's,
-        added to the output of attention blocks (arXiv 2503.07274, section 4).
-    hidden: width d of the adapter's embedding (its rank, for modulation); None takes the largest that keeps the
+    kind: "modulation" moves the base's own conditioning sites; "gated_lora" adds low-rank terms beside its blocks;
+        "cross_attention" and "offset" are the paper's, added to the output of attention blocks (arXiv 2503.07274,
+        section 4). Several, joined by "+", act together and share the embedding of (ω, t, c).
+    hidden: width d of that embedding (its rank, for modulation); None takes the largest that keeps the
         adapter within `max_fraction` of the base's parameters, 320 at most.
     max_fraction: that bound.
+    rank: of each term of gated_lora; None takes half of `hidden`.
     heads: attention heads, for cross_attention.
-    blocks: which blocks residual adapters are added to.
+    blocks: which blocks residual adapters are added to; None takes attention for the paper's kinds, and for gated_lora
+        all that the denoiser's spec names.
     omega_features: "smooth" functions of ω, or the paper's random "fourier" features.
     identity_at_one: multiply the output by (ω − 1), so that ω = 1 is exactly the base.
     guidance_range: the (lowest, highest) ω that training draws from.
@@ -28,36 +32,47 @@ class AdapterConfig:
     The paper's form is omega_features="fourier", identity_at_one=False.
     """
 
-    kind: Kind = "modulation"
+    kind: str = "modulation"
     hidden: int | None = None
     max_fraction: float = 0.05
+    rank: int | None = None
     heads: int = 1
-    blocks: tuple[Blocks, ...] = ("attention",)
+    blocks: tuple[Blocks, ...] | None = None
     omega_features: OmegaFeatures = "smooth"
     identity_at_one: bool = True
     guidance_range: tuple[float, float] = (1.0, 6.0)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "blocks", tuple(self.blocks))
+        if self.blocks is not None:
+            object.__setattr__(self, "blocks", tuple(self.blocks))
         low, high = (float(omega) for omega in self.guidance_range)
         object.__setattr__(self, "guidance_range", (low, high))
-        _one_of("kind", self.kind, get_args(Kind))
+        for kind in self.kinds:
+            _one_of("kind", kind, get_args(Kind))
+        if len(set(self.kinds)) != len(self.kinds):
+            raise ValueError(f"kind must name each kind once, found {self.kind!r}")
         _one_of("omega_features", self.omega_features, get_args(OmegaFeatures))
-        for block in self.blocks:
+        for block in self.blocks or ():
             _one_of("blocks", block, get_args(Blocks))
-        if not self.blocks:
-            raise ValueError("blocks must name at least one of 'attention', 'feed_forward'; found none")
+        if self.blocks == ():
+            raise ValueError(f"blocks must name at least one of {', '.join(map(repr, get_args(Blocks)))}; found none")
         if not low < high:
             raise ValueError(f"guidance_range must be (low, high) with low < high, found {self.guidance_range}")
-        if self.hidden is not None and self.hidden < 1:
-            raise ValueError(f"hidden must be a positive integer or None, found {self.hidden}")
+        for name in ("hidden", "rank"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be a positive integer or None, found {value}")
         if not self.max_fraction > 0:
             raise ValueError(f"max_fraction must be positive, found {self.max_fraction}")
         if self.heads < 1 or (self.hidden is not None and self.hidden % self.heads):
             raise ValueError(f"heads must divide hidden; found heads={self.heads}, hidden={self.hidden}")
 
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        return tuple(self.kind.split("+"))
+
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "blocks": list(self.blocks), "guidance_range": list(self.guidance_range)}
+        return json.loads(json.dumps(asdict(self)))
 
     @classmethod
     def from_dict(cls, value: dict[str, Any]) -> AdapterConfig:
@@ -68,7 +83,7 @@ class AdapterConfig:
                 f"adapter entries differ: missing {sorted(names - set(value)) or 'none'}, "
                 f"unknown {sorted(set(value) - names) or 'none'}"
             )
-        return cls(**{**value, "blocks": tuple(value["blocks"]), "guidance_range": tuple(value["guidance_range"])})
+        return cls(**value)
 
 
 def _one_of(name: str, found: Any, expected: tuple[str, ...]) -> None:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from agd_fast.adapters.base import Adapter, Prepared, SiteAdapter
+from agd_fast.adapters.base import Part, Prepared, SiteAdapter
 from agd_fast.adapters.config import AdapterConfig
-from agd_fast.spec import Layout, ResolvedSite
+from agd_fast.spec import ResolvedSite
 
 
 def sinusoidal_positions(length: int, width: int, device: torch.device) -> Tensor:
@@ -47,15 +47,14 @@ class CrossAttentionSite(SiteAdapter):
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 
-class CrossAttentionAdapter(Adapter):
-    def __init__(self, config: AdapterConfig, layout: Layout) -> None:
-        super().__init__(config, layout)
-        hidden = config.hidden or 0
-        if hidden % 2:
-            raise ValueError(f"cross_attention needs an even `hidden`, found {hidden}")
-        self.sites = nn.ModuleList(CrossAttentionSite(site, hidden, config.heads) for site in layout.sites)
+class CrossAttention(Part):
+    def __init__(self, config: AdapterConfig, sites: tuple[ResolvedSite, ...]) -> None:
+        super().__init__(config, sites)
+        if self.hidden % 2:
+            raise ValueError(f"cross_attention needs an even `hidden`, found {self.hidden}")
+        self.sites = nn.ModuleList(CrossAttentionSite(site, self.hidden, config.heads) for site in sites)
 
-    def prepare_sites(self, tokens: list[Tensor], gain: Tensor | None) -> Prepared:
+    def forward(self, tokens: list[Tensor], gain: Tensor | None) -> Prepared:
         """(k, v, gain) a site: [B, S, d], [B, S, d], [B, 1, 1] or None."""
         sequence = torch.cat(tokens, dim=1)  # [B, S, d]
         sequence = sequence + sinusoidal_positions(sequence.shape[1], sequence.shape[2], sequence.device)

@@ -11,9 +11,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from agd_fast.adapters.base import Adapter, Prepared, SiteAdapter, broadcast, pooled
+from agd_fast.adapters.base import Part, Prepared, SiteAdapter, broadcast, pooled
 from agd_fast.adapters.config import AdapterConfig
-from agd_fast.spec import Layout
+from agd_fast.spec import ResolvedSite
 
 
 class AffineSite(SiteAdapter):
@@ -27,16 +27,16 @@ class AffineSite(SiteAdapter):
 _FORMS = {"add": (SiteAdapter, 1), "affine": (AffineSite, 2)}  # and how many δ of the site's width each takes
 
 
-class ModulationAdapter(Adapter):
-    def __init__(self, config: AdapterConfig, layout: Layout) -> None:
-        super().__init__(config, layout)
-        self.sites = nn.ModuleList(_FORMS[site.form][0](site) for site in layout.sites)
-        self.widths = [_FORMS[site.form][1] * site.width for site in layout.sites]
-        self.up = nn.Linear(config.hidden or 0, sum(self.widths))  # B of all sites, in one matrix
+class Modulation(Part):
+    def __init__(self, config: AdapterConfig, sites: tuple[ResolvedSite, ...]) -> None:
+        super().__init__(config, sites)
+        self.sites = nn.ModuleList(_FORMS[site.form][0](site) for site in sites)
+        self.widths = [_FORMS[site.form][1] * site.width for site in sites]
+        self.up = nn.Linear(self.hidden, sum(self.widths))  # B of all sites, in one matrix
         nn.init.zeros_(self.up.weight)
         nn.init.zeros_(self.up.bias)
 
-    def prepare_sites(self, tokens: list[Tensor], gain: Tensor | None) -> Prepared:
+    def forward(self, tokens: list[Tensor], gain: Tensor | None) -> Prepared:
         delta = self.up(F.silu(pooled(tokens)))  # [B, Σ widths]
         if gain is not None:
             delta = delta * gain[:, None]

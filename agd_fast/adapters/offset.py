@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from agd_fast.adapters.base import Adapter, Prepared, SiteAdapter, pooled
+from agd_fast.adapters.base import Part, Prepared, SiteAdapter, pooled
 from agd_fast.adapters.config import AdapterConfig
-from agd_fast.spec import Layout, ResolvedSite
+from agd_fast.spec import ResolvedSite
 
 
 class OffsetSite(SiteAdapter):
@@ -18,12 +18,12 @@ class OffsetSite(SiteAdapter):
         self.net = nn.Sequential(nn.Linear(hidden, hidden), nn.ReLU(), nn.LayerNorm(hidden), out)
 
 
-class OffsetAdapter(Adapter):
-    def __init__(self, config: AdapterConfig, layout: Layout) -> None:
-        super().__init__(config, layout)
-        self.sites = nn.ModuleList(OffsetSite(site, config.hidden or 0) for site in layout.sites)
+class Offset(Part):
+    def __init__(self, config: AdapterConfig, sites: tuple[ResolvedSite, ...]) -> None:
+        super().__init__(config, sites)
+        self.sites = nn.ModuleList(OffsetSite(site, self.hidden) for site in sites)
 
-    def prepare_sites(self, tokens: list[Tensor], gain: Tensor | None) -> Prepared:
+    def forward(self, tokens: list[Tensor], gain: Tensor | None) -> Prepared:
         embedding = pooled(tokens)  # [B, d]
         offsets = tuple(site.net(embedding) for site in self.sites)  # type: ignore[operator]
         return offsets if gain is None else tuple(offset * gain[:, None] for offset in offsets)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from agd_fast.attaching import armed, require_attachment
+from agd_fast.attaching import require_attachment
 from agd_fast.teacher import Teacher
 from agd_fast.trajectories import Batch
 
@@ -14,10 +14,8 @@ class Student(nn.Module):
 
     def __init__(self, teacher: Teacher) -> None:
         super().__init__()
-        attachment = require_attachment(teacher)
-        self.denoiser, self.adapter = teacher.denoiser, attachment.adapter
-        self._teacher, self._attachment = teacher, attachment
+        self.denoiser, self.adapter = teacher.denoiser, require_attachment(teacher).adapter
+        self._teacher = teacher
 
     def forward(self, batch: Batch) -> Tensor:
-        with armed(self._attachment, batch.omega):
-            return self._teacher.predict(batch.sample.to(self._teacher.dtype), batch.timestep, batch.conditions)
+        return self._teacher.predict_agd(batch.sample.to(self._teacher.dtype), batch.timestep, batch.conditions, batch.omega)

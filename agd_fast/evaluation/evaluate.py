@@ -19,7 +19,7 @@ from agd_fast.evaluation.frechet import frechet_distance
 from agd_fast.evaluation.precision_recall import precision_recall
 from agd_fast.evaluation.speed import Timing, time_interleaved
 from agd_fast.sampling import sample
-from agd_fast.teacher import Teacher, as_teacher
+from agd_fast.teacher import Conditions, Teacher, as_teacher
 
 ARMS = ("unguided", "cfg", "agd")
 FEATURE_BATCH = 250  # images an extractor sees at once
@@ -32,7 +32,7 @@ class Reference:
     images: real samples [M, C, H, W] in the denoiser's space, on the device that the functions below run on.
     features: [N, C, H, W] → [N, D], any extractor. With the weights at hand, torchmetrics' Inception is one:
         `inception = NoTrainInceptionV3("inception-v3-compat", ["2048"])`, `lambda x: inception(x.add(1).mul(127.5).byte())`.
-    classify: [N, C, H, W] → logits [N, K]; None leaves class accuracy out.
+    classify: [N, C, H, W] → logits [N, K]; None leaves class accuracy out, as does an evaluation without class labels.
     """
 
     images: Tensor
@@ -90,7 +90,8 @@ def evaluate(
     model: Any,
     reference: Reference,
     *,
-    class_labels: Sequence[int],
+    class_labels: Sequence[int] | Tensor | None = None,
+    conditions: Conditions | None = None,
     samples: int = 2000,
     guidance_scales: Sequence[float] = SCALES,
     steps: int = 25,
@@ -103,22 +104,30 @@ def evaluate(
 ) -> Evaluation:
     """Compare the attached adapter with two-pass CFG and the unguided base.
 
-    model: a Teacher, or what makes one, with an adapter attached. class_labels: classes, each sampled equally often.
+    model: a Teacher, or what makes one, with an adapter attached.
+    class_labels: classes, each sampled equally often. conditions: for a model of captions or the like, tensors by argument name,
+        batch first, each row sampled equally often; class_labels are then the classes of the rows, for class accuracy alone.
     guidance_scales: ω in the standard convention.
     timing_rounds: interleaved rounds at `timing_batch`; 0 leaves speed out.
-    Raises: ValueError when no adapter is attached.
+    Raises: ValueError when no adapter is attached, or class_labels and conditions differ in length.
     """
     teacher = as_teacher(model)
     adapter = require_attachment(teacher).adapter
-    labels = torch.as_tensor(list(class_labels))[torch.arange(samples) % len(class_labels)]
+    table = teacher.conditions(class_labels) if conditions is None else teacher.conditions(conditions=conditions)
+    count = len(next(iter(table.values())))
+    if class_labels is not None and len(class_labels) != count:
+        raise ValueError(f"expected one class label a row of conditions, found {len(class_labels)} and {count}")
+    rows = torch.arange(samples) % count
+    table = {name: value[rows] for name, value in table.items()}
+    labels = None if class_labels is None else torch.as_tensor(class_labels)[rows]
     noise = torch.randn(samples, *teacher.sample_shape, generator=torch.Generator().manual_seed(seed))
     real = _features(reference, reference.images)
-    held_out = teacher.conditions(labels[:explained_trajectories])
+    held_out = {name: value[:explained_trajectories] for name, value in table.items()}
     by_scale: dict[str, Scale] = {}
     with tqdm(total=2 * len(guidance_scales) + 2, desc="evaluating", disable=not progress) as bar:
 
         def measure(name: str, omega: float) -> tuple[Arm, Tensor]:
-            run = arm_sampler(teacher, name, labels, noise, omega, steps, batch_size)
+            run = arm_sampler(teacher, name, None, noise, omega, steps, batch_size, conditions=table)
             with count_evaluations(teacher.denoiser) as evaluated:
                 images = run()
             bar.update()
@@ -150,8 +159,8 @@ def evaluate(
         by_scale=by_scale,
     )
     if timing_rounds:
-        rows = slice(0, timing_batch)
-        runs = {n: arm_sampler(teacher, n, labels[rows], noise[rows], float(best), steps, timing_batch) for n in ARMS}
+        part, start = {name: value[:timing_batch] for name, value in table.items()}, noise[:timing_batch]
+        runs = {n: arm_sampler(teacher, n, None, start, float(best), steps, timing_batch, conditions=part) for n in ARMS}
         result.timing = time_interleaved(runs, rounds=timing_rounds, device=teacher.device, progress=progress)
         for name, arm in result.arms.items():
             arm.seconds_per_image = result.timing[name].median / timing_batch
@@ -162,24 +171,25 @@ def evaluate(
 def arm_sampler(
     teacher: Teacher,
     name: str,
-    labels: Tensor,
+    class_labels: Tensor | None,
     noise: Tensor,
     omega: float,
     steps: int,
     batch_size: int,
     progress: bool = False,
+    conditions: Conditions | None = None,
 ) -> Callable[[], Tensor]:
     """A call that samples one arm: the base in one pass, the base with CFG in two, or the adapter in one."""
-    scale = (1.0 if name == "unguided" else omega) - teacher.spec.omega_offset
 
     def run() -> Tensor:
         with nullcontext() if name == "agd" else disabled(teacher):
             return sample(
                 teacher,
-                labels,
-                guidance_scale=scale,
+                class_labels,
+                conditions=conditions,
+                guidance_scale=omega - teacher.spec.omega_offset,
                 steps=steps,
-                method="agd" if name == "agd" else "cfg",
+                method=name,  # type: ignore[arg-type]
                 noise=noise,
                 seed=0,
                 batch_size=batch_size,
@@ -204,11 +214,11 @@ def count_evaluations(denoiser: nn.Module) -> Iterator[list[int]]:
         handle.remove()
 
 
-def _arm(reference: Reference, real: Tensor, images: Tensor, labels: Tensor, per_sample: float) -> Arm:
+def _arm(reference: Reference, real: Tensor, images: Tensor, labels: Tensor | None, per_sample: float) -> Arm:
     fake = _features(reference, images)
     precision, recall = precision_recall(real, fake)
     accuracy = None
-    if reference.classify is not None:
+    if reference.classify is not None and labels is not None:
         with torch.inference_mode():
             predicted = reference.classify(images.to(reference.images.device)).argmax(1)
             accuracy = (predicted.cpu() == labels).double().mean().item()

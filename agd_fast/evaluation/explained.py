@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from agd_fast.attaching import armed, require_attachment
+from agd_fast.attaching import require_attachment
 from agd_fast.freezing import frozen
-from agd_fast.sampling import integrate
+from agd_fast.sampling import Data, integrate, require_data, visit_noised
 from agd_fast.teacher import Conditions, Teacher
 
+States = Literal["guided", "data", "student"]
+Student = Callable[[Tensor, Tensor, Conditions, Tensor], Tensor]  # x_t, t [B], conditions, ω [B] → prediction
 SCALES = (1.5, 2.0, 3.0, 4.0, 6.0)
 
 
@@ -39,21 +42,40 @@ def guidance_explained(
     teacher: Teacher,
     conditions: Conditions,
     *,
+    states: States = "guided",
+    data: Data | None = None,
+    student: Student | None = None,
     scales: tuple[float, ...] = SCALES,
     steps: int = 25,
     seed: int = 1,
     batch_size: int = 100,
 ) -> Explained:
-    """Measure the attached adapter on the states of the teacher's own guided trajectories.
+    """Measure the attached adapter, or another student, against the teacher's guided predictions.
 
     conditions: one a trajectory, batch first; each is run once at every ω of `scales` (standard convention, ω ≠ 1).
-    seed: of the trajectories' noise; they are held out if it was not used for training.
-    Raises: ValueError when no adapter is attached.
+    states: "guided" of the teacher's own trajectories; "student" of trajectories that the adapter drives, which are those it
+        meets when it samples; "data" are samples noised at the timesteps of the schedule, `data` = (samples [M, C, H, W], the
+        row of `conditions` that each goes with [M]).
+    student: what predicts in one pass; None is the teacher with its attached adapter.
+    seed: of all noise, which is the same for every adapter; states are held out if it was not used for training.
+    Raises: ValueError when no adapter is attached, or `states` is unknown or does not go with `data`.
     """
-    require_attachment(teacher)
+    if student is None:
+        require_attachment(teacher)
+        student = teacher.predict_agd
+    if states not in get_args(States) or (states == "data") != (data is not None):
+        raise ValueError(
+            f"states must be one of {get_args(States)}, 'data' with data=(samples, condition rows); "
+            f"found {states!r}, data {'None' if data is None else 'given'}"
+        )
     count = len(next(iter(conditions.values())))
     generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(count, *teacher.sample_shape, generator=generator)
+    if data is None:
+        start = torch.randn(count, *teacher.sample_shape, generator=generator)
+    else:
+        require_data(data, conditions, teacher.sample_shape)
+        start, count = data[0], len(data[0])
+        conditions = {name: value[data[1]] for name, value in conditions.items()}
     slices = [slice(start, start + batch_size) for start in range(0, count, batch_size)]
     errors: dict[float, Tensor] = {}  # ω → [steps, 2]
     times: list[float] = []
@@ -61,7 +83,7 @@ def guidance_explained(
         parts = []
         for rows in slices:
             part = {name: value[rows].to(teacher.device) for name, value in conditions.items()}
-            times, sums = _errors_along(teacher, part, omega, noise[rows], steps, generator)
+            times, sums = _errors(teacher, student, part, states, omega, start[rows], steps, generator)
             parts.append(sums)
         errors[omega] = torch.stack(parts).sum(0)
     by_scale = {omega: _explained(sums.sum(0)) for omega, sums in errors.items()}
@@ -73,30 +95,37 @@ def guidance_explained(
     return Explained(sum(by_scale.values()) / len(by_scale), by_scale, by_time)
 
 
-def _errors_along(
-    teacher: Teacher, conditions: Conditions, omega: float, noise: Tensor, steps: int, generator: torch.Generator
+def _errors(
+    teacher: Teacher,
+    student: Student,
+    conditions: Conditions,
+    states: States,
+    omega: float,
+    start: Tensor,
+    steps: int,
+    generator: torch.Generator,
 ) -> tuple[list[float], Tensor]:
-    """Along guided trajectories from `noise`: t [steps], and Σ‖ε̂_agd − ε_cfg‖², Σ‖ε(c) − ε_cfg‖² [steps, 2]."""
-    attachment = require_attachment(teacher)
-    scale = torch.full((len(noise),), omega, device=teacher.device)
+    """From `start`, noise or data [B, C, ...]: t [steps], and Σ‖ε̂_agd − ε_cfg‖², Σ‖ε(c) − ε_cfg‖² [steps, 2]."""
+    scale = torch.full((len(start),), omega, device=teacher.device)
     times: list[Tensor] = []
     sums: list[Tensor] = []
 
     def predict(x: Tensor, t: Tensor) -> Tensor:
         target, cond = teacher.predict_cfg(x, t, conditions, scale)
-        with armed(attachment, scale):
-            student = teacher.predict(x, t, conditions)
-        sums.append(torch.stack([_squared(student, target), _squared(cond, target)]))
+        prediction = student(x, t, conditions, scale)
+        sums.append(torch.stack([_squared(prediction, target), _squared(cond, target)]))
         times.append(t[0])
-        return target
+        return prediction if states == "student" else target
 
+    visit = visit_noised if states == "data" else integrate
     with frozen(teacher.denoiser), torch.inference_mode():
-        integrate(teacher.scheduler, noise.to(teacher.device, teacher.dtype), steps, predict, generator=generator)
+        visit(teacher.scheduler, start.to(teacher.device, teacher.dtype), steps, predict, generator=generator)
     return torch.stack(times).tolist(), torch.stack(sums)
 
 
 def _squared(a: Tensor, b: Tensor) -> Tensor:
-    return (a.float() - b.float()).square().sum()
+    wide = torch.promote_types(a.dtype, torch.float32)
+    return (a.to(wide) - b.to(wide)).square().sum()
 
 
 def _explained(sums: Tensor) -> float:

@@ -20,6 +20,7 @@ SPECS = {
         time_embedding=("time_proj", "time_embedding"),
         attention=(Site("*.attn2"),),
         feed_forward=(Site("*.transformer_blocks.*.ff"),),
+        convolution=(Site("*.resnets.*.conv[12]", channel_dim=1),),
         modulation=(
             Site("*.resnets.*.norm1", form="affine", channel_dim=1),
             Site("*.resnets.*.norm2", form="affine", channel_dim=1),

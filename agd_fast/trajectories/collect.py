@@ -14,16 +14,17 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from agd_fast.attaching import disabled
 from agd_fast.files import fingerprint, remove_partial, write_tensors
-from agd_fast.sampling import Predict, integrate
+from agd_fast.freezing import frozen
+from agd_fast.sampling import Data, integrate, require_data, visit_noised
 from agd_fast.teacher import Conditions, Teacher
 from agd_fast.trajectories.dataset import Trajectories
 from agd_fast.trajectories.manifest import CONDITIONS_NAME, MANIFEST_NAME, Manifest, Plan, Shard
 
 logger = logging.getLogger(__name__)
 
-Source = Literal["trajectories", "data"]
-Data = tuple[Tensor, Tensor]  # samples [M, C, H, W] and the row of each one's condition [M]
+Source = Literal["trajectories", "data", "student"]
 
 
 def collect(
@@ -46,14 +47,36 @@ def collect(
 
     conditions: the table that trajectories cycle through, batch first. guidance_range: ω ~ U[low, high], standard convention.
     steps: of the schedule, or (lowest, highest) to draw from a shard. keep: states kept of each trajectory.
-    source: "trajectories" follows the teacher's CFG; "data" noises `data` at the same timesteps (the paper's ablation).
+    source: "trajectories" follows the teacher's guidance; "data" noises `data` at the same timesteps (the paper's ablation);
+        "student" follows the attached adapter, so that it meets its own errors (DAgger, arXiv 1011.0686). The targets are the
+        teacher's guided predictions in every case.
     shard_size: trajectories run at once, and lost at most when the process is killed. dtype: of the stored states.
 
-    Raises: ValueError when the folder holds other trajectories, or a corrupted or foreign file (named); OSError when the
-    disk is full.
+    Raises: ValueError for numbers out of range, data that does not fit the source, source="student" without a usable adapter,
+    and a folder with other trajectories or a corrupted or foreign file (named); OSError when the disk is full.
     """
     directory = Path(directory)
-    plan = make_plan(teacher, conditions, trajectories, guidance_range, steps, keep, source, data, shard_size, seed, dtype)
+    low, high = (steps, steps) if isinstance(steps, int) else steps
+    _require_positive(trajectories=trajectories, shard_size=shard_size, steps=low, keep=1 if keep is None else keep)
+    if low > high:
+        raise ValueError(f"steps must be (lowest, highest), found {steps}")
+    _require_source(teacher, conditions, source, data)
+    teacher.null(conditions)  # a missing null condition is said before anything runs
+    plan = Plan(
+        source=source,
+        trajectories=trajectories,
+        shard_size=min(shard_size, trajectories),
+        steps=(low, high),
+        calls=_calls(teacher.scheduler, low, high),
+        keep=keep,
+        guidance_range=(float(guidance_range[0]), float(guidance_range[1])),
+        seed=seed,
+        dtype=str(dtype or teacher.dtype).removeprefix("torch."),
+        conditions={name: fingerprint({name: value}) for name, value in conditions.items()},
+        data=None if data is None else fingerprint({"samples": data[0], "rows": data[1]}),
+        adapter=_identity_of_adapter(teacher) if source == "student" else None,
+        **_identity(teacher),
+    )
     manifest = _open(directory, plan, conditions)
     missing = [shard for shard in plan.shards if shard.name not in manifest.files]
     if missing:
@@ -66,27 +89,14 @@ def collect(
     return Trajectories(directory, verify=False)  # every hash was compared or made just now
 
 
-def make_plan(
-    teacher: Teacher,
-    conditions: Conditions,
-    trajectories: int,
-    guidance_range: tuple[float, float],
-    steps: int | tuple[int, int],
-    keep: int | None,
-    source: Source,
-    data: Data | None,
-    shard_size: int,
-    seed: int,
-    dtype: torch.dtype | None,
-) -> Plan:
-    """Raises: ValueError for numbers out of range or data that does not fit the source."""
-    low, high = (steps, steps) if isinstance(steps, int) else steps
-    positive = {"trajectories": trajectories, "shard_size": shard_size, "steps": low, "keep": keep if keep is not None else 1}
-    for name, value in positive.items():
+def _require_positive(**numbers: int) -> None:
+    for name, value in numbers.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1, found {value}")
-    if low > high:
-        raise ValueError(f"steps must be (lowest, highest), found {steps}")
+
+
+def _require_source(teacher: Teacher, conditions: Conditions, source: Source, data: Data | None) -> None:
+    """Raises: ValueError when the source is unknown or `data` does not go with it."""
     if source not in get_args(Source):
         raise ValueError(f"source must be one of {get_args(Source)}, found {source!r}")
     if (source == "data") != (data is not None):
@@ -94,43 +104,30 @@ def make_plan(
             f"source='data' goes with data=(samples, condition rows); found source={source!r}, data {'given' if data else 'None'}"
         )
     if data is not None:
-        _check_data(data, len(next(iter(conditions.values()))), teacher.sample_shape)
-    teacher.null(conditions)  # a missing null condition is said before anything runs
-    return Plan(
-        source=source,
-        trajectories=trajectories,
-        shard_size=min(shard_size, trajectories),
-        steps=(low, high),
-        calls=_calls(teacher.scheduler, low, high),
-        keep=keep,
-        guidance_range=(float(guidance_range[0]), float(guidance_range[1])),
-        seed=seed,
-        dtype=str(dtype or teacher.dtype).removeprefix("torch."),
-        sample_shape=teacher.sample_shape,
-        guided_channels=teacher.guided_channels or teacher.sample_shape[0],
-        prediction_type=teacher.prediction_type,
-        model={
+        require_data(data, conditions, teacher.sample_shape)
+
+
+def _identity(teacher: Teacher) -> dict[str, Any]:
+    """The entries of a plan that say which teacher it is, with a hash of what it holds."""
+    return {
+        "sample_shape": teacher.sample_shape,
+        "guided_channels": teacher.guided_channels or teacher.sample_shape[0],
+        "prediction_type": teacher.prediction_type,
+        "guidance": teacher.guidance_name,
+        "model": {
             "name": teacher.name,
             "class": type(teacher.denoiser).__name__,
             "hash": fingerprint(teacher.denoiser.state_dict()),
         },
-        scheduler={"class": type(teacher.scheduler).__name__, **_public(teacher.scheduler.config)},
-        conditions={name: fingerprint({name: value}) for name, value in conditions.items()},
-        null_condition={c.argument: c.null for c in teacher.spec.conditions}
+        "scheduler": {"class": type(teacher.scheduler).__name__, **_public(teacher.scheduler.config)},
+        "null_condition": {c.argument: c.null for c in teacher.spec.conditions}
         | {n: fingerprint({n: v}) for n, v in teacher.null_condition.items()},
-        data=None if data is None else fingerprint({"samples": data[0], "rows": data[1]}),
-    )
+    }
 
 
-def _check_data(data: Data, conditions: int, sample_shape: tuple[int, ...]) -> None:
-    samples, rows = data
-    if tuple(samples.shape[1:]) != sample_shape or rows.shape != samples.shape[:1]:
-        raise ValueError(
-            f"expected data of M samples {sample_shape} and the M rows of their conditions, "
-            f"found {tuple(samples.shape)} and {tuple(rows.shape)}"
-        )
-    if not ((rows >= 0) & (rows < conditions)).all():
-        raise ValueError(f"expected condition rows in 0..{conditions - 1}, found {int(rows.min())}..{int(rows.max())}")
+def _identity_of_adapter(teacher: Teacher) -> dict[str, Any]:
+    adapter = teacher.require_adapter("source='student'").adapter
+    return {"config": adapter.config.to_dict(), "hash": fingerprint(adapter.state_dict())}
 
 
 def _calls(scheduler: Any, low: int, high: int) -> tuple[int, ...]:
@@ -197,7 +194,8 @@ def _run_shard(
 
     def predict(x: Tensor, t: Tensor) -> Tensor:
         nonlocal step
-        target, _ = teacher.predict_cfg(x, t, part, omega)
+        with disabled(teacher):
+            target, _ = teacher.predict_cfg(x, t, part, omega)
         mask = kept[:, step]
         here = mask.to(x.device)
         stored = getattr(torch, plan.dtype)
@@ -208,29 +206,11 @@ def _run_shard(
         record["step"].append(torch.full((int(mask.sum()),), step, dtype=torch.int32))
         step += 1
         progress()
-        return target
+        return teacher.predict_agd(x, t, part, omega) if plan.source == "student" else target
 
-    with teacher.base():
+    with frozen(teacher.denoiser), torch.no_grad():
         if samples is None:
             integrate(teacher.scheduler, noise.to(teacher.device, teacher.dtype), steps, predict, generator=generator)
         else:
-            _noised(teacher, samples, steps, predict, generator)
+            visit_noised(teacher.scheduler, samples.to(teacher.device, teacher.dtype), steps, predict, generator=generator)
     return {name: torch.cat(values) for name, values in record.items()}
-
-
-def _noised(teacher: Teacher, samples: Tensor, steps: int, predict: Predict, generator: torch.Generator) -> None:
-    """Visit x_t = noised samples at the timesteps of the schedule, fresh noise at each."""
-    scheduler: Any = copy.deepcopy(teacher.scheduler)
-    scheduler.set_timesteps(steps, device=teacher.device)
-    samples = samples.to(teacher.device, teacher.dtype)
-    for t in scheduler.timesteps:
-        scheduler.set_timesteps(steps, device=teacher.device)  # back to no position: it is found from t, no step is taken
-        noise = torch.randn(samples.shape, generator=generator).to(samples)
-        times = t.expand(len(samples))
-        if hasattr(scheduler, "scale_noise"):  # flow matching
-            x = scheduler.scale_noise(samples, times, noise)
-        else:
-            x = scheduler.add_noise(samples, noise, times)
-        if hasattr(scheduler, "scale_model_input"):
-            x = scheduler.scale_model_input(x, t)
-        predict(x, times)

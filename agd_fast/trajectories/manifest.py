@@ -20,11 +20,12 @@ FORMAT_VERSION = 1
 class Plan:
     """Everything that decides the states, so that one plan gives one set of files.
 
-    source: "trajectories" (guided by the teacher) or "data" (noised samples).
+    source: "trajectories" (guided by the teacher), "data" (noised samples) or "student" (driven by `adapter`).
     steps: lowest and highest number of steps of a schedule; each shard draws one. calls: of the denoiser, in the schedule
         of each of these lengths; some schedulers make more than one a step.
     keep: states kept of each trajectory; None keeps all. shard_size: trajectories a shard.
-    model, scheduler, conditions, data: what they are and a hash of what they hold.
+    guidance: name of the rule that made the targets. model, scheduler, conditions, data, adapter: what they are and a hash of
+        what they hold; adapter is None where none took part.
     """
 
     source: str
@@ -39,11 +40,13 @@ class Plan:
     sample_shape: tuple[int, ...]
     guided_channels: int
     prediction_type: str
+    guidance: str
     model: dict[str, str]
     scheduler: dict[str, Any]
     conditions: dict[str, str]
     null_condition: dict[str, Any]
     data: str | None
+    adapter: dict[str, Any] | None
 
     @property
     def id(self) -> str:

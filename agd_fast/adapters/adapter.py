@@ -1,0 +1,53 @@
+"""An adapter for one denoiser: shared embedders of (ω, t, c) and a part for each kind that its config names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from itertools import chain
+
+from torch import Tensor, nn
+
+from agd_fast.adapters.base import Part, Prepared, SiteAdapter
+from agd_fast.adapters.config import AdapterConfig
+from agd_fast.adapters.cross_attention import CrossAttention
+from agd_fast.adapters.gated_lora import GatedLora
+from agd_fast.adapters.modulation import Modulation
+from agd_fast.adapters.offset import Offset
+from agd_fast.conditioning import Conditioning
+from agd_fast.spec import Layout
+
+PARTS: dict[str, type[Part]] = {
+    "modulation": Modulation,
+    "gated_lora": GatedLora,
+    "cross_attention": CrossAttention,
+    "offset": Offset,
+}
+
+
+class Adapter(nn.Module):
+    """An adapter for all sites of one denoiser, created equal to zero."""
+
+    def __init__(self, config: AdapterConfig, layout: Layout) -> None:
+        super().__init__()
+        if config.hidden is None:
+            raise ValueError("expected an AdapterConfig with a resolved `hidden`, found None")
+        self.config, self.layout = config, layout
+        self.conditioning = Conditioning(config, layout, config.hidden)
+        self.parts = nn.ModuleDict({kind: PARTS[kind](config, layout.sites[kind]) for kind in config.kinds})
+
+    @property
+    def sites(self) -> Iterator[SiteAdapter]:
+        """What meets the tokens at each site, part by part."""
+        return (site for part in self.parts.values() for site in part.sites)  # type: ignore[union-attr]
+
+    def prepare(self, omega: Tensor, time: Tensor, conditions: Mapping[str, Tensor]) -> Prepared:
+        """ω [B], e_t [B, D_t], e_c [B, D_c] or [B, L, D_c] → one entry a site, in the adapter's own dtype.
+
+        Nothing in it sees x_t: it can be computed for a whole schedule before the first step.
+        """
+        dtype = self.conditioning.time.weight.dtype
+        omega, time = omega.to(dtype), time.to(dtype)
+        conditions = {name: value.to(dtype) for name, value in conditions.items()}
+        gain = omega - 1 if self.config.identity_at_one else None
+        tokens = self.conditioning(omega, time, conditions)
+        return tuple(chain.from_iterable(part(tokens, gain) for part in self.parts.values()))

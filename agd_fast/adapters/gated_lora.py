@@ -1,0 +1,46 @@
+"""Gated low-rank terms: g = U·(s(ω, t, c) ⊙ D·h), a LoRA beside a block whose r directions are scaled a sample.
+
+Of all kinds this one sees every token through a map of its own; only the gates s can be computed before the first step.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from agd_fast.adapters.base import Part, Prepared, SiteAdapter, broadcast, pooled
+from agd_fast.adapters.config import AdapterConfig
+from agd_fast.spec import ResolvedSite
+
+
+class GatedLoraSite(SiteAdapter):
+    """Costs two thin products a token: h [B, T, C_in] → [B, T, r] → [B, T, C], or the same over [B, C, H, W]."""
+
+    def __init__(self, site: ResolvedSite, rank: int) -> None:
+        super().__init__(site)
+        self.down = nn.Linear(site.input_width, rank, bias=False)
+        self.up = nn.Linear(rank, site.width, bias=False)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, hidden: Tensor, output: Tensor, prepared: Any) -> Tensor:
+        dtype, dim = hidden.dtype, self.site.channel_dim
+        low = F.linear(hidden.movedim(dim, -1), self.down.weight.to(dtype))  # [B, ..., r]
+        delta = F.linear(low * broadcast(prepared, low, -1), self.up.weight.to(dtype))
+        return output + delta.movedim(-1, dim).to(output.dtype)
+
+
+class GatedLora(Part):
+    def __init__(self, config: AdapterConfig, sites: tuple[ResolvedSite, ...]) -> None:
+        super().__init__(config, sites)
+        assert config.rank is not None
+        self.rank = config.rank
+        self.sites = nn.ModuleList(GatedLoraSite(site, config.rank) for site in sites)
+        self.gates = nn.Linear(self.hidden, config.rank * len(sites))  # of all sites, in one matrix
+
+    def forward(self, tokens: list[Tensor], gain: Tensor | None) -> Prepared:
+        gates = 1 + self.gates(F.silu(pooled(tokens)))  # [B, r·sites]
+        if gain is not None:
+            gates = gates * gain[:, None]
+        return gates.split(self.rank, dim=-1)

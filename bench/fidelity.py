@@ -1,0 +1,135 @@
+"""How faithfully an adapter reproduces classifier-free guidance, on real images.
+
+python bench/fidelity.py teacher --data digits --model unet
+python bench/fidelity.py teacher --data PATH/cifar10_train_jpeg.npz --model dit        # one GPU, 8 minutes
+python bench/fidelity.py run --teacher bench/teachers/digits-unet --adapters modulation cross_attention:paper full --seeds 3
+python bench/fidelity.py claims --teacher bench/teachers/digits-unet
+python bench/fidelity.py report
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from quality.arms import make_arms
+from quality.claims import CLAIMS, run_claims
+from quality.data import load_data
+from quality.report import write_report
+from quality.run import merge, run_arms
+from quality.scoring import Sizes
+from quality.teachers import MODELS, TEACHERS, load_teacher, make_teacher
+
+from agd_fast import TrainConfig
+from agd_fast.distillation.presets import PRESETS
+from agd_fast.evaluation.explained import SCALES
+
+STANDARD = PRESETS["small"]
+RESULTS = Path(__file__).parent / "results" / "fidelity"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, metavar="command")
+    teacher = commands.add_parser("teacher", help="train the teacher that an adapter will distil; continues one cut short")
+    teacher.add_argument(
+        "--data", required=True, help="'digits', or the path of an npz of JPEG files such as cifar10_train_jpeg.npz"
+    )
+    teacher.add_argument("--model", required=True, choices=MODELS)
+    teacher.add_argument("--output", type=Path, help="folder to write to; default bench/teachers/DATA-MODEL")
+    teacher.add_argument("--minutes", type=float, help="of training at most; default 8")
+    teacher.add_argument("--steps", type=int, help="of training at most")
+    teacher.add_argument("--limit", type=int, help="use that many images only")
+    teacher.add_argument("--smoke", action="store_true", help="a tiny model for a few steps, into runs/smoke")
+    teacher.set_defaults(call=_teacher)
+    run = commands.add_parser("run", help="train arms and score them; one JSON a run, so that it continues where it stopped")
+    run.add_argument("--teacher", type=Path, default=TEACHERS / "digits-dit", help="folder of a finished teacher")
+    run.add_argument("--data", type=Path, help="what it was trained on, where that is not 'digits'")
+    run.add_argument(
+        "--adapters",
+        nargs="+",
+        default=["modulation"],
+        metavar="KIND[:paper]",
+        help="kinds of adapter, several joined by '+'; full (fine-tune) and text_embedding are arms too",
+    )
+    run.add_argument("--sources", nargs="+", default=["trajectories"], help="of states: trajectories, data, student")
+    run.add_argument("--fractions", nargs="+", type=float, default=[0.05], help="most parameters, as a share of the base's")
+    run.add_argument("--learning-rates", nargs="+", type=float, help="default: each kind's own")
+    run.add_argument("--seeds", type=int, default=1, help="how many, from 0")
+    run.add_argument("--steps", type=int, default=TrainConfig.steps, help="of training")
+    run.add_argument("--trajectories", type=int, default=STANDARD.trajectories, help="to train on")
+    run.add_argument("--keep", type=int, default=STANDARD.keep_steps, help="states of each trajectory; 0 for all")
+    run.add_argument("--samples", type=int, default=Sizes.samples, help="images an arm and scale")
+    run.add_argument("--scales", nargs="+", type=float, default=list(SCALES), help="guidance scales of the images")
+    run.add_argument("--held-out", type=int, default=Sizes.trajectories, help="trajectories for the explained share")
+    run.add_argument("--sampling-steps", type=int, default=Sizes.steps)
+    run.add_argument("--minutes", type=float, help="start no further run after that long")
+    run.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    run.add_argument("--output", type=Path, help="folder of the runs; default runs/fidelity/TEACHER, merged into TEACHER.json")
+    run.set_defaults(call=_run)
+    claims = commands.add_parser("claims", help="measure the paper's other claims for the default adapter; skips what is there")
+    claims.add_argument("--teacher", type=Path, default=TEACHERS / "digits-dit", help="folder of a finished teacher")
+    claims.add_argument("--data", type=Path, help="what it was trained on, where that is not 'digits'")
+    claims.add_argument("--names", nargs="+", choices=CLAIMS, help="default: all")
+    claims.add_argument("--steps", type=int, default=TrainConfig.steps, help="of training")
+    claims.add_argument("--trajectories", type=int, default=STANDARD.trajectories, help="to train on")
+    claims.add_argument("--samples", type=int, default=Sizes.samples, help="images an arm")
+    claims.add_argument("--held-out", type=int, default=Sizes.trajectories, help="trajectories for the explained share")
+    claims.add_argument("--sampling-steps", type=int, default=Sizes.steps)
+    claims.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    claims.add_argument("--output", type=Path, help="folder of the runs; default runs/fidelity/TEACHER")
+    claims.set_defaults(call=_claims)
+    report = commands.add_parser("report", help="tables and pictures of merged results")
+    report.add_argument("files", type=Path, nargs="*", help="default: all of bench/results/fidelity")
+    report.add_argument("--output", type=Path, default=Path("docs"), help="folder to write to")
+    report.set_defaults(call=_report)
+    args = parser.parse_args()
+    args.call(args)
+
+
+def _teacher(args: argparse.Namespace) -> None:
+    make_teacher(
+        args.data,
+        args.model,
+        args.output,
+        minutes=args.minutes,
+        steps=args.steps,
+        limit=args.limit,
+        smoke=args.smoke,
+    )
+
+
+def _run(args: argparse.Namespace) -> None:
+    bench = load_teacher(args.teacher, None if args.data is None else load_data(args.data), args.device)
+    sizes = Sizes(args.samples, args.held_out, args.sampling_steps)
+    seeds = list(range(args.seeds))
+    arms = make_arms(
+        args.adapters,
+        args.fractions,
+        args.sources,
+        seeds,
+        args.steps,
+        args.learning_rates,
+        args.trajectories,
+        args.keep or None,
+    )
+    output = args.output or Path("runs/fidelity") / args.teacher.name
+    merged = run_arms(bench, arms, output, sizes=sizes, scales=tuple(args.scales), minutes=args.minutes)
+    print(f"merged into {merged}")
+
+
+def _claims(args: argparse.Namespace) -> None:
+    bench = load_teacher(args.teacher, None if args.data is None else load_data(args.data), args.device)
+    sizes = Sizes(args.samples, args.held_out, args.sampling_steps)
+    output = args.output or Path("runs/fidelity") / args.teacher.name
+    run_claims(bench, output, sizes, names=args.names, steps=args.steps, trajectories=args.trajectories)
+    print(f"merged into {merge(bench, output, sizes)}")
+
+
+def _report(args: argparse.Namespace) -> None:
+    write_report(args.files or sorted(RESULTS.glob("*.json")), args.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Teachers and data for measuring fidelity to classifier-free guidance."""

@@ -1,0 +1,281 @@
+"""Result files of bench/fidelity.py → docs/fidelity.md and its pictures."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from agd_fast.files import read_tensors, write_text
+from agd_fast.reporting.pictures import NAMES, save_grid
+from quality.arms import FULL
+from quality.plots import ARMS, Panels, save_panels
+from quality.results import FINALIST_SEEDS, MISSING, Bar, Group, Result, mean_curve, minus_full, nfe_curves, zero_adapter
+
+STATES = {"guided": "guided states", "data": "noised data", "student": "the student's own"}
+SOURCES = {
+    "trajectories": "guided trajectories",
+    "data": "noised data",
+    "student": "guided, then its own (half of the steps each)",
+}
+GRID_COLUMNS = 10
+INTRODUCTION = """# How faithfully one pass reproduces classifier-free guidance
+
+Written by `python bench/fidelity.py report` from `bench/results/fidelity/`; edits are lost.
+
+**Guidance explained** is 1 − Σ‖ε̂ − ε_cfg‖² / Σ‖ε(c) − ε_cfg‖² over held-out states, the mean over ω of 1.5, 2, 3, 4 and 6:
+1 is CFG, 0 the unguided base. Fréchet distance, accuracy and RMSE are of images that CFG and AGD draw from the same noise, at the
+ω where CFG's own Fréchet distance is lowest. RMSE is to CFG's image, as a share of the unguided image's. ± is the standard
+deviation over seeds. A Fréchet distance alone misleads, since an adapter that guides too weakly can look better than CFG: read it
+beside the others.
+"""
+
+
+def write_report(files: list[Path], output: Path) -> None:
+    """Write fidelity.md and, a merged file each, fidelity_NAME.png and fidelity_NAME_grid.png into `output`.
+
+    NAME: that of the file; the images of the grid are in NAME_grid.safetensors beside it, if there are any.
+    """
+    sections = [section(Result(file), output) for file in sorted(files)]
+    write_text(output / "fidelity.md", "\n".join([INTRODUCTION, *(sections or [f"{MISSING}\n"])]))
+    print(f"wrote {output / 'fidelity.md'} of {len(files)} result files")
+
+
+def section(result: Result, output: Path) -> str:
+    """All that is said of one teacher; saves its pictures."""
+    if result.groups:
+        save_panels(output / f"fidelity_{result.name}.png", panels_of(result), result.title, "full fine-tune")
+    parts = [
+        f"## {result.title}",
+        caption(result),
+        f"![curves](fidelity_{result.name}.png)" if result.groups else f"Curves: {MISSING}.",
+        f"![samples](fidelity_{result.name}_grid.png)" if save_samples(result, output) else f"Samples: {MISSING}.",
+    ]
+    for title, text, table in (
+        ("The teacher under CFG", REFERENCE_TEXT, reference_table(result)),
+        ("Arms", SCREENING_TEXT, screening_table(result)),
+        ("States to train on", SOURCES_TEXT, sources_table(result)),
+        ("Learning rates tried", RATES_TEXT, rates_table(result)),
+        ("Bars", BARS_TEXT, bars_table(result)),
+        ("Claims of the paper", "", claims_table(result)),
+    ):
+        parts += [f"### {title}", *([text] if text else []), table or f"{MISSING}."]
+    return "\n\n".join(parts) + "\n"
+
+
+def caption(result: Result) -> str:
+    teacher, sizes, where = (result.merged[name] for name in ("teacher", "sizes", "environment"))
+    commits = sorted({result.merged["commit"], *(row["commit"] for row in result.merged["rows"])})
+    words = f", {len(teacher['templates'])} caption templates" if teacher["templates"] else ""
+    classifier = teacher["classifier"]
+    return (
+        f"Teacher: {teacher['model']} of {teacher['parameters']:,} parameters on {teacher['data']}, "
+        f"{len(teacher['classes'])} classes{words}. Measured with {sizes['samples']:,} images an arm and ω, "
+        f"{sizes['trajectories']:,} held-out trajectories, {sizes['steps']} sampling steps; features and accuracy of "
+        f"`{classifier['name']}` (accuracy {classifier['accuracy']:.3f}). Commit {', '.join(commits)}; device {where['device']}, "
+        f"threads {where['threads']}, torch {where['torch']}, diffusers {where['diffusers']}, Python {where['python']}, "
+        f"agd_fast {where['agd_fast']}."
+    )
+
+
+REFERENCE_TEXT = "Means over the seeds of the noise. The floor is the distance between two disjoint sets of real images."
+SCREENING_TEXT = (
+    "Trained on guided trajectories. Of several learning rates the one is shown that explains most of guided states with the "
+    "first seed (0), which stays among those of the mean. Arms are compared with the full fine-tune of as many steps."
+)
+SOURCES_TEXT = (
+    "Guidance explained on three kinds of states, by the states that the arm was trained on; as many training steps for all."
+)
+RATES_TEXT = (
+    "Guidance explained on guided states with the first seed, of arms trained on guided trajectories; the one kept is bold."
+)
+BARS_TEXT = (
+    f"Arms with {FINALIST_SEEDS} seeds or more: mean and one-sided 95 % bound (Student's t) towards the limit; the bound "
+    "decides. For the accuracy both signs are bounded. The zero adapter, which leaves the base as it is, must miss a bar, or the "
+    "bars say nothing."
+)
+
+
+def reference_table(result: Result) -> str:
+    references = list(result.references.values())
+    if not references:
+        return ""
+    floor = result.merged["floor"]
+    rows = [
+        ("real images (floor)", MISSING if floor is None else f"{floor:.3f}", "", ""),
+        (
+            "unguided",
+            *(spread([reference["unguided"][name] for reference in references]) for name in ("frechet", "accuracy")),
+            "",
+        ),
+    ]
+    for omega in sorted({omega for reference in references for omega in reference["cfg"]}, key=float):
+        there = [reference for reference in references if omega in reference["cfg"]]
+        found = [spread([reference["cfg"][omega][name] for reference in there]) for name in ("frechet", "accuracy")]
+        best = ", CFG's best" if omega == result.omega else ""
+        rows.append((f"CFG, ω = {omega}{best}", *found, spread([reference["unguided_rmse"][omega] for reference in there])))
+    return markdown(("", "Fréchet", "accuracy", "RMSE of unguided to CFG"), rows)
+
+
+def screening_table(result: Result) -> str:
+    header = [
+        "arm",
+        "lr",
+        "seeds",
+        "steps",
+        "parameters",
+        *(f"explained: {name}" for name in STATES.values()),
+        "− full fine-tune",
+    ]
+    at = f"ω = {result.omega}"
+    header += [f"Fréchet AGD / CFG, {at}", f"accuracy AGD − CFG, {at}", f"RMSE AGD / unguided, {at}"]
+    rows = [
+        (
+            result.label(group),
+            f"{group.arm['learning_rate']:g}",
+            str(len(group.rows)),
+            f"{group.arm['steps']:,}",
+            f"{group.rows[0]['parameters']:,} ({group.rows[0]['fraction']:.1%})",
+            *(spread(group.explained(states)) for states in STATES),
+            "" if group.arm["kind"] == FULL else spread(minus_full(group, result.full(group.arm["steps"])), "+.3f"),
+            spread(result.beside_cfg(group, "frechet")),
+            spread(result.beside_cfg(group, "accuracy"), "+.3f"),
+            spread(result.beside_cfg(group, "rmse")),
+        )
+        for group in result.chosen
+        if group.arm["source"] == "trajectories"
+    ]
+    return markdown(header, rows) if rows else ""
+
+
+def sources_table(result: Result) -> str:
+    """Arms that were trained on several kinds of states."""
+    arms: dict[tuple, list[Group]] = {}
+    for group in result.chosen:
+        arms.setdefault(tuple(group.arm[name] for name in ("kind", "form", "fraction", "steps")), []).append(group)
+    rows = [
+        (
+            result.label(group).replace(f", on {group.arm['source']}", ""),
+            SOURCES[group.arm["source"]],
+            f"{group.arm['learning_rate']:g}",
+            str(len(group.rows)),
+            *(spread(group.explained(states)) for states in STATES),
+            spread(result.beside_cfg(group, "frechet")),
+        )
+        for same in arms.values()
+        if len(same) > 1
+        for group in sorted(same, key=lambda group: list(SOURCES).index(group.arm["source"]))
+    ]
+    header = ("arm", "trained on", "lr", "seeds", *STATES.values(), f"Fréchet AGD / CFG, ω = {result.omega}")
+    return markdown(header, rows) if rows else ""
+
+
+def rates_table(result: Result) -> str:
+    rows = []
+    for best in result.chosen:
+        if best.arm["source"] == "trajectories":
+            tried = sorted(
+                (group for group in result.groups if group.recipe == best.recipe), key=lambda group: group.arm["learning_rate"]
+            )
+            values = {
+                group.arm["learning_rate"]: f"{group.arm['learning_rate']:g}: {group.first_explained:.3f}" for group in tried
+            }
+            values[best.arm["learning_rate"]] = f"**{values[best.arm['learning_rate']]}**"
+            rows.append((result.label(best), str(best.arm["seed"]), " · ".join(values.values())))
+    return markdown(("arm", "seed", "learning rate: explained"), rows) if rows else ""
+
+
+def bars_table(result: Result) -> str:
+    groups = list(result.finalists)
+    if not groups:
+        return ""
+    if result.omega is not None:
+        groups.append(zero_adapter(list(result.references.values()), result.omega, groups[0].arm["steps"]))
+    rows = []
+    for group in groups:
+        bars = result.bars(group)
+        missed = sum(bar.verdict == "MISSED" for bar in bars)
+        name = f"{result.label(group)}, lr {group.arm['learning_rate']:g}" if group.arm["learning_rate"] else result.label(group)
+        rows += [bar_row(f"{name}: {len(group.rows)} seeds" if index == 0 else "", bar) for index, bar in enumerate(bars)]
+        rows.append(("", "**all**", "", "", "", f"**MISSED {missed} of {len(bars)}**" if missed else all_verdict(bars)))
+    return markdown(("arm", "bar", "mean", "95 % bound", "limit", ""), rows)
+
+
+def all_verdict(bars: Iterable[Bar]) -> str:
+    return MISSING if any(bar.verdict == MISSING for bar in bars) else "**cleared**"
+
+
+def bar_row(name: str, bar: Bar) -> tuple[str, ...]:
+    mean = f"{statistics.mean(bar.values):.3f}" if bar.values else MISSING
+    limit = {"min": "≥ {:g}", "max": "≤ {:g}", "abs": "within ±{:g}"}[bar.side].format(bar.limit)
+    return name, bar.name, mean, MISSING if bar.bound is None else f"{bar.bound:.3f}", limit, bar.verdict
+
+
+def claims_table(result: Result) -> str:
+    rows = [
+        (
+            claim["claim"].replace("_", " "),
+            claim["setting"],
+            "<br>".join(f"{name}: {value:.4g}" for name, value in claim["values"].items()),
+            claim.get("note", ""),
+        )
+        for claim in result.merged.get("claims", [])
+    ]
+    return markdown(("claim", "setting", "measured", "note"), rows) if rows else ""
+
+
+def panels_of(result: Result) -> Panels:
+    """The curves of the finalists, or of the best of the screening where no arm has seeds enough, and of the full fine-tune."""
+    screened = [group for group in result.chosen if group.arm["source"] == "trajectories" and group.arm["kind"] != FULL]
+    pictured = (result.finalists or screened)[:ARMS]
+    explaining = {result.label(group): group for group in pictured}
+    full = result.full(pictured[0].arm["steps"]) if pictured else None
+    explaining |= {} if full is None else {"full fine-tune": full}
+    references = list(result.references.values())
+    panels = Panels(
+        by_scale={name: group.curve(lambda row: row["explained"]["guided"]["by_scale"]) for name, group in explaining.items()},
+        by_time={name: group.curve(lambda row: row["explained"]["guided"]["by_time"]) for name, group in explaining.items()},
+        frechet={NAMES["cfg"]: mean_curve([frechet_by_scale(reference["cfg"]) for reference in references])}
+        if references
+        else {},
+    )
+    drawn = {result.label(group): group.curve(lambda row: frechet_by_scale(row["images"])) for group in pictured}
+    panels.frechet |= {name: curve for name, curve in drawn.items() if curve}
+    if references:
+        panels.levels["unguided, mean over seeds"] = statistics.mean(reference["unguided"]["frechet"] for reference in references)
+    if result.merged["floor"] is not None:
+        panels.levels["two sets of real images (floor)"] = result.merged["floor"]
+    default = {"AGD": "AGD, default adapter, one pass"}
+    panels.by_nfe = {default.get(name, name): curve for name, curve in nfe_curves(result.merged.get("claims", [])).items()}
+    return panels
+
+
+def frechet_by_scale(images: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    return {omega: found["frechet"] for omega, found in images.items()}
+
+
+def save_samples(result: Result, output: Path) -> bool:
+    """The grid of unguided, CFG and the best arm; False when no images were kept."""
+    file = result.file.with_name(f"{result.name}_grid.safetensors")
+    if not file.is_file():
+        return False
+    tensors, about = read_tensors(file)
+    classes = result.merged["teacher"]["classes"]
+    columns = [classes[index % len(classes)] for index in range(min(GRID_COLUMNS, len(tensors["cfg"])))]
+    labels = {"unguided": "unguided", "cfg": f"CFG, ω = {about['omega']}", "agd": f"AGD, ω = {about['omega']}"}
+    rows = {label: tensors[key][:GRID_COLUMNS] for key, label in labels.items()}
+    save_grid(output / f"fidelity_{result.name}_grid.png", rows, columns, f"{result.title}: {about['name']}")
+    return True
+
+
+def spread(values: Sequence[float], form: str = ".3f") -> str:
+    """Mean, ± standard deviation over seeds where there are several."""
+    if not values:
+        return MISSING
+    deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):{form}}{deviation}"
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)

@@ -1,0 +1,186 @@
+"""Train every arm, score it, and keep one JSON a run: what is there already is not done again."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+import agd_fast as agd
+from agd_fast import TrainConfig
+from agd_fast.adapters import count_parameters
+from agd_fast.environment import environment
+from agd_fast.evaluation.explained import SCALES, Student
+from agd_fast.files import read_json, read_tensors, write_json, write_tensors
+from agd_fast.trajectories import Trajectories, collect
+from nfe_speed import commit
+from quality.arms import FULL, TEXT, Arm
+from quality.scoring import Sizes, cfg, draw, explained_on_all_states, measure, real_images, unguided
+from quality.students import GUIDANCE_RANGE, full_finetune, text_embedding
+from quality.teachers import BenchTeacher
+
+GRID_IMAGES = 20  # the first of each arm, kept for pictures
+
+
+def run_arms(
+    bench: BenchTeacher,
+    arms: list[Arm],
+    output: Path,
+    *,
+    sizes: Sizes,
+    scales: tuple[float, ...] = SCALES,
+    minutes: float | None = None,
+) -> Path:
+    """Run what is missing and merge all of the folder; returns the merged file, `output`.json.
+
+    scales: ω of the images. minutes: start no further run after that long; the same call goes on.
+    """
+    start = time.monotonic()
+    for number, arm in enumerate(arms):
+        if (output / f"{arm.name}.json").is_file():
+            continue
+        if minutes is not None and time.monotonic() - start > 60 * minutes:
+            print(f"stopped after {minutes:g} minutes with {len(arms) - number} runs to look at; the same command goes on")
+            break
+        reference = references(bench, arm.seed, output, sizes, scales)
+        row = run_arm(bench, arm, reference, output, sizes, scales)
+        write_json(output / f"{arm.name}.json", row)
+        explained = {states: f"{found['mean']:.3f}" for states, found in row["explained"].items()}
+        print(f"{number + 1}/{len(arms)} {arm.name}: {row['fraction']:.2%}, explained {explained}", flush=True)
+    return merge(bench, output, sizes)
+
+
+def run_arm(
+    bench: BenchTeacher,
+    arm: Arm,
+    reference: dict[str, Tensor],
+    output: Path,
+    sizes: Sizes,
+    scales: tuple[float, ...],
+) -> dict[str, Any]:
+    """Train one student and score it; the row of the result file."""
+    start = time.perf_counter()
+    student, parameters = train_student(bench, arm, output)
+    trained = time.perf_counter()
+    row: dict[str, Any] = {
+        "arm": arm.to_dict(),
+        "name": arm.name,
+        "parameters": parameters,
+        "fraction": parameters / count_parameters(bench.teacher.denoiser),
+        "explained": explained_on_all_states(bench, student, sizes),
+        "images": {},
+    }
+    grid = {}
+    for omega in scales:
+        images = draw(bench, student, omega, arm.seed, sizes)
+        row["images"][f"{omega:g}"] = measure(bench, images, reference[f"cfg/{omega:g}"])
+        grid[f"{omega:g}"] = images[:GRID_IMAGES]
+    write_tensors(output / f"{arm.name}.safetensors", grid)
+    agd.unload(bench.teacher)
+    row["seconds"] = {"train": trained - start, "score": time.perf_counter() - trained}
+    return {**row, "environment": environment(), "commit": commit()}
+
+
+def train_student(bench: BenchTeacher, arm: Arm, output: Path) -> tuple[Student, int]:
+    """A student that is trained as the arm says, and its number of parameters."""
+    config = TrainConfig(steps=arm.steps, learning_rate=arm.learning_rate, weighting=arm.weighting, seed=arm.seed)
+    if arm.kind in (FULL, TEXT):
+        states = _states(bench, arm, "trajectories", output)
+        return (full_finetune if arm.kind == FULL else text_embedding)(bench.teacher, states, config)
+    folder, common = output / arm.name, {"conditions": bench.table, "validation": 0, "seed": arm.seed}
+    if arm.source == "student":  # one round of DAgger: half of the steps on guided states, half on the student's own
+        half = TrainConfig(steps=arm.steps // 2, learning_rate=arm.learning_rate, weighting=arm.weighting, seed=arm.seed)
+        states = _states(bench, arm, "trajectories", output)
+        first = output / f"{arm.name}-first"
+        agd.distill(bench.teacher, output_dir=first, adapter=arm.adapter, train_config=half, trajectories=states, **common)
+        agd.unload(bench.teacher)
+        result = agd.distill(
+            bench.teacher,
+            output_dir=folder,
+            init=first,
+            source="student",
+            train_config=half,
+            trajectories=arm.trajectories,
+            keep_steps=arm.keep,
+            **common,
+        )
+    else:
+        states = _states(bench, arm, arm.source, output)
+        result = agd.distill(
+            bench.teacher, output_dir=folder, adapter=arm.adapter, train_config=config, trajectories=states, **common
+        )
+    return bench.teacher.predict_agd, result.parameters
+
+
+def _states(bench: BenchTeacher, arm: Arm, source: str, output: Path) -> Trajectories:
+    """The states of a source and seed, collected once for all arms."""
+    return collect(
+        bench.teacher,
+        bench.table,
+        output / f"states-{source}-{arm.states}-seed{arm.seed}",
+        trajectories=arm.trajectories,
+        keep=arm.keep,
+        guidance_range=GUIDANCE_RANGE,
+        source=source,  # type: ignore[arg-type]
+        data=real_images(bench) if source == "data" else None,
+        seed=arm.seed,
+    )
+
+
+def references(
+    bench: BenchTeacher, seed: int, output: Path, sizes: Sizes, scales: tuple[float, ...] = SCALES
+) -> dict[str, Tensor]:
+    """Images without guidance and of CFG at every scale, from the noise of a seed; each drawn and measured once."""
+    file = output / f"reference-seed{seed}.safetensors"
+    if file.with_suffix(".json").is_file():
+        images, row = dict(read_tensors(file)[0]), read_json(file.with_suffix(".json"))
+    else:
+        images = {"unguided": draw(bench, unguided(bench), 1.0, seed, sizes)}
+        row = {"seed": seed, "unguided": measure(bench, images["unguided"]), "cfg": {}, "unguided_rmse": {}}
+    missing = [omega for omega in scales if f"{omega:g}" not in row["cfg"]]
+    for omega in missing:
+        target = images[f"cfg/{omega:g}"] = draw(bench, cfg(bench), omega, seed, sizes)
+        row["cfg"][f"{omega:g}"] = measure(bench, target)
+        row["unguided_rmse"][f"{omega:g}"] = measure(bench, images["unguided"], target)["rmse"]
+    if missing:
+        write_tensors(file, images)
+        write_json(file.with_suffix(".json"), row)
+    return images
+
+
+def merge(bench: BenchTeacher, output: Path, sizes: Sizes) -> Path:
+    """All runs of a folder in one file beside it."""
+    rows = {path.stem: read_json(path) for path in sorted(output.glob("*.json"))}
+    of_reference = [row for name, row in rows.items() if name.startswith("reference-")]
+    merged = {
+        "environment": environment(),
+        "commit": commit(),
+        "teacher": bench.record,
+        "floor": bench.floor,
+        "sizes": asdict(sizes),
+        "references": of_reference,
+        "rows": [row for row in rows.values() if "arm" in row],
+        "claims": [row for row in rows.values() if "claim" in row],
+    }
+    path = output.with_suffix(".json")
+    write_json(path, merged)
+    if of_reference and merged["rows"]:
+        _write_grid(output, merged["rows"], of_reference[0])
+    return path
+
+
+def _write_grid(output: Path, rows: list[dict[str, Any]], reference: dict[str, Any]) -> None:
+    """The first images of the arm that explains most, at CFG's best ω, beside those of CFG and without guidance."""
+    omega = min(reference["cfg"], key=lambda scale: reference["cfg"][scale]["frechet"])
+    same = [row for row in rows if row["arm"]["seed"] == reference["seed"] and row["arm"]["kind"] != FULL]
+    drawn = [row for row in same if omega in row["images"]]
+    if not drawn:
+        return
+    best = max(drawn, key=lambda row: row["explained"]["guided"]["mean"])
+    images = read_tensors(output / f"reference-seed{reference['seed']}.safetensors")[0]
+    grid = {"unguided": images["unguided"][:GRID_IMAGES], "cfg": images[f"cfg/{omega}"][:GRID_IMAGES]}
+    grid["agd"] = read_tensors(output / f"{best['name']}.safetensors")[0][omega]
+    write_tensors(output.with_name(f"{output.name}_grid.safetensors"), grid, {"omega": omega, "name": best["name"]})

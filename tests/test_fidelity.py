@@ -1,0 +1,102 @@
+"""The fidelity bench from end to end at a reduced size: teachers, every arm, claims, report."""
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+BENCH = Path(__file__).parents[1] / "bench"
+SIZES = ["--samples", 20, "--held-out", 4, "--sampling-steps", 2]
+
+
+def fidelity(*arguments):
+    command = [sys.executable, BENCH / "fidelity.py", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """A set of JPEG photographs in the format of cifar10_train_jpeg.npz: noise of ten colours."""
+    folder, random = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+    for half in ("train", "test"):
+        labels = np.arange(60, dtype=np.uint8) % 10
+        files = []
+        for label in labels:
+            pixels = (random.integers(0, 100, (32, 32, 3)) + 15 * label).astype(np.uint8)
+            Image.fromarray(pixels).save(file := io.BytesIO(), "JPEG")
+            files.append(file.getvalue())
+        offsets = np.cumsum([0, *map(len, files)])
+        names = np.array([f"thing{n}" for n in range(10)])
+        jpeg = np.frombuffer(b"".join(files), np.uint8)
+        np.savez(folder / f"photos_{half}_jpeg.npz", jpeg=jpeg, offsets=offsets, labels=labels, classes=names)
+    return folder / "photos_train_jpeg.npz"
+
+
+@pytest.mark.parametrize("model", ["dit", "unet"])
+def test_photographs_from_training_to_merged_results(photos, tmp_path, model):
+    teacher = tmp_path / f"photos-{model}"
+    fidelity("teacher", "--data", photos, "--model", model, "--smoke", "--output", teacher)
+    assert "is finished" in fidelity("teacher", "--data", photos, "--model", model, "--smoke", "--output", teacher)
+    small = ["--steps", 2, "--trajectories", 10, "--scales", 2, *SIZES]
+    output = tmp_path / "runs"
+    fidelity("run", "--teacher", teacher, "--data", photos, "--adapters", "modulation", "full", *small, "--output", output)
+    merged = json.loads(output.with_suffix(".json").read_text())
+    assert {row["arm"]["kind"] for row in merged["rows"]} == {"modulation", "full"}
+    assert merged["teacher"]["data"] == "photos" and merged["floor"] > 0 and merged["references"][0]["cfg"]["2"]["frechet"] > 0
+
+
+@pytest.fixture(scope="module")
+def digits_runs(tmp_path_factory):
+    """All arms on the captioned digits, barely trained; the folder of the runs."""
+    output = tmp_path_factory.mktemp("runs") / "digits-unet"
+    common = ["--teacher", BENCH / "teachers" / "digits-unet", "--steps", 2, "--trajectories", 10, "--scales", 2, *SIZES]
+    kinds = ["offset:paper", "cross_attention", "modulation+gated_lora", "text_embedding"]
+    fidelity("run", *common, "--adapters", *kinds, "--output", output)
+    fidelity("run", *common, "--adapters", "modulation", "--sources", "trajectories", "data", "student", "--output", output)
+    return output
+
+
+def test_every_arm_and_source_is_scored_on_three_kinds_of_states(digits_runs):
+    rows = json.loads(digits_runs.with_suffix(".json").read_text())["rows"]
+    assert len(rows) == 7
+    for row in rows:
+        assert row["explained"].keys() == {"guided", "data", "student"}
+        assert row["arm"]["kind"] == "full" or row["fraction"] <= 0.05
+        assert row["images"]["2"].keys() == {"frechet", "accuracy", "rmse"}
+    assert {row["arm"]["source"] for row in rows} == {"trajectories", "data", "student"}
+
+
+def test_a_run_that_is_there_is_not_done_again(digits_runs):
+    before = {path: path.stat().st_mtime_ns for path in digits_runs.glob("*seed0.json")}
+    common = ["--teacher", BENCH / "teachers" / "digits-unet", "--steps", 2, "--trajectories", 10, "--scales", 2, *SIZES]
+    fidelity("run", *common, "--adapters", "cross_attention", "modulation", "--output", digits_runs)
+    assert {path: path.stat().st_mtime_ns for path in digits_runs.glob("*seed0.json")} == before
+
+
+def test_claims_and_report(digits_runs, tmp_path):
+    names = ["omega_range", "unseen_captions", "guiders"]
+    small = ["--steps", 2, "--trajectories", 10, *SIZES]
+    teacher = BENCH / "teachers" / "digits-unet"
+    fidelity("claims", "--teacher", teacher, "--names", *names, *small, "--output", digits_runs)
+    merged = digits_runs.with_suffix(".json")
+    claims = json.loads(merged.read_text())["claims"]
+    assert {claim["claim"] for claim in claims} == set(names)
+    assert all(torch.tensor(list(claim["values"].values())).isfinite().all() for claim in claims)
+    fidelity("report", merged, "--output", tmp_path)
+    page = (tmp_path / "fidelity.md").read_text()
+    assert "text embedding" in page and "offset, paper form" in page and "unseen captions" in page
+    assert (tmp_path / "fidelity_digits-unet.png").stat().st_size > 10_000
+
+
+def test_unknown_adapters_are_named():
+    command = [sys.executable, BENCH / "fidelity.py", "run", "--adapters", "lora"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode != 0 and "expected KIND or KIND:paper" in done.stderr and "'lora'" in done.stderr
