@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from agd_fast.adapters import Adapter, AdapterConfig, adapter_sites, build_adapter, count_parameters
+from agd_fast.adapters import Adapter, AdapterConfig, adapter_sites, build_adapter, count_parameters, for_backbone
 from agd_fast.adapters.base import Prepared, SiteAdapter
 from agd_fast.conditioning import condition_width, embed_conditions, embed_time
 from agd_fast.families import find_spec
@@ -209,7 +209,7 @@ def attach(model: Any, config: AdapterConfig | None = None, *, spec: DenoiserSpe
     """
     denoiser = denoiser_of(model)
     spec = spec or getattr(model, "spec", None) or find_spec(denoiser)
-    config = config or AdapterConfig()
+    config = for_backbone(config or AdapterConfig(), spec)
     layout = layout_for(denoiser, config, spec)
     return install(denoiser, build_adapter(config, layout, count_parameters(denoiser)), spec)
 

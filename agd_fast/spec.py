@@ -17,7 +17,7 @@ import torch
 from diffusers.models.attention import FeedForward
 from torch import nn
 
-SiteForm = Literal["add", "affine"]
+SiteForm = Literal["add", "scale", "affine"]
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Site:
     path: glob over the names of `denoiser.named_modules()`; `*` also crosses dots.
     width: channels C of that output; None reads it off the module (linears, norms, diffusers' attention).
     input_width: channels of its first argument, for adapters that see it; None means as `width`.
-    form: "add" adds δ [B, C]; "affine" computes output·(1 + δ_γ) + δ_β, the (γ, β) of a norm.
+    form: "add" adds δ [B, C]; "scale" computes output·(1 + δ), the γ of a norm; "affine" output·(1 + δ_γ) + δ_β, its (γ, β).
     channel_dim: dimension of C in the output: −1 for tokens last, 1 for [B, C, H, W].
     output: which element to change where the module returns a tuple.
     hidden: name of the first argument where it is passed by keyword.
@@ -72,6 +72,7 @@ class DenoiserSpec:
         sinusoidal features of t.
     attention, feed_forward, convolution: blocks that residual adapters are added to.
     modulation: conditioning sites that modulation adapters move.
+    adapter_kind: of an adapter whose config names none.
     guided_channels: leading output channels that CFG guides; "config.<attribute>" is read off the denoiser, None means all.
         Channels after them (a learned variance) are left as the conditional pass gives them.
     prediction_type: "epsilon", "v_prediction", "sample" or "flow_prediction"; None takes the scheduler's.
@@ -87,6 +88,7 @@ class DenoiserSpec:
     feed_forward: tuple[Site, ...] = ()
     convolution: tuple[Site, ...] = ()
     modulation: tuple[Site, ...] = ()
+    adapter_kind: str = "modulation"
     guided_channels: int | str | None = None
     prediction_type: str | None = None
     omega_offset: float = 0.0

@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16, 64])
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--kind", default="modulation", choices=("modulation", "cross_attention", "offset"))
+    parser.add_argument("--kind", default="modulation", help="of adapter; several joined by '+'")
     parser.add_argument("--guidance-scale", type=float, default=4.0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")

@@ -157,11 +157,12 @@ def test_cross_attention_takes_prompts_longer_than_250_tokens():
 
 
 @pytest.mark.parametrize("channel_dim", [-1, 1])
-def test_affine_sites_scale_and_shift_the_channels_of_a_norm(channel_dim):
-    site = ResolvedSite("norm", 4, 4, "affine", channel_dim, 0, "hidden_states")
+@pytest.mark.parametrize(("form", "width"), [("scale", 4), ("affine", 8)])
+def test_sites_at_norms_scale_and_shift_their_channels(form, width, channel_dim):
+    site = ResolvedSite("norm", 4, 4, form, channel_dim, 0, "hidden_states")
     part = PARTS["modulation"](agd.AdapterConfig(hidden=2), (site,))
-    output, delta = torch.randn(2, 4, 3, 4), torch.randn(2, 8)
-    gamma, beta = delta[:, :4], delta[:, 4:]
+    output, delta = torch.randn(2, 4, 3, 4), torch.randn(2, width)
+    gamma, beta = delta[:, :4], delta[:, 4:] if form == "affine" else torch.zeros(2, 4)
     shape = (2, 4, 1, 1) if channel_dim == 1 else (2, 1, 1, 4)
 
     def formula(dtype):
@@ -272,7 +273,7 @@ def rewritten(backbone, sites, paths, deltas):
         if site.form == "add":
             module.bias += delta
         else:
-            gamma, beta = delta.chunk(2)
+            gamma, beta = delta.chunk(2) if site.form == "affine" else (delta, torch.zeros_like(delta))
             module.bias.copy_(module.bias * (1 + gamma) + beta)
             module.weight.copy_(module.weight * (1 + gamma.view(-1, *[1] * (module.weight.ndim - 1))))
     return backbone
@@ -305,3 +306,19 @@ def test_adapter_equals_the_base_with_its_delta_written_into_biases(name, kind, 
         reference = rewritten(exact, sites, paths, [delta.double() for delta in deltas])(**exact_inputs)
         assert_as_exact(found, rewritten(backbone, sites, paths, deltas)(**inputs), reference)
     assert (found - base).abs().max() > 100 * (found - reference).abs().max()
+
+
+@pytest.mark.parametrize(("name", "kind"), [("dit", "modulation"), ("unet", "modulation+gated_lora"), ("tiny", "modulation")])
+def test_a_config_without_a_kind_takes_that_of_the_backbone(name, kind):
+    backbone = make_backbone(name)
+    config = agd.attach(backbone.denoiser, agd.AdapterConfig(max_fraction=0.3), spec=backbone.spec).config
+    assert config.kind == kind
+    assert config.rank == (min(3 * config.hidden, 16) if "gated_lora" in kind else None)
+
+
+@pytest.mark.parametrize(("name", "sites"), [("dit", ("attention", "feed_forward")), ("unet", ("convolution",))])
+def test_gated_lora_is_beside_convolutions_where_there_are_any(name, sites):
+    backbone = make_backbone(name)
+    adapter = agd.attach(backbone.denoiser, agd.AdapterConfig("gated_lora", 2), spec=backbone.spec)
+    expected = resolve_sites(backbone.denoiser, tuple(site for block in sites for site in getattr(backbone.spec, block)))
+    assert adapter.layout.sites["gated_lora"] == expected

@@ -22,7 +22,7 @@ CONFIGS = [
     agd.AdapterConfig("offset", 4, blocks=("attention", "feed_forward")),
     agd.AdapterConfig("cross_attention", 4),
     agd.AdapterConfig("cross_attention", 4, blocks=("feed_forward",), omega_features="fourier", identity_at_one=False),
-    agd.AdapterConfig("gated_lora+cross_attention", 4),  # both at the attention blocks
+    agd.AdapterConfig("gated_lora+cross_attention", 4, blocks=("attention",)),  # both at the attention blocks
 ]
 config_ids = ["modulation", "offset-both", "cross_attention", "cross_attention-ff-paper", "two-parts"]
 TWO_PARTS = CONFIGS[-1]
@@ -156,7 +156,7 @@ def test_two_parts_at_one_module_act_each_as_it_does_alone(backbone):
     for kind, expected in left.items():
         own = {name: value for name, value in weights.items() if name.startswith(("conditioning.", f"parts.{kind}."))}
         rank = both.config.rank if kind == "gated_lora" else None
-        attach(backbone, agd.AdapterConfig(kind, 4, rank=rank)).load_state_dict(own)
+        attach(backbone, agd.AdapterConfig(kind, 4, rank=rank, blocks=TWO_PARTS.blocks)).load_state_dict(own)
         assert torch.equal(guided(backbone, inputs), expected)
         agd.unload(backbone.denoiser)
 

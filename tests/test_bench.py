@@ -30,15 +30,6 @@ def test_digits_bars(tmp_path):
     assert not explained["cleared"] and explained["bound_95"] <= explained["mean"] and len(explained["values"]) == 2
 
 
-def test_digits_kinds(tmp_path):
-    path = tmp_path / "kinds.json"
-    run("digits_kinds.py", "--kinds", "offset", "--train-steps", 2, "--json", path)
-    assert [(row["kind"], row["form"]) for row in json.loads(path.read_text())["rows"]] == [
-        ("offset", "ours"),
-        ("offset", "paper"),
-    ]
-
-
 def test_train_digits(tmp_path):
     run("train_digits.py", "--output", tmp_path, "--steps", 2, "--epochs", 2)
     assert (tmp_path / "digits_teacher" / "diffusion_pytorch_model.safetensors").stat().st_size < 1_000_000

@@ -13,7 +13,7 @@ from agd_fast.adapters.config import AdapterConfig
 from agd_fast.spec import DenoiserSpec, Layout, Site
 
 LARGEST_HIDDEN = 320  # the paper's width for UNets; wider brings little
-BLOCKS = {"gated_lora": ("attention", "feed_forward", "convolution")}  # of a residual kind; the paper's have attention alone
+LARGEST_RANK = 16  # of gated_lora, whose products are paid at every token of every step
 
 
 def adapter_sites(kind: str, config: AdapterConfig, spec: DenoiserSpec) -> tuple[Site, ...]:
@@ -21,13 +21,20 @@ def adapter_sites(kind: str, config: AdapterConfig, spec: DenoiserSpec) -> tuple
 
     Raises: ValueError when the spec names none.
     """
-    blocks: Sequence[str] = BLOCKS.get(kind, ("attention",)) if config.blocks is None else config.blocks
+    blocks: Sequence[str] = config.blocks or ("attention",)
     if kind == "modulation":
         blocks = ("modulation",)
+    elif kind == "gated_lora" and config.blocks is None:  # beside convolutions it is cheapest: they have few sites and much work
+        blocks = ("convolution",) if spec.convolution else ("attention", "feed_forward")
     sites = tuple(site for block in blocks for site in getattr(spec, block))
     if not sites:
         raise ValueError(f"a {kind!r} adapter needs {' or '.join(blocks)} sites; the spec names none")
     return sites
+
+
+def for_backbone(config: AdapterConfig, spec: DenoiserSpec) -> AdapterConfig:
+    """`config` with the kind that is the backbone's default where it names none."""
+    return config if config.kind is not None else replace(config, kind=spec.adapter_kind)
 
 
 def build_adapter(config: AdapterConfig, layout: Layout, base_parameters: int) -> Adapter:
@@ -39,7 +46,7 @@ def build_adapter(config: AdapterConfig, layout: Layout, base_parameters: int) -
 
 def sized(config: AdapterConfig, hidden: int | None) -> AdapterConfig:
     """`config` with this width, and the rank that goes with it where none was chosen."""
-    rank = config.rank or (max(1, (hidden or 0) // 2) if "gated_lora" in config.kinds else None)
+    rank = config.rank or (min(3 * (hidden or 0), LARGEST_RANK) if "gated_lora" in config.kinds else None)
     return replace(config, hidden=hidden, rank=rank)
 
 

@@ -17,14 +17,15 @@ class AdapterConfig:
 
     kind: "modulation" moves the base's own conditioning sites; "gated_lora" adds low-rank terms beside its blocks;
         "cross_attention" and "offset" are the paper's, added to the output of attention blocks (arXiv 2503.07274,
-        section 4). Several, joined by "+", act together and share the embedding of (ω, t, c).
+        section 4). Several, joined by "+", act together and share the embedding of (ω, t, c). None takes what measured best
+        on the kind of backbone: its spec's `adapter_kind`.
     hidden: width d of that embedding (its rank, for modulation); None takes the largest that keeps the
         adapter within `max_fraction` of the base's parameters, 320 at most.
     max_fraction: that bound.
-    rank: of each term of gated_lora; None takes half of `hidden`.
+    rank: of each term of gated_lora; None takes three times `hidden`, 16 at most.
     heads: attention heads, for cross_attention.
     blocks: which blocks residual adapters are added to; None takes attention for the paper's kinds, and for gated_lora
-        all that the denoiser's spec names.
+        convolutions, or attention and feed-forward where the denoiser's spec names none.
     omega_features: "smooth" functions of ω, or the paper's random "fourier" features.
     identity_at_one: multiply the output by (ω − 1), so that ω = 1 is exactly the base.
     guidance_range: the (lowest, highest) ω that training draws from.
@@ -32,7 +33,7 @@ class AdapterConfig:
     The paper's form is omega_features="fourier", identity_at_one=False.
     """
 
-    kind: str = "modulation"
+    kind: str | None = None
     hidden: int | None = None
     max_fraction: float = 0.05
     rank: int | None = None
@@ -69,7 +70,7 @@ class AdapterConfig:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        return tuple(self.kind.split("+"))
+        return () if self.kind is None else tuple(self.kind.split("+"))
 
     def to_dict(self) -> dict[str, Any]:
         return json.loads(json.dumps(asdict(self)))

@@ -1,7 +1,7 @@
 """Modulation: a low-rank δ on the base's own conditioning sites, δ = B·act(E(ω, t, c)).
 
 Where the base is modulated (adaLN), δ moves shift, scale and gate of its blocks; where it only normalises (UNets), δ
-is a per-sample (γ, β) of its norms. It never sees x_t, so all of it can be computed before the first step.
+is a per-sample γ, or (γ, β), of its norms. It never sees x_t, so all of it can be computed before the first step.
 """
 
 from __future__ import annotations
@@ -16,6 +16,13 @@ from agd_fast.adapters.config import AdapterConfig
 from agd_fast.spec import ResolvedSite
 
 
+class ScaleSite(SiteAdapter):
+    """output·(1 + δ): prepared is δ, [B, C]."""
+
+    def forward(self, hidden: Tensor, output: Tensor, prepared: Any) -> Tensor:
+        return output + output * broadcast(prepared, output, self.site.channel_dim)
+
+
 class AffineSite(SiteAdapter):
     """output·(1 + δ_γ) + δ_β: prepared is δ_γ beside δ_β, [B, 2C]."""
 
@@ -24,7 +31,8 @@ class AffineSite(SiteAdapter):
         return output + (output * gamma + beta)
 
 
-_FORMS = {"add": (SiteAdapter, 1), "affine": (AffineSite, 2)}  # and how many δ of the site's width each takes
+# and how many δ of the site's width each takes
+_FORMS = {"add": (SiteAdapter, 1), "scale": (ScaleSite, 1), "affine": (AffineSite, 2)}
 
 
 class Modulation(Part):

@@ -10,7 +10,7 @@ Loss = Literal["l2", "l1"]
 Weighting = Literal["uniform", "omega"]
 MixedPrecision = Literal["no", "fp16", "bf16"]
 
-LEARNING_RATES = {"modulation": 2e-2, "gated_lora": 1e-2, "cross_attention": 1e-2, "offset": 1e-2}
+LEARNING_RATES = {"modulation": 2e-2, "gated_lora": 2e-2, "cross_attention": 1e-2, "offset": 1e-2}
 
 
 def learning_rate_of(kinds: Sequence[str]) -> float:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from agd_fast.adapters import Adapter, AdapterConfig, count_parameters
+from agd_fast.adapters import Adapter, AdapterConfig, count_parameters, for_backbone
 from agd_fast.attaching import attach, require_attachment, unload
 from agd_fast.distillation.config import TrainConfig, learning_rate_of
 from agd_fast.distillation.presets import find_preset
@@ -110,7 +110,7 @@ def distill(
         raise ValueError("source='student' expects init=..., the folder of a trained adapter that the states follow; found None")
     if init is not None and directory.resolve() == Path(init).resolve():
         raise ValueError(f"expected an output_dir other than init, found {init} for both")
-    config = _adapter_config(adapter, guidance_range, teacher.spec.omega_offset, init)
+    config = for_backbone(_adapter_config(adapter, guidance_range, teacher.spec.omega_offset, init), teacher.spec)
     low, high = config.guidance_range
     learning_rate = learning_rate_of(config.kinds) if train_config.learning_rate is None else train_config.learning_rate
     order = seed if train_config.seed is None else train_config.seed

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -13,24 +12,21 @@ from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
-from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch import Tensor
 
 import agd_fast as agd
 from agd_fast import Teacher, TrainConfig
 from agd_fast.evaluation import guidance_explained
 from agd_fast.evaluation.explained import SCALES, Student
-from agd_fast.files import read_tensors, write_json, write_tensors
+from agd_fast.files import write_json
 from agd_fast.teacher import Conditions, Guidance
 from agd_fast.trajectories import Trajectories, collect
-from quality.data import to_pixels
 from quality.guiders import apg, cfg_zero_star
 from quality.scoring import STATES_SEED, Sizes, cfg, draw, measure, unguided
 from quality.students import GUIDANCE_RANGE
 from quality.teachers import BenchTeacher
-from quality.training import Recipe, train_denoiser
+from quality.tuning import Shift, faded, tuned_teacher, upside_down
 
-Shift = Callable[[Tensor], Tensor]  # images in [−1, 1] [N, C, H, W] → others of that shape
 Values = dict[str, float]
 
 ADAPTER = "claims-adapter"  # the default adapter, for all claims that train none of their own
@@ -138,67 +134,13 @@ def run_claims(
         print(f"{name}: " + ", ".join(f"{label} {value:.3f}" for label, value in claim.values.items()), flush=True)
 
 
-class TableConditions(nn.Module):
-    """What the distilled table says of classes, in the place of the conditioner that the base was trained with."""
-
-    def __init__(self, bench: BenchTeacher) -> None:
-        super().__init__()
-        self.bench, self.classes = bench, int(bench.row_labels.max()) + 1
-
-    def forward(self, labels: Tensor, dropped: Tensor) -> dict[str, Tensor]:
-        """Classes [B] and which are to be unknown [B] → the denoiser's arguments; captions in a template drawn at random."""
-        templates = torch.randint(len(self.bench.row_labels) // self.classes, labels.shape, device=labels.device)
-        rows = (labels + self.classes * templates).cpu()  # the table is made template by template
-        found = {name: value[rows].to(labels.device) for name, value in self.bench.table.items()}
-        null = self.bench.teacher.null(found)
-        return {n: torch.where(dropped.view(-1, *[1] * (value.ndim - 1)), null[n], value) for n, value in found.items()}
-
-
-class LowRank(nn.Module):
-    """W + B·A with A [rank, in], B [out, rank]: a LoRA (arXiv 2106.09685); B starts at zero."""
-
-    def __init__(self, weight: Tensor, rank: int) -> None:
-        super().__init__()
-        self.A = nn.Parameter(torch.randn(rank, weight.shape[1]).to(weight) / weight.shape[1] ** 0.5)
-        self.B = nn.Parameter(torch.zeros(weight.shape[0], rank).to(weight))
-
-    def forward(self, weight: Tensor) -> Tensor:
-        return weight + self.B @ self.A
-
-
-def _tuned(lab: Lab, name: str, shift: Shift, rank: int | None = None) -> Teacher:
-    """A copy of the teacher trained on shifted images, all of it or by a LoRA that is merged afterwards."""
-    assert lab.bench.data is not None
-    data = replace(lab.bench.data, images=shift(to_pixels(lab.bench.data.images)))
-    denoiser = copy.deepcopy(lab.teacher.denoiser)
-    file = lab.output / f"claims-{name}.safetensors"
-    if not file.is_file():
-        steps = lab.tuning_steps
-        rate = 5e-4 if rank is None else 2e-3
-        recipe = Recipe({}, batch=128, steps=steps, learning_rate=rate, ema_decay=0.98, minutes=60, warmup=min(30, steps))
-        denoiser.requires_grad_(rank is None)
-        with torch.random.fork_rng():
-            torch.manual_seed(SEED)
-            linears = [module for module in denoiser.modules() if isinstance(module, nn.Linear)] if rank else []
-            for linear in linears:
-                parametrize.register_parametrization(linear, "weight", LowRank(linear.weight, rank or 0))
-            conditions, checkpoint = TableConditions(lab.bench), file.with_suffix(".checkpoint")
-            train_denoiser(denoiser, conditions, lab.teacher.scheduler, data, recipe, checkpoint, lab.teacher.device)
-            for linear in linears:
-                parametrize.remove_parametrizations(linear, "weight")  # leaves W + B·A
-        checkpoint.unlink(missing_ok=True)
-        write_tensors(file, denoiser.state_dict())
-    denoiser.load_state_dict(read_tensors(file)[0])
-    return replace(lab.teacher, denoiser=denoiser, name=f"{lab.teacher.name}-{name}")
-
-
 def _moved(lab: Lab, kinds: dict[str, tuple[Shift, int | None]], prefix: str) -> Values:
     """Explained of the default adapter on its own base and on changed ones, beside what bounds it there."""
     with lab.distilled():
         values = {"original": lab.explained()["mean"]}
     for label, (shift, rank) in kinds.items():
         name = f"{prefix}-{label.replace(' ', '_')}"
-        tuned = _tuned(lab, name, shift, rank)
+        tuned = tuned_teacher(lab.bench, lab.output / f"claims-{name}.safetensors", shift, lab.tuning_steps, rank)
 
         def with_original_guidance(x: Tensor, t: Tensor, c: Conditions, omega: Tensor, tuned: Teacher = tuned) -> Tensor:
             guided, cond = lab.teacher.predict_cfg(x, t, c, omega)
@@ -213,14 +155,6 @@ def _moved(lab: Lab, kinds: dict[str, tuple[Shift, int | None]], prefix: str) ->
     return values
 
 
-def _upside_down(images: Tensor) -> Tensor:
-    return images.flip(-2)
-
-
-def _faded(images: Tensor) -> Tensor:
-    return images / 2
-
-
 _BOUNDS = (
     "Explained is of the changed base's own CFG. 'The original's guidance' adds (ω − 1)·(ε(c) − ε(∅)) of the unchanged base to "
     "ε(c) of the changed one: how much of its guidance is still the old one."
@@ -229,8 +163,8 @@ _BOUNDS = (
 
 def fine_tuned(lab: Lab) -> Claim:
     kinds: dict[str, tuple[Shift, int | None]] = {
-        "faded": (_faded, None),
-        "upside down": (_upside_down, None),
+        "faded": (faded, None),
+        "upside down": (upside_down, None),
         "inverted": (torch.neg, None),
     }
     setting = (
@@ -240,7 +174,7 @@ def fine_tuned(lab: Lab) -> Claim:
 
 
 def lora(lab: Lab) -> Claim:
-    kinds: dict[str, tuple[Shift, int | None]] = {"faded": (_faded, 4), "upside down": (_upside_down, 4)}
+    kinds: dict[str, tuple[Shift, int | None]] = {"faded": (faded, 4), "upside down": (upside_down, 4)}
     setting = (
         f"The adapter on its base with a LoRA of rank 4 on every linear, {lab.tuning_steps} steps on changed images, merged."
     )

@@ -33,7 +33,7 @@ def full_finetune(teacher: Teacher, states: Trajectories, config: TrainConfig) -
     """
     student = replace(teacher, denoiser=copy.deepcopy(teacher.denoiser))
     torch.manual_seed(config.seed or 0)
-    adapter = attach(student, AdapterConfig(guidance_range=GUIDANCE_RANGE))
+    adapter = attach(student, AdapterConfig("modulation", guidance_range=GUIDANCE_RANGE))
     weights = list(student.denoiser.parameters())
     for weight in weights:
         weight.requires_grad_(True)
