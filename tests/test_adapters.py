@@ -13,7 +13,7 @@ import agd_fast as agd
 from agd_fast.adapters import Adapter, build_adapter, count_parameters
 from agd_fast.adapters.adapter import PARTS
 from agd_fast.attaching import layout_for
-from agd_fast.spec import Layout, ResolvedSite
+from agd_fast.spec import Layout, ResolvedSite, resolve_sites
 from conftest import assert_as_exact, double, make_backbone, trained
 
 SITES = (
