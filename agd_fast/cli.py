@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 
 import agd_fast as agd
-from agd_fast.distillation.presets import find_preset
+from agd_fast.distillation.presets import PRESETS, find_preset
 from agd_fast.teacher import as_teacher
 
 app = typer.Typer(
@@ -58,12 +58,12 @@ def distill(
     output: OutputOption = Path("runs/distill"),
     model: ModelOption = "digits",
     labels: LabelsOption = "0-9",
-    preset: Annotated[
-        str | None, typer.Option(help="Settings that go together: small, sd15, sd21, sdxl, paper-dit, paper-sd21 or paper-sdxl.")
-    ] = None,
+    preset: Annotated[str | None, typer.Option(help=f"Settings that go together: {', '.join(PRESETS)}.")] = None,
     kind: Annotated[
         str | None,
-        typer.Option(help="modulation, gated_lora, cross_attention or offset; several joined by '+'.", show_default="modulation"),
+        typer.Option(
+            help="modulation, gated_lora, cross_attention or offset; several joined by '+'.", show_default="the backbone's"
+        ),
     ] = None,
     hidden: Annotated[int | None, typer.Option(help="Width of the adapter; default: the largest within --max-fraction.")] = None,
     max_fraction: Annotated[

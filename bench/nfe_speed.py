@@ -2,6 +2,7 @@
 
 python bench/nfe_speed.py                                 # the digits teacher that ships
 python bench/nfe_speed.py --batch 1 16 64 --json out.json
+python bench/nfe_speed.py --teacher bench/teachers/digits-unet
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from quality.teachers import TEACHERS, load_teacher
 from rich.console import Console
 
 import agd_fast as agd
@@ -21,14 +23,18 @@ from agd_fast.evaluation.evaluate import ARMS, arm_sampler, count_evaluations
 from agd_fast.evaluation.speed import time_interleaved
 from agd_fast.files import write_json
 from agd_fast.reporting.tables import rich_table
+from agd_fast.teacher import Conditions
 
 HEADER = ("batch", "arm", "NFE", "ms / image", "p20", "p80", "× unguided", "CFG / this")
 
 
-def measure(teacher: agd.Teacher, batch: int, steps: int, rounds: int, guidance_scale: float) -> list[dict[str, Any]]:
-    labels = torch.arange(batch) % 10
+def measure(
+    teacher: agd.Teacher, table: Conditions, batch: int, steps: int, rounds: int, guidance_scale: float
+) -> list[dict[str, Any]]:
+    rows = torch.arange(batch) % len(next(iter(table.values())))
+    conditions = {name: value[rows].to(teacher.device) for name, value in table.items()}
     noise = torch.randn(batch, *teacher.sample_shape, generator=torch.Generator().manual_seed(0))
-    runs = {name: arm_sampler(teacher, name, labels, noise, guidance_scale, steps, batch) for name in ARMS}
+    runs = {name: arm_sampler(teacher, name, None, noise, guidance_scale, steps, batch, conditions=conditions) for name in ARMS}
     evaluations = {}
     for name, run in runs.items():
         with count_evaluations(teacher.denoiser) as count:
@@ -56,18 +62,19 @@ def measure(teacher: agd.Teacher, batch: int, steps: int, rounds: int, guidance_
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--teacher", type=Path, default=TEACHERS / "digits-dit", help="folder of a finished teacher")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16, 64])
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--kind", default="modulation", help="of adapter; several joined by '+'")
+    parser.add_argument("--kind", help="of adapter, several joined by '+'; default: the backbone's")
     parser.add_argument("--guidance-scale", type=float, default=4.0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     args = parser.parse_args()
-    teacher = agd.datasets.digits_teacher()
-    teacher.denoiser.to(args.device)
-    agd.attach(teacher, agd.AdapterConfig(kind=args.kind))
-    rows = [row for batch in args.batch for row in measure(teacher, batch, args.steps, args.rounds, args.guidance_scale)]
+    bench = load_teacher(args.teacher, device=args.device)
+    adapter = agd.attach(bench.teacher, agd.AdapterConfig(kind=args.kind)).config
+    settings = (args.steps, args.rounds, args.guidance_scale)
+    rows = [row for batch in args.batch for row in measure(bench.teacher, bench.table, batch, *settings)]
     cells = [
         (
             str(row["batch"]),
@@ -81,10 +88,11 @@ def main() -> None:
         )
         for row in rows
     ]
-    title = f"{args.kind} adapter, {args.steps} steps, {args.rounds} interleaved rounds, {environment()['device']}"
+    what = f"{bench.teacher.name}, {adapter.kind} adapter"
+    title = f"{what}, {args.steps} steps, {args.rounds} interleaved rounds, {environment()['device']}"
     Console().print(rich_table(title, HEADER, cells))
     if args.json:
-        write_json(args.json, {"environment": environment(), "commit": commit(), "kind": args.kind, "rows": rows})
+        write_json(args.json, {"environment": environment(), "commit": commit(), "adapter": adapter.to_dict(), "rows": rows})
 
 
 def commit() -> str:

@@ -34,12 +34,12 @@ def _paper(hidden: int, guidance_range: tuple[float, float], trajectories: int) 
     return Preset(adapter, train, trajectories)
 
 
-def _text(max_fraction: float) -> Preset:
-    """Ours for a text-to-image model of some size: many prompts, a few states of each.
+def _large(max_fraction: float, guidance_range: tuple[float, float] = TEXT_RANGE) -> Preset:
+    """Ours for a model of some size: many prompts or labels, a few states of each.
 
     The kind and the form of the adapter are what measured best on small models; these numbers are a start that nobody measured.
     """
-    adapter = AdapterConfig(max_fraction=max_fraction, guidance_range=TEXT_RANGE)
+    adapter = AdapterConfig(max_fraction=max_fraction, guidance_range=guidance_range)
     train = TrainConfig(steps=5000, batch_size=32, learning_rate=1e-3, mixed_precision="bf16")
     return Preset(adapter, train, trajectories=2000, keep_steps=8)
 
@@ -48,9 +48,10 @@ PRESETS: dict[str, Preset] = {
     "small": Preset(
         trajectories=1600, keep_steps=6
     ),  # more trajectories, as many states: measured better on both digits teachers
-    "sd15": _text(0.02),
-    "sd21": _text(0.02),
-    "sdxl": _text(0.02),
+    "dit": _large(0.02, (1.0, 6.0)),
+    "sd15": _large(0.02),
+    "sd21": _large(0.02),
+    "sdxl": _large(0.02),
     "paper-dit": _paper(256, (1.0, 6.0), 4000),
     "paper-sd21": _paper(320, TEXT_RANGE, 500),
     "paper-sdxl": _paper(320, TEXT_RANGE, 500),
