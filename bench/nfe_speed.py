@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from quality.teachers import TEACHERS, load_teacher
 from rich.console import Console
+from torch.utils.flop_counter import FlopCounterMode
 
 import agd_fast as agd
 from agd_fast.environment import environment
@@ -25,7 +26,7 @@ from agd_fast.files import write_json
 from agd_fast.reporting.tables import rich_table
 from agd_fast.teacher import Conditions
 
-HEADER = ("batch", "arm", "NFE", "ms / image", "p20", "p80", "× unguided", "CFG / this")
+HEADER = ("batch", "arm", "NFE", "MFLOP / step", "ms / image", "p20", "p80", "× unguided", "CFG / this")
 
 
 def measure(
@@ -35,11 +36,11 @@ def measure(
     conditions = {name: value[rows].to(teacher.device) for name, value in table.items()}
     noise = torch.randn(batch, *teacher.sample_shape, generator=torch.Generator().manual_seed(0))
     runs = {name: arm_sampler(teacher, name, None, noise, guidance_scale, steps, batch, conditions=conditions) for name in ARMS}
-    evaluations = {}
+    evaluations, flops = {}, {}
     for name, run in runs.items():
-        with count_evaluations(teacher.denoiser) as count:
+        with count_evaluations(teacher.denoiser) as count, FlopCounterMode(display=False) as counter:
             run()
-        evaluations[name] = count[0] / batch
+        evaluations[name], flops[name] = count[0] / batch, counter.get_total_flops() / steps
     timing = time_interleaved(runs, rounds=rounds, device=teacher.device, progress=True)
     return [
         {
@@ -49,6 +50,7 @@ def measure(
             "dtype": str(teacher.dtype).removeprefix("torch."),
             "arm": name,
             "nfe": evaluations[name],
+            "flops_per_step": flops[name],
             "ms_per_image": time.median / batch * 1e3,
             "ms_per_image_p20": time.p20 / batch * 1e3,
             "ms_per_image_p80": time.p80 / batch * 1e3,
@@ -80,6 +82,7 @@ def main() -> None:
             str(row["batch"]),
             row["arm"],
             f"{row['nfe']:g}",
+            f"{row['flops_per_step'] / 1e6:.2f}",
             f"{row['ms_per_image']:.3f}",
             f"{row['ms_per_image_p20']:.3f}",
             f"{row['ms_per_image_p80']:.3f}",

@@ -19,6 +19,8 @@ def test_nfe_speed(tmp_path):
     content = json.loads(path.read_text())
     nfe = {(row["batch"], row["arm"]): row["nfe"] for row in content["rows"]}
     assert nfe == {(b, arm): 4 if arm == "cfg" else 2 for b in (1, 3) for arm in ("unguided", "cfg", "agd")}
+    flops = {row["arm"]: row["flops_per_step"] for row in content["rows"] if row["batch"] == 3}
+    assert flops["cfg"] == 2 * flops["unguided"] and flops["unguided"] < flops["agd"] < 1.05 * flops["unguided"]
     assert all(row["ms_per_image"] > 0 for row in content["rows"]) and content["commit"]
 
 
