@@ -8,9 +8,20 @@ from pathlib import Path
 
 from agd_fast.files import read_tensors, write_text
 from agd_fast.reporting.pictures import NAMES, save_grid
-from quality.arms import FULL
+from quality.arms import FULL, TEXT
 from quality.plots import ARMS, Panels, save_panels
-from quality.results import FINALIST_SEEDS, MISSING, Bar, Group, Result, mean_curve, minus_full, nfe_curves, zero_adapter
+from quality.results import (
+    FINALIST_SEEDS,
+    MISSING,
+    MODEL_NAMES,
+    Bar,
+    Group,
+    Result,
+    mean_curve,
+    minus_full,
+    nfe_curves,
+    zero_adapter,
+)
 
 STATES = {"guided": "guided states", "data": "noised data", "student": "the student's own"}
 SOURCES = {
@@ -18,6 +29,7 @@ SOURCES = {
     "data": "noised data",
     "student": "guided, then its own (half of the steps each)",
 }
+HOISTABLE = {"modulation", "offset", FULL, TEXT}  # none of their own work sees x_t
 GRID_COLUMNS = 10
 INTRODUCTION = """# How faithfully one pass reproduces classifier-free guidance
 
@@ -69,7 +81,7 @@ def caption(result: Result) -> str:
     words = f", {len(teacher['templates'])} caption templates" if teacher["templates"] else ""
     classifier = teacher["classifier"]
     return (
-        f"Teacher: {teacher['model']} of {teacher['parameters']:,} parameters on {teacher['data']}, "
+        f"Teacher: {MODEL_NAMES[teacher['model']]} of {teacher['parameters']:,} parameters on {teacher['data']}, "
         f"{len(teacher['classes'])} classes{words}. Measured with {sizes['samples']:,} images an arm and ω, "
         f"{sizes['trajectories']:,} held-out trajectories, {sizes['steps']} sampling steps; features and accuracy of "
         f"`{classifier['name']}` (accuracy {classifier['accuracy']:.3f}). Commit {', '.join(commits)}; device {where['device']}, "
@@ -81,7 +93,8 @@ def caption(result: Result) -> str:
 REFERENCE_TEXT = "Means over the seeds of the noise. The floor is the distance between two disjoint sets of real images."
 SCREENING_TEXT = (
     "Trained on guided trajectories. Of several learning rates the one is shown that explains most of guided states with the "
-    "first seed (0), which stays among those of the mean. Arms are compared with the full fine-tune of as many steps."
+    "first seed (0), which stays among those of the mean. Arms are compared with the full fine-tune of as many steps. Before the "
+    "first step: whether all that the arm adds can be computed there, so that a step costs what an unguided one does."
 )
 SOURCES_TEXT = (
     "Guidance explained on three kinds of states, by the states that the arm was trained on; as many training steps for all."
@@ -124,6 +137,7 @@ def screening_table(result: Result) -> str:
         "seeds",
         "steps",
         "parameters",
+        "before the first step",
         *(f"explained: {name}" for name in STATES.values()),
         "− full fine-tune",
     ]
@@ -136,6 +150,7 @@ def screening_table(result: Result) -> str:
             str(len(group.rows)),
             f"{group.arm['steps']:,}",
             f"{group.rows[0]['parameters']:,} ({group.rows[0]['fraction']:.1%})",
+            "yes" if set(group.arm["kind"].split("+")) <= HOISTABLE else "in part",
             *(spread(group.explained(states)) for states in STATES),
             "" if group.arm["kind"] == FULL else spread(minus_full(group, result.full(group.arm["steps"])), "+.3f"),
             spread(result.beside_cfg(group, "frechet")),
