@@ -14,5 +14,5 @@ def test_readme(tmp_path, monkeypatch):
     monkeypatch.setitem(defaults, "train_config", agd.TrainConfig(steps=2))
     monkeypatch.setitem(defaults, "trajectories", 10)
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     exec(compile("\n".join(blocks), "README.md", "exec"), {"__name__": "readme"})

@@ -12,7 +12,7 @@ from agd_fast.trajectories.collect import Source
 
 FORMS = ("ours", "paper")
 FULL, TEXT = "full", "text_embedding"
-OTHER_RATES = {FULL: 1e-3, TEXT: 1e-3}
+OTHER_RATES = {FULL: 5e-4, TEXT: 1e-3}
 
 
 @dataclass(frozen=True)
