@@ -5,11 +5,13 @@ python bench/fidelity.py teacher --data PATH/cifar10_train_jpeg.npz --model dit 
 python bench/fidelity.py run --teacher bench/teachers/digits-unet --adapters modulation cross_attention:paper full --seeds 3
 python bench/fidelity.py claims --teacher bench/teachers/digits-unet
 python bench/fidelity.py report
+python bench/fidelity.py photographs --data PATH/cifar10_train_jpeg.npz                # one GPU: the next nine minutes of it
 """
 
 from __future__ import annotations
 
 import argparse
+import time
 from pathlib import Path
 
 import torch
@@ -19,7 +21,7 @@ from quality.data import load_data
 from quality.report import write_report
 from quality.run import merge, run_arms
 from quality.scoring import Sizes
-from quality.teachers import MODELS, TEACHERS, load_teacher, make_teacher
+from quality.teachers import MODELS, TEACHER_NAME, TEACHERS, load_teacher, make_teacher
 
 from agd_fast import TrainConfig
 from agd_fast.distillation.presets import PRESETS
@@ -27,6 +29,7 @@ from agd_fast.evaluation.explained import SCALES
 
 STANDARD = PRESETS["small"]
 RESULTS = Path(__file__).parent / "results" / "fidelity"
+TEACHER_MINUTES = 7.0  # of training; the classifier and what is drawn of the data take the better part of another two
 
 
 def main() -> None:
@@ -80,6 +83,19 @@ def main() -> None:
     claims.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     claims.add_argument("--output", type=Path, help="folder of the runs; default runs/fidelity/TEACHER")
     claims.set_defaults(call=_claims)
+    photographs = commands.add_parser(
+        "photographs", help="teachers and finalists on photographs, as far as the minutes reach; the same command goes on"
+    )
+    photographs.add_argument("--data", required=True, help="the path of an npz of JPEG files such as cifar10_train_jpeg.npz")
+    photographs.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    photographs.add_argument("--adapters", nargs="+", default=["modulation", "modulation+gated_lora", "full"])
+    photographs.add_argument("--seeds", type=int, default=3, help="how many, from 0")
+    photographs.add_argument("--samples", type=int, default=10_000, help="images an arm and scale")
+    photographs.add_argument("--scales", nargs="+", type=float, default=[1.5, 2.0, 3.0], help="guidance scales of the images")
+    photographs.add_argument("--minutes", type=float, default=9.0, help="start nothing that would take longer")
+    photographs.add_argument("--smoke", action="store_true", help="tiny teachers and runs, to see that all of it works")
+    photographs.add_argument("--output", type=Path, default=Path("runs/photographs"), help="folder of teachers and results")
+    photographs.set_defaults(call=_photographs)
     report = commands.add_parser("report", help="tables and pictures of merged results")
     report.add_argument("files", type=Path, nargs="*", help="default: all of bench/results/fidelity")
     report.add_argument("--output", type=Path, default=Path("docs"), help="folder to write to")
@@ -125,6 +141,27 @@ def _claims(args: argparse.Namespace) -> None:
     output = args.output or Path("runs/fidelity") / args.teacher.name
     run_claims(bench, output, sizes, names=args.names, steps=args.steps, trajectories=args.trajectories)
     print(f"merged into {merge(bench, output, sizes)}")
+
+
+def _photographs(args: argparse.Namespace) -> None:
+    start, device = time.monotonic(), "cuda" if torch.cuda.is_available() else "cpu"
+    data = load_data(args.data)
+    for model in args.models:
+        directory = args.output / "teachers" / f"{data.name}-{model}"
+        left = args.minutes - (time.monotonic() - start) / 60
+        if not (directory / TEACHER_NAME).is_file() and left < TEACHER_MINUTES + 1 and not args.smoke:
+            print(f"stopped before the {model}; the same command goes on")
+            return
+        make_teacher(args.data, model, directory, minutes=TEACHER_MINUTES, smoke=args.smoke)
+        steps, trajectories = (2, 10) if args.smoke else (TrainConfig.steps, STANDARD.trajectories)
+        sizes = Sizes(20, 4, 2) if args.smoke else Sizes(args.samples)
+        arms = make_arms(
+            args.adapters, [0.05], ["trajectories"], list(range(args.seeds)), steps, None, trajectories, STANDARD.keep_steps
+        )
+        bench = load_teacher(directory, data, device)
+        left = args.minutes - (time.monotonic() - start) / 60
+        merged = run_arms(bench, arms, args.output / directory.name, sizes=sizes, scales=tuple(args.scales), minutes=left)
+        print(f"merged into {merged}")
 
 
 def _report(args: argparse.Namespace) -> None:

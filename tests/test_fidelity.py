@@ -42,15 +42,19 @@ def photos(tmp_path_factory):
 
 @pytest.mark.parametrize("model", ["dit", "unet"])
 def test_photographs_from_training_to_merged_results(photos, tmp_path, model):
-    teacher = tmp_path / f"photos-{model}"
-    fidelity("teacher", "--data", photos, "--model", model, "--smoke", "--output", teacher)
-    assert "is finished" in fidelity("teacher", "--data", photos, "--model", model, "--smoke", "--output", teacher)
-    small = ["--steps", 2, "--trajectories", 10, "--scales", 2, *SIZES]
-    output = tmp_path / "runs"
-    fidelity("run", "--teacher", teacher, "--data", photos, "--adapters", "modulation", "full", *small, "--output", output)
-    merged = json.loads(output.with_suffix(".json").read_text())
+    command = ["photographs", "--data", photos, "--models", model, "--adapters", "modulation", "full", "--smoke"]
+    command += ["--seeds", 1, "--scales", 2, "--output", tmp_path]
+    assert "merged into" in fidelity(*command)
+    merged = json.loads((tmp_path / f"photos-{model}.json").read_text())
     assert {row["arm"]["kind"] for row in merged["rows"]} == {"modulation", "full"}
     assert merged["teacher"]["data"] == "photos" and merged["floor"] > 0 and merged["references"][0]["cfg"]["2"]["frechet"] > 0
+    teacher = tmp_path / "teachers" / f"photos-{model}"
+    assert "is finished" in fidelity("teacher", "--data", photos, "--model", model, "--smoke", "--output", teacher)
+
+
+def test_photographs_start_no_teacher_that_the_minutes_are_too_few_for(photos, tmp_path):
+    found = fidelity("photographs", "--data", photos, "--minutes", 7, "--output", tmp_path)
+    assert "stopped before the dit" in found and not any(tmp_path.iterdir())
 
 
 @pytest.fixture(scope="module")
