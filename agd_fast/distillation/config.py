@@ -10,12 +10,19 @@ Loss = Literal["l2", "l1"]
 Weighting = Literal["uniform", "omega"]
 MixedPrecision = Literal["no", "fp16", "bf16"]
 
-LEARNING_RATES = {"modulation": 2e-2, "gated_lora": 2e-2, "cross_attention": 1e-2, "offset": 1e-2}
+LEARNING_RATES = {
+    "modulation": 2e-2,
+    "gated_lora": 2e-2,
+    "modulation+gated_lora": 4e-2,
+    "cross_attention": 1e-2,
+    "offset": 1e-2,
+}
 
 
 def learning_rate_of(kinds: Sequence[str]) -> float:
-    """The lowest of the kinds that act together."""
-    return min(LEARNING_RATES[kind] for kind in kinds)
+    """That of the kinds together where it was tuned, else the lowest of theirs."""
+    tuned = [rate for joined, rate in LEARNING_RATES.items() if sorted(joined.split("+")) == sorted(kinds)]
+    return tuned[0] if tuned else min(LEARNING_RATES[kind] for kind in kinds)
 
 
 @dataclass(frozen=True)
@@ -23,7 +30,7 @@ class TrainConfig:
     """AdamW with linear warm-up and cosine decay.
 
     steps, batch_size: batch_size is over all processes. warmup: share of the steps.
-    learning_rate: peak; None takes LEARNING_RATES by the adapter's kind, tuned on the digits teacher and on nothing larger
+    learning_rate: peak; None takes LEARNING_RATES by the adapter's kind, tuned on digits teachers and on nothing larger
         (the paper trains its kinds with 1e-4 for 5,000 steps).
     max_grad_norm: clipped to it. ema: decay of an average of the weights that is saved instead of them; None for none.
     loss: "l2" or "l1" a state. weighting: "omega" divides a state's loss by (ω − 1)² + ¼, which lifts small ω.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import agd_fast as agd
 from agd_fast import TrainConfig
-from agd_fast.adapters import count_parameters
+from agd_fast.adapters import AdapterTooLarge, count_parameters
 from agd_fast.environment import environment
 from agd_fast.evaluation.explained import SCALES, Student
 from agd_fast.files import read_json, read_tensors, write_json, write_tensors
@@ -36,6 +36,8 @@ def run_arms(
 ) -> Path:
     """Run what is missing and merge all of the folder; returns the merged file, `output`.json.
 
+    An arm that cannot be as small as its fraction is said and left out.
+
     scales: ω of the images. minutes: start no further run after that long; the same call goes on.
     """
     start = time.monotonic()
@@ -46,7 +48,11 @@ def run_arms(
             print(f"stopped after {minutes:g} minutes with {len(arms) - number} runs to look at; the same command goes on")
             break
         reference = references(bench, arm.seed, output, sizes, scales)
-        row = run_arm(bench, arm, reference, output, sizes, scales)
+        try:
+            row = run_arm(bench, arm, reference, output, sizes, scales)
+        except AdapterTooLarge as error:
+            print(f"{number + 1}/{len(arms)} {arm.name} skipped: {error}", flush=True)
+            continue
         write_json(output / f"{arm.name}.json", row)
         explained = {states: f"{found['mean']:.3f}" for states, found in row["explained"].items()}
         print(f"{number + 1}/{len(arms)} {arm.name}: {row['fraction']:.2%}, explained {explained}", flush=True)
