@@ -85,6 +85,13 @@ def test_a_run_that_is_there_is_not_done_again(digits_runs):
     assert {path: path.stat().st_mtime_ns for path in digits_runs.glob("*seed0.json")} == before
 
 
+def test_an_arm_that_cannot_be_so_small_is_left_out(digits_runs):
+    common = ["--teacher", BENCH / "teachers" / "digits-unet", "--steps", 2, "--trajectories", 10, "--scales", 2, *SIZES]
+    said = fidelity("run", *common, "--adapters", "modulation", "--fractions", 1e-4, "--output", digits_runs)
+    assert "skipped: the smallest 'modulation' adapter" in said and "max_fraction=0.0001" in said
+    assert not list(digits_runs.glob("modulation-ours-0.0001-*.json"))
+
+
 def test_claims_and_report(digits_runs, tmp_path):
     names = ["omega_range", "unseen_captions", "guiders"]
     small = ["--steps", 2, "--trajectories", 10, *SIZES]

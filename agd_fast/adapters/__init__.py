@@ -37,7 +37,7 @@ def for_backbone(config: AdapterConfig, spec: DenoiserSpec) -> AdapterConfig:
     return config if config.kind is not None else replace(config, kind=spec.adapter_kind)
 
 
-class AdapterTooLarge(ValueError):
+class AdapterTooLargeError(ValueError):
     """No width of the adapter stays within `max_fraction` of the base."""
 
 
@@ -68,7 +68,7 @@ def _largest_hidden(config: AdapterConfig, layout: Layout, base_parameters: int)
 
     low, high = 1, max(LARGEST_HIDDEN // step, 1)  # in units of `step`
     if cost(step) > budget:
-        raise AdapterTooLarge(
+        raise AdapterTooLargeError(
             f"the smallest {config.kind!r} adapter has {cost(step):,} parameters, more than "
             f"max_fraction={config.max_fraction} of the base's {base_parameters:,}; give `hidden` or a larger max_fraction"
         )

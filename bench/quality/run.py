@@ -11,7 +11,7 @@ from torch import Tensor
 
 import agd_fast as agd
 from agd_fast import TrainConfig
-from agd_fast.adapters import AdapterTooLarge, count_parameters
+from agd_fast.adapters import AdapterTooLargeError, count_parameters
 from agd_fast.environment import environment
 from agd_fast.evaluation.explained import SCALES, Student
 from agd_fast.files import read_json, read_tensors, write_json, write_tensors
@@ -50,7 +50,7 @@ def run_arms(
         reference = references(bench, arm.seed, output, sizes, scales)
         try:
             row = run_arm(bench, arm, reference, output, sizes, scales)
-        except AdapterTooLarge as error:
+        except AdapterTooLargeError as error:
             print(f"{number + 1}/{len(arms)} {arm.name} skipped: {error}", flush=True)
             continue
         write_json(output / f"{arm.name}.json", row)
