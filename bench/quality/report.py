@@ -242,9 +242,8 @@ def claims_table(result: Result) -> str:
 def panels_of(result: Result) -> Panels:
     """The curves of the finalists, or of the best of the screening where no arm has seeds enough, and of the full fine-tune."""
     screened = [group for group in result.chosen if group.arm["source"] == "trajectories" and group.arm["kind"] != FULL]
-    finalists = {
-        result.label(group): group for group in reversed(result.finalists)
-    }  # of learning rates that share a name the best
+    # of finalists that share a label, the learning rates of an arm, the best
+    finalists = {result.label(group): group for group in reversed(result.finalists)}
     pictured = (list(reversed(finalists.values())) or screened)[:ARMS]
     explaining = {result.label(group): group for group in pictured}
     full = result.full(pictured[0].arm["steps"]) if pictured else None
