@@ -69,7 +69,7 @@ def section(result: Result, output: Path) -> str:
         ("States to train on", SOURCES_TEXT, sources_table(result)),
         ("Learning rates tried", RATES_TEXT, rates_table(result)),
         ("Bars", BARS_TEXT, bars_table(result)),
-        ("Claims of the paper", "", claims_table(result)),
+        ("Claims of the paper", "", claims_text(result)),
     ):
         parts += [f"### {title}", *([text] if text else []), table or f"{MISSING}."]
     return "\n\n".join(parts) + "\n"
@@ -226,17 +226,23 @@ def bar_row(name: str, bar: Bar) -> tuple[str, ...]:
     return name, bar.name, mean, MISSING if bar.bound is None else f"{bar.bound:.3f}", limit, bar.verdict
 
 
-def claims_table(result: Result) -> str:
-    rows = [
-        (
-            claim["claim"].replace("_", " "),
-            claim["setting"],
-            "<br>".join(f"{name}: {value:.4g}" for name, value in claim["values"].items()),
-            claim.get("note", ""),
-        )
-        for claim in result.merged.get("claims", [])
-    ]
-    return markdown(("claim", "setting", "measured", "note"), rows) if rows else ""
+def claims_text(result: Result) -> str:
+    parts = []
+    for claim in result.merged.get("claims", []):
+        note = [claim["note"]] if claim.get("note") else []
+        parts += [f"#### {claim['claim'].replace('_', ' ')}", claim["setting"], claim_table(claim["values"]), *note]
+    return "\n\n".join(parts)
+
+
+def claim_table(values: Mapping[str, float]) -> str:
+    """A value named "row, column" in that row and column, one without a comma in a column of its own."""
+    places = {name: name.rpartition(", ") if ", " in name else (name, "", "") for name in values}
+    rows, columns = ({place[index]: None for place in places.values()} for index in (0, 2))
+    cells = {
+        (row, column): f"{values[name]:{',.0f' if abs(values[name]) >= 1000 else '.4g'}}"
+        for name, (row, _, column) in places.items()
+    }
+    return markdown(("", *columns), [(row, *(cells.get((row, column), "") for column in columns)) for row in rows])
 
 
 def panels_of(result: Result) -> Panels:
