@@ -29,6 +29,9 @@ from agd_fast.evaluation.explained import SCALES
 
 STANDARD = PRESETS["small"]
 RESULTS = Path(__file__).parent / "results" / "fidelity"
+INCEPTION = (
+    "file of Inception's weights, to measure FID too (needs torch-fidelity); images that are measured already stay as they are"
+)
 TEACHER_MINUTES = 7.0  # of training; the classifier and what is drawn of the data take the better part of another two
 
 
@@ -67,6 +70,7 @@ def main() -> None:
     run.add_argument("--scales", nargs="+", type=float, default=list(SCALES), help="guidance scales of the images")
     run.add_argument("--held-out", type=int, default=Sizes.trajectories, help="trajectories for the explained share")
     run.add_argument("--sampling-steps", type=int, default=Sizes.steps)
+    run.add_argument("--inception", type=Path, help=INCEPTION)
     run.add_argument("--minutes", type=float, help="start no further run after that long")
     run.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     run.add_argument("--output", type=Path, help="folder of the runs; default runs/fidelity/TEACHER, merged into TEACHER.json")
@@ -93,6 +97,7 @@ def main() -> None:
     photographs.add_argument("--samples", type=int, default=10_000, help="images an arm and scale")
     photographs.add_argument("--scales", nargs="+", type=float, default=[1.5, 2.0, 3.0], help="guidance scales of the images")
     photographs.add_argument("--minutes", type=float, default=9.0, help="start nothing that would take longer")
+    photographs.add_argument("--inception", type=Path, help=INCEPTION)
     photographs.add_argument("--smoke", action="store_true", help="tiny teachers and runs, to see that all of it works")
     photographs.add_argument("--output", type=Path, default=Path("runs/photographs"), help="folder of teachers and results")
     photographs.set_defaults(call=_photographs)
@@ -117,7 +122,7 @@ def _teacher(args: argparse.Namespace) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    bench = load_teacher(args.teacher, None if args.data is None else load_data(args.data), args.device)
+    bench = load_teacher(args.teacher, None if args.data is None else load_data(args.data), args.device, args.inception)
     sizes = Sizes(args.samples, args.held_out, args.sampling_steps)
     seeds = list(range(args.seeds))
     arms = make_arms(
@@ -158,7 +163,7 @@ def _photographs(args: argparse.Namespace) -> None:
         arms = make_arms(
             args.adapters, [0.05], ["trajectories"], list(range(args.seeds)), steps, None, trajectories, STANDARD.keep_steps
         )
-        bench = load_teacher(directory, data, device)
+        bench = load_teacher(directory, data, device, args.inception)
         left = args.minutes - (time.monotonic() - start) / 60
         merged = run_arms(bench, arms, args.output / directory.name, sizes=sizes, scales=tuple(args.scales), minutes=left)
         print(f"merged into {merged}")

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -111,3 +112,44 @@ def test_unknown_adapters_are_named():
     command = [sys.executable, BENCH / "fidelity.py", "run", "--adapters", "lora"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode != 0 and "expected KIND or KIND:paper" in done.stderr and "'lora'" in done.stderr
+
+
+def test_missing_weights_of_inception_are_named(tmp_path):
+    command = [sys.executable, BENCH / "fidelity.py", "run", "--inception", tmp_path / "none.pth"]
+    command += ["--teacher", BENCH / "teachers" / "digits-unet", "--adapters", "modulation"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode != 0 and "expected the weights of Inception, found no file" in done.stderr
+
+
+def test_images_are_measured_in_a_second_set_of_features_where_the_bench_has_them(tmp_path):
+    script = """
+import dataclasses, sys
+from quality.scoring import measure
+from quality.teachers import load_teacher
+from agd_fast.evaluation import Reference
+bench = load_teacher(sys.argv[1])
+noise = bench.reference.images[:100].flip(0)
+assert "fid" not in measure(bench, noise)
+bench = dataclasses.replace(bench, inception=Reference(bench.reference.images, lambda x: x.flatten(1)[:, :8]))
+found = measure(bench, noise)
+assert found["fid"] > 0 and found["fid"] != found["frechet"], found
+"""
+    (tmp_path / "script.py").write_text(script)
+    command = [sys.executable, tmp_path / "script.py", BENCH / "teachers" / "digits-unet"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(BENCH)})
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_report_shows_fid_where_it_was_measured(digits_runs, tmp_path):
+    merged = json.loads(digits_runs.with_suffix(".json").read_text())
+    for reference in merged["references"]:
+        for found in (reference["unguided"], *reference["cfg"].values()):
+            found["fid"] = 40.0
+    for row in merged["rows"]:
+        for found in row["images"].values():
+            found["fid"] = 30.0
+    changed = tmp_path / "digits-unet.json"
+    changed.write_text(json.dumps({**merged, "inception_floor": 12.345}))
+    fidelity("report", changed, "--output", tmp_path)
+    page = (tmp_path / "fidelity.md").read_text()
+    assert "12.345" in page and "| FID |" in page and "FID AGD / CFG, ω = 2" in page and "0.750" in page

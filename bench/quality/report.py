@@ -113,21 +113,22 @@ def reference_table(result: Result) -> str:
     references = list(result.references.values())
     if not references:
         return ""
-    floor = result.merged["floor"]
+    measured = {"frechet": "Fréchet", **({"fid": "FID"} if result.has_fid else {}), "accuracy": "accuracy"}
+    floors = {"frechet": result.merged["floor"], "fid": result.merged.get("inception_floor"), "accuracy": None}
     rows = [
-        ("real images (floor)", MISSING if floor is None else f"{floor:.3f}", "", ""),
-        (
-            "unguided",
-            *(spread([reference["unguided"][name] for reference in references]) for name in ("frechet", "accuracy")),
-            "",
-        ),
+        ("real images (floor)", *("" if floors[name] is None else f"{floors[name]:.3f}" for name in measured), ""),
+        ("unguided", *(spread(_of([reference["unguided"] for reference in references], name)) for name in measured), ""),
     ]
     for omega in sorted({omega for reference in references for omega in reference["cfg"]}, key=float):
         there = [reference for reference in references if omega in reference["cfg"]]
-        found = [spread([reference["cfg"][omega][name] for reference in there]) for name in ("frechet", "accuracy")]
+        found = [spread(_of([reference["cfg"][omega] for reference in there], name)) for name in measured]
         best = ", CFG's best" if omega == result.omega else ""
         rows.append((f"CFG, ω = {omega}{best}", *found, spread([reference["unguided_rmse"][omega] for reference in there])))
-    return markdown(("", "Fréchet", "accuracy", "RMSE of unguided to CFG"), rows)
+    return markdown(("", *measured.values(), "RMSE of unguided to CFG"), rows)
+
+
+def _of(found: Iterable[Mapping[str, float]], name: str) -> list[float]:
+    return [values[name] for values in found if name in values]
 
 
 def screening_table(result: Result) -> str:
@@ -142,6 +143,7 @@ def screening_table(result: Result) -> str:
         "− full fine-tune",
     ]
     at = f"ω = {result.omega}"
+    header += [f"FID AGD / CFG, {at}"] if result.has_fid else []
     header += [f"Fréchet AGD / CFG, {at}", f"accuracy AGD − CFG, {at}", f"RMSE AGD / unguided, {at}"]
     rows = [
         (
@@ -153,6 +155,7 @@ def screening_table(result: Result) -> str:
             "yes" if set(group.arm["kind"].split("+")) <= HOISTABLE else "in part",
             *(spread(group.explained(states)) for states in STATES),
             "" if group.arm["kind"] == FULL else spread(minus_full(group, result.full(group.arm["steps"])), "+.3f"),
+            *([spread(result.beside_cfg(group, "fid"))] if result.has_fid else []),
             spread(result.beside_cfg(group, "frechet")),
             spread(result.beside_cfg(group, "accuracy"), "+.3f"),
             spread(result.beside_cfg(group, "rmse")),

@@ -124,15 +124,20 @@ def best_scale(references: Sequence[Mapping[str, Any]]) -> str | None:
 
 
 def beside_cfg(group: Group, references: Mapping[int, Mapping[str, Any]], omega: str | None, name: str) -> list[float]:
-    """A value a seed, against CFG's images from the same noise: Fréchet ratio, accuracy difference or RMSE ratio to unguided."""
+    """A value a seed, against CFG's images from the same noise: Fréchet or FID ratio, accuracy difference, RMSE ratio.
+
+    The RMSE is to CFG, beside that of unguided. Without a value where it was not measured.
+    """
     values = []
     for row in group.rows:
         reference = references.get(row["arm"]["seed"])
         if omega is None or reference is None or omega not in row["images"]:
             continue
         images, cfg = row["images"][omega], reference["cfg"][omega]
-        if name == "frechet":
-            values.append(images["frechet"] / cfg["frechet"])
+        if name not in images or (name != "rmse" and name not in cfg):
+            continue
+        if name in ("frechet", "fid"):
+            values.append(images[name] / cfg[name])
         elif name == "accuracy":
             values.append(images["accuracy"] - cfg["accuracy"])
         else:
@@ -179,6 +184,11 @@ class Result:
         ]
 
     @property
+    def has_fid(self) -> bool:
+        """Whether images were measured in Inception's features too."""
+        return any("fid" in reference["unguided"] for reference in self.references.values())
+
+    @property
     def title(self) -> str:
         teacher = self.merged["teacher"]
         return f"{teacher['data']}, {MODEL_NAMES[teacher['model']]}"
@@ -210,6 +220,7 @@ class Result:
             *bars,
             Bar("explained − full fine-tune's", "min", FULL_MARGIN, minus_full(group, full)),
             Bar(f"Fréchet AGD / CFG {at}", "max", FRECHET_LIMIT, self.beside_cfg(group, "frechet")),
+            *([Bar(f"FID AGD / CFG {at}", "max", FRECHET_LIMIT, self.beside_cfg(group, "fid"))] if self.has_fid else []),
             Bar(f"accuracy AGD − CFG {at}, either sign", "abs", ACCURACY_LIMIT, self.beside_cfg(group, "accuracy")),
             Bar(f"RMSE to CFG, AGD / unguided {at}", "max", RMSE_LIMIT, self.beside_cfg(group, "rmse")),
         ]

@@ -166,6 +166,7 @@ def merge(bench: BenchTeacher, output: Path, sizes: Sizes) -> Path:
         "commit": commit(),
         "teacher": bench.record,
         "floor": bench.floor,
+        "inception_floor": bench.inception_floor,
         "sizes": asdict(sizes),
         "references": of_reference,
         "rows": [row for row in rows.values() if "arm" in row],

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from agd_fast.evaluation import frechet_distance, guidance_explained
+from agd_fast.evaluation import Reference, frechet_distance, guidance_explained
 from agd_fast.evaluation.explained import Student
 from agd_fast.sampling import integrate
 from agd_fast.teacher import Conditions
@@ -93,14 +93,24 @@ def unguided(bench: BenchTeacher) -> Student:
 
 
 def measure(bench: BenchTeacher, images: Tensor, target: Tensor | None = None) -> dict[str, float]:
-    """Fréchet distance to the real images, class accuracy, and RMSE to `target`, CFG's images from the same noise."""
+    """Fréchet distance to the real images, class accuracy, and RMSE to `target`, CFG's images from the same noise.
+
+    "fid" is the Fréchet distance in Inception's features, where the bench has them.
+    """
     assert bench.reference is not None and bench.reference.classify is not None
-    real, fake = (features_of(bench.reference, part).cpu() for part in (bench.reference.images, images))
     device = bench.reference.images.device
     with torch.inference_mode():
         predicted = torch.cat([bench.reference.classify(part.to(device)).argmax(1).cpu() for part in images.split(BATCH)])
     labels = bench.row_labels[image_rows(bench, len(images))]
-    found = {"frechet": frechet_distance(real, fake), "accuracy": (predicted == labels).double().mean().item()}
+    accuracy = (predicted == labels).double().mean().item()
+    found = {"frechet": distance_to_real(bench.reference, images), "accuracy": accuracy}
+    if bench.inception is not None:
+        found["fid"] = distance_to_real(bench.inception, images)
     if target is not None:
         found["rmse"] = (images - target).square().mean().sqrt().item()
     return found
+
+
+def distance_to_real(reference: Reference, images: Tensor) -> float:
+    real, fake = (features_of(reference, part).cpu() for part in (reference.images, images))
+    return frechet_distance(real, fake)

@@ -24,6 +24,7 @@ from agd_fast.teacher import Teacher
 from quality.captions import CaptionEncoder, ClassLabels
 from quality.classifier import classifier_record, ensure_classifier, features_of, load_reference
 from quality.data import ImageData, load_data
+from quality.inception import load_inception
 from quality.training import Recipe, train_denoiser
 
 TEACHERS = Path(__file__).parent.parent / "teachers"
@@ -111,7 +112,7 @@ class BenchTeacher:
     table: the conditions to distil, batch first; row_labels: their classes.
     held_out: both of the template that is kept from distillation; None without captions.
     data, reference, floor (Fréchet distance of two sets of real images): None when the data were not given.
-    record: what teacher.json says.
+    record: what teacher.json says. inception, inception_floor: as reference and floor, where the weights were given.
     """
 
     teacher: Teacher
@@ -122,6 +123,8 @@ class BenchTeacher:
     reference: Reference | None
     floor: float | None
     record: dict[str, Any]
+    inception: Reference | None = None
+    inception_floor: float | None = None
 
 
 def save_teacher(
@@ -139,10 +142,15 @@ def save_teacher(
     write_json(directory / TEACHER_NAME, dict(record))
 
 
-def load_teacher(directory: Path | str, data: ImageData | None = None, device: torch.device | str = "cpu") -> BenchTeacher:
+def load_teacher(
+    directory: Path | str,
+    data: ImageData | None = None,
+    device: torch.device | str = "cpu",
+    inception: Path | None = None,
+) -> BenchTeacher:
     """A finished teacher, in float32.
 
-    data: what it was trained on; the digits need not be given.
+    data: what it was trained on; the digits need not be given. inception: file of its weights, to measure in its features too.
     Raises: FileNotFoundError when the teacher is not finished, ValueError when the data are others.
     """
     directory = Path(directory)
@@ -171,7 +179,11 @@ def load_teacher(directory: Path | str, data: ImageData | None = None, device: t
     teacher = Teacher(denoiser, scheduler, null_condition=null, name=directory.name)
     reference = None if data is None else load_reference(data, directory.parent, device)
     floor = None if data is None or reference is None else real_distance(data, reference)
-    return BenchTeacher(teacher, table, row_labels, held_out, data, reference, floor, record)
+    bench = BenchTeacher(teacher, table, row_labels, held_out, data, reference, floor, record)
+    if inception is None or data is None:
+        return bench
+    features = load_inception(inception, data.real[0], device)
+    return replace(bench, inception=features, inception_floor=real_distance(data, features))
 
 
 def real_distance(data: ImageData, reference: Reference) -> float:
