@@ -1,7 +1,8 @@
-"""The command line: agd-fast demo | distill | sample | evaluate | info."""
+"""The command line: agd-fast demo | distill | sample | evaluate | convert | push | info."""
 
 from __future__ import annotations
 
+import json
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,9 @@ from rich.console import Console
 from rich.markup import escape
 
 import agd_fast as agd
+from agd_fast.attaching import denoiser_of
 from agd_fast.distillation.presets import PRESETS, find_preset
+from agd_fast.hub import resolve
 from agd_fast.teacher import as_teacher
 
 app = typer.Typer(
@@ -27,7 +30,11 @@ console = Console(soft_wrap=True)
 ModelOption = Annotated[
     str, typer.Option(help="'digits' (ships with the package), or a folder or Hub id of a diffusers pipeline.")
 ]
-LabelsOption = Annotated[str, typer.Option(help="Class labels: '0-9', '3', '1,5,7' or a mix.")]
+LabelsOption = Annotated[
+    str | None, typer.Option(help="Class labels: '0-9', '3', '1,5,7' or a mix.", show_default="all of a class-conditional model")
+]
+AdapterArgument = Annotated[str, typer.Argument(help="Folder with an adapter, or the id of a Hub repo.")]
+DtypeOption = Annotated[str, typer.Option(help="Precision of the base: float32, bfloat16 or float16.")]
 OutputOption = Annotated[Path, typer.Option(help="Folder to write to.")]
 StepsOption = Annotated[int, typer.Option(min=1, help="Sampling steps.")]
 SeedOption = Annotated[int, typer.Option(help="Seed of everything random.")]
@@ -57,7 +64,16 @@ def demo(
 def distill(
     output: OutputOption = Path("runs/distill"),
     model: ModelOption = "digits",
-    labels: LabelsOption = "0-9",
+    labels: LabelsOption = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="Text file with one prompt a line.", show_default="captions that ship, for a text pipeline"),
+    ] = None,
+    call: Annotated[
+        str | None,
+        typer.Option(help='Further arguments of the pipeline\'s call as JSON, e.g. \'{"height": 768, "width": 768}\'.'),
+    ] = None,
+    dtype: DtypeOption = "float32",
     preset: Annotated[str | None, typer.Option(help=f"Settings that go together: {', '.join(PRESETS)}.")] = None,
     kind: Annotated[
         str | None,
@@ -72,7 +88,7 @@ def distill(
     guidance: Annotated[
         tuple[float, float] | None, typer.Option(help="Lowest and highest guidance scale.", show_default="1 6")
     ] = None,
-    init: Annotated[Path | None, typer.Option(help="Folder of a trained adapter to start from.")] = None,
+    init: Annotated[str | None, typer.Option(help="Folder or Hub repo of a trained adapter to start from.")] = None,
     source: Annotated[str, typer.Option(help="Whose states to train on: trajectories (guided), or student (of --init).")] = (
         "trajectories"
     ),
@@ -85,12 +101,16 @@ def distill(
     learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate; default: by kind.")] = None,
     ema: Annotated[float | None, typer.Option(help="Decay of an average of the weights, e.g. 0.999.")] = None,
     mixed_precision: Annotated[str | None, typer.Option(help="no, fp16 or bf16.", show_default="no")] = None,
+    validation: Annotated[
+        int | None, typer.Option(min=0, help="Held-out trajectories a scale; 0 for none.", show_default="50, or 8 of a pipeline")
+    ] = None,
+    validate_every: Annotated[int | None, typer.Option(min=1, help="Also measure and draw after every so many steps.")] = None,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also write TensorBoard events.")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Train anew instead of continuing what OUTPUT holds.")] = False,
     seed: SeedOption = 0,
     quiet: QuietOption = False,
 ) -> None:
-    """Distil guidance of a class-conditional model into an adapter. Continues an interrupted run."""
+    """Distil guidance of a model into an adapter. Continues an interrupted run."""
     settings = find_preset(preset)
     of_training = {
         "steps": steps,
@@ -102,8 +122,10 @@ def distill(
     of_adapter = {"kind": kind, "hidden": hidden, "max_fraction": max_fraction}
     chosen = _given(of_adapter)
     result = agd.distill(
-        load_model(model),
-        class_labels=parse_labels(labels),
+        load_model(model, dtype),
+        class_labels=None if labels is None else parse_labels(labels),
+        prompts=prompts,
+        call=None if call is None else parse_call(call),
         guidance_range=guidance,
         preset=preset,
         adapter=replace(settings.adapter, **chosen) if chosen else None,
@@ -113,25 +135,30 @@ def distill(
         trajectories=trajectories,
         sampling_steps=sampling_steps,
         output_dir=output,
+        validation=validation,
+        validate_every=validate_every,
         seed=seed,
         resume=not fresh,
         tensorboard=tensorboard,
         progress=not quiet,
     )
-    assert result.explained is not None
-    console.print(
-        f"{result.parameters:,} parameters ({result.fraction:.1%} of the base) "
-        f"explain {result.explained.mean:.1%} of the guidance; written to {output}",
-        markup=False,
-    )
+    for found in (result, *result.others.values()):
+        explained = "" if found.explained is None else f" explain {found.explained.mean:.1%} of the guidance"
+        console.print(
+            f"{found.parameters:,} parameters ({found.fraction:.1%} of the base){explained}; written to {found.output_dir}",
+            markup=False,
+        )
 
 
 @app.command()
 def sample(
-    adapter: Annotated[Path, typer.Argument(help="Folder with adapter.safetensors and adapter_config.json.")],
+    adapter: AdapterArgument,
     output: Annotated[Path, typer.Option(help="PNG to write.")] = Path("samples.png"),
     model: ModelOption = "digits",
-    labels: LabelsOption = "0-9",
+    labels: LabelsOption = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="Prompt, for a text pipeline; give it again for several.")] = None,
+    call: Annotated[str | None, typer.Option(help="Further arguments of the pipeline's call as JSON.")] = None,
+    dtype: DtypeOption = "float32",
     guidance: Annotated[float, typer.Option(help="Guidance scale.")] = 4.0,
     steps: StepsOption = 25,
     compare: Annotated[bool, typer.Option("--compare", help="Also show unguided and two-pass CFG from the same noise.")] = False,
@@ -142,20 +169,45 @@ def sample(
     from agd_fast.evaluation.evaluate import ARMS, arm_sampler
     from agd_fast.reporting.pictures import NAMES, save_grid
 
-    pipeline = load_model(model)
     if output.suffix != ".png":
         raise typer.BadParameter(f"expected a file name that ends in .png, found {output}")
-    teacher = agd.load(as_teacher(pipeline), adapter)
-    classes = torch.tensor(parse_labels(labels))
-    noise = torch.randn(len(classes), *teacher.sample_shape, generator=torch.Generator().manual_seed(seed))
-    omega = guidance + teacher.spec.omega_offset
+    pipeline = load_model(model, dtype)
     arms = ARMS if compare else ("agd",)
-    rows = {}
-    for arm in arms:
-        run = arm_sampler(teacher, arm, classes, noise, omega, steps, batch_size=64, progress=not quiet)
-        rows[NAMES[arm]] = to_images(pipeline, run())
-    save_grid(output, rows, [str(label) for label in classes.tolist()])
-    console.print(f"{len(classes)} samples at guidance scale {guidance:g} in {steps} steps: {output}", markup=False)
+    if prompt:
+        count = _sample_prompts(
+            agd.load(pipeline, adapter), prompt, parse_call(call or "{}"), guidance, steps, seed, arms, output
+        )
+    else:
+        teacher = agd.load(as_teacher(pipeline), adapter)
+        classes = torch.tensor(parse_labels(labels or "0-9"))
+        noise = torch.randn(len(classes), *teacher.sample_shape, generator=torch.Generator().manual_seed(seed))
+        omega = guidance + teacher.spec.omega_offset
+        rows = {}
+        for arm in arms:
+            run = arm_sampler(teacher, arm, classes, noise, omega, steps, batch_size=64, progress=not quiet)
+            rows[NAMES[arm]] = to_images(pipeline, run())
+        save_grid(output, rows, [str(label) for label in classes.tolist()])
+        count = len(classes)
+    console.print(f"{count} samples at guidance scale {guidance:g} in {steps} steps: {output}", markup=False)
+
+
+def _sample_prompts(
+    pipe: Any, prompts: list[str], call: dict[str, Any], guidance: float, steps: int, seed: int, arms: Any, output: Path
+) -> int:
+    """One row an arm, one column a prompt."""
+    from diffusers.utils import make_image_grid
+
+    from agd_fast.distillation.preview import pictures
+    from agd_fast.files import replacing
+    from agd_fast.pipelines import PipelineTeacher
+
+    teacher = PipelineTeacher.of(pipe, inputs={"prompt": prompts}, call=call)
+    rows = [pictures(teacher, arm, guidance, steps, seed, len(prompts)) for arm in arms]
+    if not all(rows):
+        raise ValueError(f"expected a pipeline that makes pictures, found a {type(pipe).__name__} whose output is none")
+    with replacing(output) as partial:
+        make_image_grid([image for row in rows for image in row], rows=len(rows), cols=len(prompts)).save(partial, "PNG")
+    return len(prompts)
 
 
 @app.command()
@@ -180,15 +232,41 @@ def evaluate(
 
 
 @app.command()
+def convert(
+    checkpoint: Annotated[Path, typer.Argument(help="Adapters as the paper's reference code writes them, e.g. 0005000.pt.")],
+    config: Annotated[Path, typer.Option(help="The YAML that they were trained with.")],
+    model: Annotated[str, typer.Option(help="Their base: a folder or Hub id of a diffusers pipeline.")],
+    output: OutputOption = Path("runs/converted"),
+) -> None:
+    """Import adapters trained with the paper's reference code."""
+    written = agd.convert(checkpoint, config=config, base=denoiser_of(load_model(model)), output_dir=output)
+    console.print(f"written to {written}", markup=False)
+
+
+@app.command()
+def push(
+    adapter: Annotated[Path, typer.Argument(help="Folder with an adapter.")],
+    repo: Annotated[str, typer.Argument(help="Repo of the Hub, 'name/repo'.")],
+    private: Annotated[bool, typer.Option("--private", help="Where the repo is new, only you may see it.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch to commit to.")] = None,
+    message: Annotated[str | None, typer.Option(help="Commit message.")] = None,
+    license: Annotated[str | None, typer.Option(help="Licence of the adapter, for its model card.")] = None,
+) -> None:
+    """Publish an adapter on the Hugging Face Hub, with a model card."""
+    url = agd.push_to_hub(adapter, repo, private=private, revision=revision, commit_message=message, license=license)
+    console.print(url, markup=False)
+
+
+@app.command()
 def info(
-    adapter: Annotated[Path | None, typer.Argument(help="Folder with an adapter to describe.")] = None,
+    adapter: Annotated[str | None, typer.Argument(help="Folder or Hub repo of an adapter to describe.")] = None,
 ) -> None:
     """Versions, devices, what is installed; with ADAPTER, what it is and what it was made for."""
     from agd_fast.reporting.tables import rich_table
 
     tables = [rich_table("environment", ("", "found"), list(agd.info()["environment"].items()), "left")]
     if adapter is not None:
-        tables.append(rich_table(escape(str(adapter)), ("", "found"), describe(adapter), "left"))
+        tables.append(rich_table(escape(adapter), ("", "found"), describe(resolve(adapter)), "left"))
     for table in tables:
         console.print(table)
 
@@ -229,16 +307,29 @@ def parse_labels(text: str) -> list[int]:
     return labels
 
 
-def load_model(name: str) -> Any:
+def parse_call(text: str) -> dict[str, Any]:
+    """Arguments of a pipeline's call from JSON."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise typer.BadParameter(f"expected JSON such as '{{\"height\": 768}}', found {text!r}: {error}") from error
+    if not isinstance(value, dict):
+        raise typer.BadParameter(f"expected a JSON object, found {text!r}")
+    return value
+
+
+def load_model(name: str, dtype: str = "float32") -> Any:
     """A model on the GPU, if there is one."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise typer.BadParameter(f"expected float32, bfloat16 or float16, found {dtype!r}")
     if name == "digits":
         teacher = agd.datasets.digits_teacher()
         teacher.denoiser.to(device)
         return teacher
     from diffusers import DiffusionPipeline
 
-    return DiffusionPipeline.from_pretrained(name).to(device)
+    return DiffusionPipeline.from_pretrained(name, torch_dtype=getattr(torch, dtype)).to(device)
 
 
 def to_images(pipeline: Any, samples: torch.Tensor) -> torch.Tensor:

@@ -48,15 +48,14 @@ class SmoothFeatures(nn.Module):
 
 
 class OmegaEmbedder(nn.Module):
-    """E_ω: [B] → [B, d]."""
+    """E_ω: [B] → [B, d]. normed: with a LayerNorm inside the MLP of Fourier features as well."""
 
-    def __init__(self, config: AdapterConfig, hidden: int) -> None:
+    def __init__(self, config: AdapterConfig, hidden: int, normed: bool = False) -> None:
         super().__init__()
         if config.omega_features == "fourier":  # section 4 of the paper: features → MLP → LayerNorm
             self.features: nn.Module = FourierFeatures(hidden)
-            self.net = nn.Sequential(
-                nn.Linear(hidden, 4 * hidden), nn.ReLU(), nn.Linear(4 * hidden, hidden), nn.LayerNorm(hidden)
-            )
+            inner = [nn.Linear(hidden, 4 * hidden), nn.ReLU(), *([nn.LayerNorm(4 * hidden)] if normed else [])]
+            self.net = nn.Sequential(*inner, nn.Linear(4 * hidden, hidden), nn.LayerNorm(hidden))
         else:
             self.features = SmoothFeatures(config.guidance_range)
             self.net = nn.Sequential(nn.Linear(SmoothFeatures.width, hidden))
@@ -67,27 +66,48 @@ class OmegaEmbedder(nn.Module):
 
 class Conditioning(nn.Module):
     """ω [B], e_t [B, D_t], e_c [B, D_c] or [B, L, D_c] → tokens of width d: E_ω [B, 1, d], P_t·e_t [B, 1, d],
-    P_c·e_c [B, 1 or L, d] for each condition."""
+    P_c·e_c [B, 1 or L, d] for each condition, of these what the config's `sees` names."""
 
-    def __init__(self, config: AdapterConfig, layout: Layout, hidden: int) -> None:
+    def __init__(self, config: AdapterConfig, layout: Layout, hidden: int, normed: bool = False) -> None:
         super().__init__()
-        self.omega = OmegaEmbedder(config, hidden)
-        self.time = nn.Linear(layout.time_width, hidden)
-        self.names = tuple(layout.condition_widths)
-        self.conditions = nn.ModuleList(nn.Linear(width, hidden) for width in layout.condition_widths.values())
+        widths = layout.condition_widths if "conditions" in config.sees else {}
+        self.omega = OmegaEmbedder(config, hidden, normed)
+        self.time = nn.Linear(layout.time_width, hidden) if "time" in config.sees else None
+        self.names = tuple(widths)
+        self.conditions = nn.ModuleList(nn.Linear(width, hidden) for width in widths.values())
 
     def forward(self, omega: Tensor, time: Tensor, conditions: Mapping[str, Tensor]) -> list[Tensor]:
-        tokens = [self.omega(omega)[:, None], self.time(time)[:, None]]
+        tokens = [self.omega(omega)[:, None]]
+        if self.time is not None:
+            tokens.append(self.time(time)[:, None])
         for name, project in zip(self.names, self.conditions, strict=True):
             token = project(conditions[name])
             tokens.append(token if token.ndim == 3 else token[:, None])
         return tokens
 
+    def token_masks(self, masks: Mapping[str, Tensor]) -> tuple[Tensor | None, ...]:
+        """Which of its tokens count: [B, 1 or L] bool, or None for all, in the order of `forward`."""
+        return (None, *([] if self.time is None else [None]), *(masks.get(name) for name in self.names))
+
+
+def check_masks(masks: Mapping[str, Tensor], conditions: Mapping[str, Tensor]) -> None:
+    """Raises: ValueError unless each mask is [B, L] bool for an e_c [B, L, D]."""
+    for name, mask in masks.items():
+        if name not in conditions:
+            raise ValueError(f"expected masks of {', '.join(map(repr, conditions)) or 'no condition'}; found one of {name!r}")
+        shape = tuple(conditions[name].shape)
+        if len(shape) != 3 or mask.shape != shape[:2] or mask.dtype is not torch.bool:
+            expected = f"{list(shape[:2])} of torch.bool, True at valid tokens" if len(shape) == 3 else "none"
+            raise ValueError(
+                f"the embedding of {name!r} is {list(shape)}: expected as its mask {expected}; "
+                f"found {list(mask.shape)} of {mask.dtype}"
+            )
+
 
 def embed_time(denoiser: nn.Module, spec: DenoiserSpec, timestep: Tensor) -> Tensor:
     """e_t [B, D_t] in the base's dtype, from t [B]."""
     if not spec.time_embedding:
-        return get_timestep_embedding(timestep, SINUSOIDAL_WIDTH, flip_sin_to_cos=True)
+        return get_timestep_embedding(timestep * spec.timestep_scale, SINUSOIDAL_WIDTH, flip_sin_to_cos=True)
     return apply_modules(denoiser, spec.time_embedding, timestep)
 
 
@@ -101,7 +121,9 @@ def condition_width(denoiser: nn.Module, condition: Condition) -> int:
             raise ValueError(f"the width of {condition.argument!r} is unknown; expected Condition(..., width=...) in the spec")
         label = torch.zeros(1, dtype=torch.long, device=device_of(denoiser))
         return apply_modules(denoiser, condition.embedding, label).shape[-1]
-    width = config_value(denoiser, condition.width)
+    names = condition.width if isinstance(condition.width, tuple) else (condition.width,)
+    set_ = [name for name in names[:-1] if getattr(denoiser.config, str(name).removeprefix("config."), None) is not None]
+    width = config_value(denoiser, (*set_, names[-1])[0])
     widths = set(width) if isinstance(width, (list, tuple)) else {width}
     if len(widths) != 1:
         raise ValueError(f"expected one width for {condition.argument!r}, found {sorted(widths)} in {condition.width}")

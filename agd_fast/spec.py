@@ -15,31 +15,42 @@ from typing import Any, Literal
 
 import torch
 from diffusers.models.attention import FeedForward
+from diffusers.models.modeling_utils import get_parameter_dtype
 from torch import nn
 
 SiteForm = Literal["add", "scale", "affine"]
+Tokens = Literal["all", "first", "last"]
+Place = Literal["first", "last"]
 
 
 @dataclass(frozen=True)
 class Site:
-    """Where an adapter acts: the output of every module whose name matches `path`.
+    """Where an adapter acts: the output of every module whose name matches `path`, or one of its arguments.
 
     path: glob over the names of `denoiser.named_modules()`; `*` also crosses dots.
-    width: channels C of that output; None reads it off the module (linears, norms, diffusers' attention).
+    width: channels C of what is changed; None reads it off the module (linears, norms, diffusers' attention). A string names
+        a parameter that has as many elements, such as the "scale_shift_table" that is added to an argument; modules without it
+        do not match.
     input_width: channels of its first argument, for adapters that see it; None means as `width`.
     form: "add" adds δ [B, C]; "scale" computes output·(1 + δ), the γ of a norm; "affine" output·(1 + δ_γ) + δ_β, its (γ, β).
     channel_dim: dimension of C in the output: −1 for tokens last, 1 for [B, C, H, W].
     output: which element to change where the module returns a tuple.
     hidden: name of the first argument where it is passed by keyword.
+    argument: name of the argument to change instead of the output, such as the conditioning vector that a block is handed.
+        Its last dimension, or its last two together, has C channels.
+    tokens: which tokens of a sequence that holds both are the image's: the "first" or "last", as many as the denoiser's input
+        has patches. Those of the text are left alone.
     """
 
     path: str
-    width: int | None = None
+    width: int | str | None = None
     input_width: int | None = None
     form: SiteForm = "add"
     channel_dim: int = -1
     output: int = 0
     hidden: str = "hidden_states"
+    argument: str | None = None
+    tokens: Tokens = "all"
 
 
 @dataclass(frozen=True)
@@ -51,15 +62,41 @@ class Condition:
         takes the argument as it is.
     null: the unconditional value: a number, "config.<attribute>" read off the denoiser, or "same" where it does not
         differ; None when the caller must give one (`Teacher(null_condition=...)`).
-    width: channels of e_c, a number or "config.<attribute>"; None finds out by embedding the label 0.
+    width: channels of e_c, a number or "config.<attribute>", or several of these of which the first that is set counts; None
+        finds out by embedding the label 0.
     adapt: whether adapters see it; False only passes it through.
+    mask: argument that tells its tokens from padding, [B, L], where the denoiser takes one.
     """
 
     argument: str
     embedding: tuple[str, ...] = ()
     null: int | float | str | None = None
-    width: int | str | None = None
+    width: int | str | tuple[str, ...] | None = None
     adapt: bool = True
+    mask: str | None = None
+
+
+@dataclass(frozen=True)
+class PipelineSpec:
+    """How diffusers' pipelines run the guidance of a denoiser.
+
+    components: names of the pipeline's denoisers; each gets an adapter. omega_arguments: arguments of the pipeline's call that
+        carry the guidance scale, one a component; the last serves those that are left. cfg_off_value: the scale at which
+        the pipeline makes one forward a step.
+    conditional: whether the conditional prediction is the "first" or the "last": of the halves of a doubled batch, or of two
+        forwards one after another.
+    negative_prompt: what to pass where guidance does not run without one and the caller gives none.
+    output_sign: −1 where the pipeline turns the sign of the denoiser's prediction before the scheduler gets it.
+    guider: name of the component that holds the guidance scale, where the pipeline has a guider instead of an argument.
+    """
+
+    components: tuple[str, ...] = ("transformer",)
+    omega_arguments: tuple[str, ...] = ("guidance_scale",)
+    cfg_off_value: float = 1.0
+    conditional: Place = "last"
+    negative_prompt: str | None = None
+    output_sign: int = 1
+    guider: str | None = None
 
 
 @dataclass(frozen=True)
@@ -70,6 +107,12 @@ class DenoiserSpec:
     conditions: its conditioning arguments.
     time_embedding: names of the base's own modules applied in turn to t to get e_t [B, D]; empty uses
         sinusoidal features of t.
+    timestep_scale: t · timestep_scale runs over 0 … 1000; for those features.
+    patch: edge of a patch in the denoiser's input, "config.<attribute>" or a number or one a dimension; for sites that hold
+        image and text tokens.
+    listed: arguments that are a list with one tensor a sample.
+    batch_dims: arguments, by (dotted) name, whose batch is another dimension than the first; None for those that all samples
+        share.
     attention, feed_forward, convolution: blocks that residual adapters are added to.
     modulation: conditioning sites that modulation adapters move.
     adapter_kind: of an adapter whose config names none.
@@ -78,12 +121,17 @@ class DenoiserSpec:
     prediction_type: "epsilon", "v_prediction", "sample" or "flow_prediction"; None takes the scheduler's.
     omega_offset: ω = guidance_scale + omega_offset, where ω = 1 is no guidance; 1.0 for families that
         write cond + g·(cond − uncond).
+    pipeline: how the pipelines of diffusers run its guidance.
     """
 
     sample: str = "sample"
     timestep: str = "timestep"
     conditions: tuple[Condition, ...] = ()
     time_embedding: tuple[str, ...] = ()
+    timestep_scale: float = 1.0
+    patch: int | tuple[int, ...] | str = 1
+    listed: tuple[str, ...] = ()
+    batch_dims: Mapping[str, int | None] = field(default_factory=dict)
     attention: tuple[Site, ...] = ()
     feed_forward: tuple[Site, ...] = ()
     convolution: tuple[Site, ...] = ()
@@ -92,6 +140,7 @@ class DenoiserSpec:
     guided_channels: int | str | None = None
     prediction_type: str | None = None
     omega_offset: float = 0.0
+    pipeline: PipelineSpec = PipelineSpec()
 
     @property
     def adapted(self) -> tuple[Condition, ...]:
@@ -109,6 +158,8 @@ class ResolvedSite:
     channel_dim: int
     output: int
     hidden: str
+    argument: str | None = None
+    tokens: Tokens = "all"
 
 
 @dataclass(frozen=True)
@@ -139,9 +190,19 @@ def resolve_sites(denoiser: nn.Module, sites: tuple[Site, ...]) -> tuple[Resolve
     """
     found: dict[str, ResolvedSite] = {}
     for site in sites:
-        for name, module in find_modules(denoiser, site.path).items():
+        for name, module in _matching(denoiser, site).items():
             width, input_width = _widths(name, module, site)
-            found[name] = ResolvedSite(name, width, input_width, site.form, site.channel_dim, site.output, site.hidden)
+            found[name] = ResolvedSite(
+                name,
+                width,
+                input_width,
+                site.form,
+                site.channel_dim,
+                site.output,
+                site.hidden,
+                site.argument,
+                site.tokens,
+            )
     return tuple(found[name] for name, _ in denoiser.named_modules() if name in found)
 
 
@@ -161,8 +222,23 @@ def find_modules(denoiser: nn.Module, path: str) -> dict[str, nn.Module]:
     return matches
 
 
+def _matching(denoiser: nn.Module, site: Site) -> dict[str, nn.Module]:
+    found = find_modules(denoiser, site.path)
+    if not isinstance(site.width, str):
+        return found
+    having = {name: module for name, module in found.items() if site.width in dict(module.named_parameters())}
+    if not having:
+        raise ValueError(
+            f"expected a parameter {site.width!r} at {site.path!r} to read a width off, found none at {list(found)[:4]}"
+        )
+    return having
+
+
 def _widths(name: str, module: nn.Module, site: Site) -> tuple[int, int]:
-    width, input_width = module_widths(module)
+    if isinstance(site.width, str):
+        elements = module.get_parameter(site.width).numel()
+        return elements, site.input_width or elements
+    width, input_width = (None, None) if site.argument else module_widths(module)
     for what, declared, read in (("width", site.width, width), ("input_width", site.input_width, input_width)):
         if declared is not None and read is not None and declared != read:
             raise ValueError(
@@ -209,7 +285,13 @@ def config_value(denoiser: nn.Module, value: Any) -> Any:
 
 
 def device_of(module: nn.Module) -> torch.device:
-    return next(module.parameters()).device
+    """Where its forward runs: what accelerate offloads module by module lies on "meta" in between."""
+    device = next(module.parameters()).device
+    if device.type == "meta":
+        for inner in module.modules():
+            if (found := getattr(getattr(inner, "_hf_hook", None), "execution_device", None)) is not None:
+                return torch.device(found)
+    return device
 
 
 def label_count(denoiser: nn.Module, condition: Condition) -> int | None:
@@ -225,9 +307,8 @@ def apply_modules(denoiser: nn.Module, names: tuple[str, ...], x: torch.Tensor) 
     """Pass `x` through the base's modules `names` in turn, each in its own dtype."""
     for name in names:
         module = denoiser.get_submodule(name)
-        weight = next(module.parameters(), None)
-        if weight is not None and x.is_floating_point():
-            x = x.to(weight.dtype)
+        if x.is_floating_point() and next(module.parameters(), None) is not None:
+            x = x.to(get_parameter_dtype(module))  # what it computes in, under layerwise casting too
         x = module(x)
     return x
 
@@ -242,13 +323,17 @@ def forward_parameters(denoiser: nn.Module) -> tuple[str, ...]:
     return tuple(inspect.signature(denoiser.forward).parameters)
 
 
-def nest(conditions: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    """Keyword arguments of the denoiser from conditions by (dotted) name."""
+def nest(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword arguments of the denoiser from values by (dotted) name; where the inner names are numbers they are a tuple's."""
     arguments: dict[str, Any] = {}
-    for name, value in conditions.items():
-        outer, _, inner = name.partition(".")
-        if inner:
-            arguments.setdefault(outer, {})[inner] = value
+    inner: dict[str, dict[str, Any]] = {}
+    for name, value in values.items():
+        outer, _, rest = name.partition(".")
+        if rest:
+            inner.setdefault(outer, {})[rest] = value
         else:
             arguments[outer] = value
+    for outer, found in inner.items():
+        nested = nest(found)
+        arguments[outer] = tuple(nested[key] for key in sorted(nested, key=int)) if all(map(str.isdigit, nested)) else nested
     return arguments

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from agd_fast.adapters import Adapter, AdapterConfig
-from agd_fast.attaching import Model, denoiser_of, install, layout_for, require_attachment
-from agd_fast.families import find_spec
+from agd_fast.attaching import Model, components_of, denoiser_of, install, layout_for, require_attachment, spec_of, wrap
 from agd_fast.files import read_json, read_tensors, replacing, save_tensors, to_json
 from agd_fast.spec import DenoiserSpec, Layout, prediction_type_of
 from agd_fast.version import __version__
@@ -23,56 +23,99 @@ FORMAT_VERSION = 1
 
 
 def save(model: Any, directory: str | os.PathLike[str], *, about: Mapping[str, Any] | None = None) -> Path:
-    """Write the attached adapter to `directory` and return it.
+    """Write the attached adapter to `directory` and return it; those of a pipeline's further denoisers go to folders in it.
 
     about: further entries for the config, for a reader (the teacher, how it was trained).
     Raises: ValueError when no adapter is attached; OSError when the directory cannot be written.
     """
-    attachment, denoiser, directory = require_attachment(model), denoiser_of(model), Path(directory)
+    directory = Path(directory)
+    components = components_of(model, require_attachment(model).spec)
+    for folder, component in zip(component_folders(directory, components), components.values(), strict=True):
+        _save_one(model, component, folder, about or {})
+    return directory
+
+
+def component_folders(directory: Path, components: Mapping[str, Any]) -> list[Path]:
+    """Where the adapters of these denoisers are: the first in `directory`, others in folders of their names."""
+    return [directory if index == 0 else directory / name for index, name in enumerate(components)]
+
+
+def _save_one(model: Any, component: nn.Module, directory: Path, about: Mapping[str, Any]) -> None:
+    attachment, denoiser = require_attachment(component), denoiser_of(component)
     config = {
         "format_version": FORMAT_VERSION,
         "library_version": __version__,
-        "base_class": type(denoiser).__name__,
+        "base_class": _base_class(denoiser),
         "guidance_convention": "omega = guidance_scale + omega_offset; omega = 1 is no guidance",
         "omega_offset": attachment.spec.omega_offset,
         "prediction_type": _prediction_type(model),
         "adapter": attachment.adapter.config.to_dict(),
         "layout": attachment.adapter.layout.to_dict(),
-        "about": {
-            "base_model": getattr(model, "name", None) or getattr(denoiser, "name_or_path", None),
-            **(about or {}),
-        },
+        "about": {"base_model": _base_model(model, denoiser), **about},
     }
     config = json.loads(json.dumps(config))  # what a reader will find, to the last key
     metadata = {"config_id": _config_id(config)}
     with replacing(directory / WEIGHTS_NAME) as weights, replacing(directory / CONFIG_NAME) as text:  # both or neither
         save_tensors(weights, attachment.adapter.state_dict(), metadata)
         text.write_text(to_json(config), encoding="utf-8")
-    return directory
 
 
-def load(model: Model, directory: str | os.PathLike[str], *, spec: DenoiserSpec | None = None) -> Model:
-    """Attach the adapter in `directory`, inert until `guided` arms it. Mutates and returns its argument.
+def _base_class(denoiser: nn.Module) -> str:
+    """Its name, without what FSDP2 puts before it."""
+    names = [cls.__name__ for cls in type(denoiser).__mro__]
+    plain = names[0].removeprefix("FSDP")
+    return plain if plain in names else names[0]
 
-    Raises: FileNotFoundError when a file is missing; ValueError when one is truncated, from a newer format, or made
-    for another base (naming what was expected and what was found). The model is then as it was.
+
+def _base_model(model: Any, denoiser: nn.Module) -> str | None:
+    """A name for a reader; of a folder of this machine its last part."""
+    name = getattr(model, "name", None) or getattr(model, "name_or_path", None) or getattr(denoiser, "name_or_path", None)
+    return Path(name).name if name and os.path.isabs(name) else name
+
+
+def load(
+    model: Model,
+    source: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    spec: DenoiserSpec | None = None,
+) -> Model:
+    """Attach the adapter in `source`, inert until armed: by a pipeline's own call, `guided` or the guider. Mutates and returns
+    its argument.
+
+    source: a folder that `save` or `distill` wrote, or the id of a Hub repo ("name/repo") when no such folder is here.
+    revision, token: of that repo; see `agd_fast.hub.resolve`.
+    Raises: FileNotFoundError when a file or the repo is missing; ValueError when one is truncated, from a newer format, or
+    made for another base (naming what was expected and what was found). The model is then as it was.
     """
-    directory = Path(directory)
+    from agd_fast.hub import resolve  # which reads adapters by this module
+
+    directory = resolve(source, revision=revision, token=token)
+    spec = spec_of(model, spec)
+    components = components_of(model, spec)
+    read = []
+    for folder, component in zip(component_folders(directory, components), components.values(), strict=True):
+        read.append((denoiser_of(component), _read_for(model, denoiser_of(component), folder, spec)))
+    for denoiser, adapter in read:
+        install(denoiser, adapter, spec)
+    return wrap(model)
+
+
+def _read_for(model: Any, denoiser: nn.Module, directory: Path, spec: DenoiserSpec) -> Adapter:
+    """The adapter of a directory. Raises: as `load`, when it is not one for this denoiser."""
     config = read_config(directory)
-    denoiser = denoiser_of(model)
     bases = [cls.__name__ for cls in type(denoiser).__mro__]
     if config["base_class"] not in bases:
         raise ValueError(
             f"{directory} holds an adapter for a {config['base_class']}, expected one for this {type(denoiser).__name__}"
         )
-    spec = spec or getattr(model, "spec", None) or find_spec(denoiser)
     for name, expected in (("prediction_type", _prediction_type(model)), ("omega_offset", spec.omega_offset)):
         if None not in (expected, config[name]) and config[name] != expected:
             raise ValueError(f"{directory} holds an adapter for {name}={config[name]!r}, expected {expected!r} for this model")
     adapter_config, layout = AdapterConfig.from_dict(config["adapter"]), Layout.from_dict(config["layout"])
     _same_layout(directory, layout, layout_for(denoiser, adapter_config, spec))
-    install(denoiser, _read_adapter(directory, config, adapter_config, layout), spec)
-    return model
+    return read_adapter(directory, config)
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -107,13 +150,17 @@ def _prediction_type(model: Any) -> str | None:
     return None if scheduler is None else prediction_type_of(scheduler)
 
 
-def _read_adapter(directory: Path, config: dict[str, Any], adapter_config: AdapterConfig, layout: Layout) -> Adapter:
+def read_adapter(directory: Path, config: dict[str, Any]) -> Adapter:
+    """The adapter of a directory, on the CPU; config: its `read_config`.
+
+    Raises: FileNotFoundError, ValueError when the weights are missing, truncated or not those of `config`.
+    """
     path = directory / WEIGHTS_NAME
     tensors, metadata = read_tensors(path)
     if metadata.get("config_id") != _config_id(config):
         raise ValueError(f"{path} and {CONFIG_NAME} do not belong together; expected both from one agd_fast.save(...)")
     with torch.device("meta"):  # no random initialisation: loading leaves the caller's random numbers alone
-        adapter = Adapter(adapter_config, layout)
+        adapter = Adapter(AdapterConfig.from_dict(config["adapter"]), Layout.from_dict(config["layout"]))
     expected = {name: tuple(tensor.shape) for name, tensor in adapter.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if expected != found:

@@ -16,11 +16,37 @@ from torch import Tensor, nn
 from agd_fast import ops
 from agd_fast.attaching import Attachment, armed, attachment_of, component_of, denoiser_of, disabled
 from agd_fast.families import find_spec
+from agd_fast.files import fingerprint
 from agd_fast.freezing import frozen
+from agd_fast.schedule import integrate, visit_noised
 from agd_fast.spec import DenoiserSpec, config_value, device_of, label_count, nest, prediction_type_of
 
 Conditions = Mapping[str, Tensor]
 Guidance = Callable[[Tensor, Tensor, Tensor], Tensor]  # ε(∅), ε(c) [B, C, ...], ω [B] → guided prediction [B, C, ...]
+
+
+@dataclass(frozen=True)
+class State:
+    """One step of guided trajectories: x_t [B, C, ...], t [B], and the guided prediction there.
+
+    conditions: arguments of the conditional call, batch first; constants: its further arguments, the same for every sample.
+    cond: makes ε(c), the conditional prediction of the base.
+    """
+
+    sample: Tensor
+    timestep: Tensor
+    conditions: Conditions
+    target: Tensor
+    cond: Callable[[], Tensor]
+    constants: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def arguments(self) -> Conditions:
+        """All arguments but x_t and t, as `Teacher.predict` takes them."""
+        return {**self.conditions, **self.constants}
+
+
+Visit = Callable[[State], Tensor]  # → the prediction [B, C, ...] that the trajectory goes on with
 
 
 @dataclass
@@ -47,6 +73,11 @@ class Teacher:
     name: str = ""
     guidance: Guidance = ops.guidance_combine
 
+    one_scale_a_run = False  # whether the trajectories of a run share their ω
+    run_size = 50  # trajectories at once
+    validation_runs = 50  # held-out trajectories a scale
+    guidance_range = (1.0, 6.0)  # of ω, where nobody chooses it
+
     def __post_init__(self) -> None:
         self._call = self.denoiser  # compiled, if that is what was given
         self.denoiser = denoiser_of(self.denoiser)
@@ -72,6 +103,16 @@ class Teacher:
             )
 
     @property
+    def owner(self) -> Any:
+        """What a user holds of the model: this teacher, or the pipeline that it stands for."""
+        return self
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What a reader of an adapter may want to know of the model."""
+        return {}
+
+    @property
     def prediction_type(self) -> str:
         return prediction_type_of(self.scheduler)
 
@@ -82,6 +123,9 @@ class Teacher:
     @property
     def dtype(self) -> torch.dtype:
         return next(self.denoiser.parameters()).dtype
+
+    def to(self, device: torch.device) -> None:
+        self.denoiser.to(device)
 
     @property
     def guided_channels(self) -> int | None:
@@ -131,6 +175,10 @@ class Teacher:
             if value is not None and count is not None and not ((value >= 0) & (value < count)).all():
                 raise ValueError(f"{condition.argument} must lie in 0..{count - 1}; found {int(value.min())}..{int(value.max())}")
         return table
+
+    def fingerprints(self, table: Conditions) -> dict[str, str]:
+        """Hashes of what a table of conditions stands for."""
+        return {name: fingerprint({name: value}) for name, value in table.items()}
 
     def _label_argument(self) -> str:
         names = [condition.argument for condition in self.spec.conditions if condition.adapt]
@@ -189,6 +237,47 @@ class Teacher:
         """
         with armed(self.require_adapter("predict_agd"), omega):
             return self.predict(x, timestep, conditions)
+
+    def start(self, count: int, generator: torch.Generator) -> Tensor:
+        """What `count` trajectories start from, [count, ...]: here noise."""
+        return torch.randn(count, *self.sample_shape, generator=generator)
+
+    def run(
+        self,
+        conditions: Conditions,
+        start: Tensor,
+        omega: Tensor,
+        steps: int,
+        visit: Visit,
+        *,
+        generator: torch.Generator,
+        noised: bool = False,
+    ) -> None:
+        """Guided trajectories of the base, one a row of `conditions` from its `start`, with ω [B], standard convention.
+
+        visit: is called at every step. noised: `start` are samples, which are noised at every timestep instead.
+        """
+        start, omega = start.to(self.device, self.dtype), omega.to(self.device)
+
+        def predict(x: Tensor, t: Tensor) -> Tensor:
+            with disabled(self):
+                target, cond = self.predict_cfg(x, t, conditions, omega)
+            return visit(State(x, t, conditions, target, lambda: cond))
+
+        follow = visit_noised if noised else integrate
+        with frozen(self.denoiser), torch.no_grad():
+            follow(self.scheduler, start, steps, predict, generator=generator)
+
+    def require_conditional(self, table: Conditions) -> None:
+        """Raises: ValueError when the unconditional label is among what is to be distilled: guidance does not move it."""
+        null = self.null(table)
+        for condition in self.spec.adapted:
+            value = table[condition.argument]
+            if not value.is_floating_point() and (value == null[condition.argument]).any():
+                raise ValueError(
+                    f"{condition.argument} holds the null label {int(null[condition.argument][0])}, which guidance does not "
+                    "move; expected labels of classes alone"
+                )
 
     def require_adapter(self, who: str) -> Attachment:
         """Raises: ValueError in the name of `who` when no adapter is attached, or it is disabled."""

@@ -15,6 +15,10 @@ import time
 from pathlib import Path
 
 import torch
+
+from agd_fast import TrainConfig
+from agd_fast.distillation.presets import PRESETS
+from agd_fast.evaluation.explained import SCALES
 from quality.arms import make_arms
 from quality.claims import CLAIMS, run_claims
 from quality.data import load_data
@@ -22,10 +26,6 @@ from quality.report import write_report
 from quality.run import merge, run_arms
 from quality.scoring import Sizes
 from quality.teachers import MODELS, TEACHER_NAME, TEACHERS, load_teacher, make_teacher
-
-from agd_fast import TrainConfig
-from agd_fast.distillation.presets import PRESETS
-from agd_fast.evaluation.explained import SCALES
 
 STANDARD = PRESETS["small"]
 RESULTS = Path(__file__).parent / "results" / "fidelity"

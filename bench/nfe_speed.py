@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from quality.teachers import TEACHERS, load_teacher
 from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -25,6 +24,7 @@ from agd_fast.evaluation.speed import time_interleaved
 from agd_fast.files import write_json
 from agd_fast.reporting.tables import rich_table
 from agd_fast.teacher import Conditions
+from quality.teachers import TEACHERS, load_teacher
 
 HEADER = ("batch", "arm", "NFE", "MFLOP / step", "ms / image", "p20", "p80", "× unguided", "CFG / this")
 

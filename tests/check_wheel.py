@@ -9,8 +9,10 @@ from pathlib import Path
 
 EXPECTED = {
     "agd_fast/py.typed",
+    "agd_fast/datasets/assets/captions.txt",
     "agd_fast/datasets/assets/digits_classifier.safetensors",
     "agd_fast/datasets/assets/digits_teacher/diffusion_pytorch_model.safetensors",
+    "agd_fast/reporting/card.md.jinja",
     "agd_fast/reporting/report.html.jinja",
     "agd_fast_kernels/guidance_combine.py",
 }

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -156,11 +157,95 @@ def test_cross_attention_takes_prompts_longer_than_250_tokens():
         assert_reads_as_formula(make_adapter("cross_attention"), batch=1, tokens=2, prompt_tokens=300)
 
 
+def padded(context, lengths, total, side, filling=1e3):
+    """The prompts of a context cut to their lengths and padded to one length, and the mask of what counts."""
+    omega, time, conditions = context
+    text, mask = torch.full((len(lengths), total, 4), filling), torch.zeros(len(lengths), total, dtype=torch.bool)
+    for sample, length in enumerate(lengths):
+        kept = slice(0, length) if side == "right" else slice(total - length, total)
+        text[sample, kept], mask[sample, kept] = conditions["text"][sample, :length], True
+    return (omega, time, {**conditions, "text": text}), {"text": mask}
+
+
+def one_sample(context, sample, length):
+    omega, time, conditions = (
+        context[0][sample : sample + 1],
+        context[1][sample : sample + 1],
+        {name: value[sample : sample + 1] for name, value in context[2].items()},
+    )
+    return omega, time, {**conditions, "text": conditions["text"][:, :length]}
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_padding_under_a_mask_changes_nothing(kind, side):
+    adapter, context, lengths = make_adapter(kind), make_context(4, 6), (6, 1, 4, 5)
+    with torch.no_grad():
+        prompts, masks = padded(context, lengths, 9, side)
+        entries = adapter.prepare(*prompts, masks)
+        unmasked = adapter.prepare(*prompts)
+        for index, (part, prepared) in enumerate(zip(adapter.sites, entries, strict=True)):
+            site = part.site
+            hidden, output = torch.randn(4, 5, site.input_width), torch.randn(4, 5, site.width)
+            found = part(hidden, output, prepared)
+            assert not torch.allclose(found, part(hidden, output, unmasked[index]), atol=1e-2)
+            for sample, length in enumerate(lengths):
+                alone = one_sample(context, sample, length)
+                own = slice(sample, sample + 1)
+                plain = part(hidden[own], output[own], adapter.prepare(*alone)[index])
+                exact = double(adapter).prepare(
+                    alone[0].double(), alone[1].double(), {name: value.double() for name, value in alone[2].items()}
+                )[index]
+                assert_as_exact(
+                    found[own], plain, list(double(adapter).sites)[index](hidden[own].double(), output[own].double(), exact)
+                )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_stands_in_the_padding_is_never_read(kind):
+    adapter, context = make_adapter(kind), make_context(2, 6)
+    found = []
+    for filling in (0.0, 1e3):
+        prompts, masks = padded(context, (2, 6), 7, "right", filling)
+        entries = adapter.prepare(*prompts, masks)
+        generator = torch.Generator().manual_seed(1)
+        for part, prepared in zip(adapter.sites, entries, strict=True):
+            hidden = torch.randn(2, 5, part.site.input_width, generator=generator)
+            found.append(part(hidden, torch.zeros(2, 5, part.site.width), prepared))
+    half = len(found) // 2
+    assert all(torch.equal(first, second) for first, second in zip(found[:half], found[half:], strict=True))
+
+
+def test_a_prompt_of_which_nothing_counts_is_finite():
+    for kind in KINDS:
+        adapter, (omega, time, conditions) = make_adapter(kind), make_context(2, 3)
+        entries = adapter.prepare(omega, time, conditions, {"text": torch.zeros(2, 3, dtype=torch.bool)})
+        for part, prepared in zip(adapter.sites, entries, strict=True):
+            assert part(torch.randn(2, 5, part.site.input_width), torch.zeros(2, 5, part.site.width), prepared).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("masks", "message"),
+    [
+        ({"txt": torch.ones(2, 3, dtype=torch.bool)}, "expected masks of 'text', 'label'; found one of 'txt'"),
+        (
+            {"text": torch.ones(2, 4, dtype=torch.bool)},
+            r"'text' is \[2, 3, 4\]: expected as its mask \[2, 3\] of torch.bool.*found \[2, 4\]",
+        ),
+        ({"text": torch.ones(2, 3)}, r"\[2, 3\] of torch.bool, True at valid tokens; found \[2, 3\] of torch.float32"),
+        ({"label": torch.ones(2, 1, dtype=torch.bool)}, r"'label' is \[2, 2\]: expected as its mask none; found \[2, 1\]"),
+    ],
+)
+def test_a_mask_that_does_not_belong_to_its_condition(masks, message):
+    with pytest.raises(ValueError, match=message):
+        make_adapter("offset").prepare(*make_context(2, 3), masks)
+
+
 @pytest.mark.parametrize("channel_dim", [-1, 1])
 @pytest.mark.parametrize(("form", "width"), [("scale", 4), ("affine", 8)])
 def test_sites_at_norms_scale_and_shift_their_channels(form, width, channel_dim):
     site = ResolvedSite("norm", 4, 4, form, channel_dim, 0, "hidden_states")
-    part = PARTS["modulation"](agd.AdapterConfig(hidden=2), (site,))
+    part = PARTS["modulation"](agd.AdapterConfig(hidden=2), (site,), Layout({"modulation": (site,)}, 3))
     output, delta = torch.randn(2, 4, 3, 4), torch.randn(2, width)
     gamma, beta = delta[:, :4], delta[:, 4:] if form == "affine" else torch.zeros(2, 4)
     shape = (2, 4, 1, 1) if channel_dim == 1 else (2, 1, 1, 4)
@@ -236,12 +321,14 @@ def test_build_adapter_needs_sites(tiny):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kind": "lora"}, "kind must be one of 'modulation', 'gated_lora', 'cross_attention', 'offset'; found 'lora'"),
+        ({"kind": "lora"}, "kind must be one of 'modulation', 'gated_lora', 'cross_attention', 'offset', .*; found 'lora'"),
         ({"kind": "offset+"}, "kind must be one of .*; found ''"),
         ({"kind": "offset+offset"}, r"each kind once, found 'offset\+offset'"),
         ({"omega_features": "linear"}, "omega_features must be one of .* found 'linear'"),
         ({"blocks": ("mlp",)}, "blocks must be one of 'attention', 'feed_forward', 'convolution'; found 'mlp'"),
         ({"blocks": ()}, "at least one"),
+        ({"layers": ()}, "layers must name at least one module, or be None for all; found none"),
+        ({"sees": ("omega",)}, "sees must be one of 'time', 'conditions'; found 'omega'"),
         ({"guidance_range": (3.0, 3.0)}, r"low < high, found \(3.0, 3.0\)"),
         ({"hidden": 0}, "hidden must be .* found 0"),
         ({"rank": 0}, "rank must be .* found 0"),
@@ -257,8 +344,10 @@ def test_adapter_config_says_what_is_wrong(options, message):
 def test_adapter_config_round_trips():
     config = agd.AdapterConfig("offset", 8, 0.1, 3, 2, ("feed_forward",), "fourier", False, (2, 9))
     assert agd.AdapterConfig.from_dict(config.to_dict()) == config
-    with pytest.raises(ValueError, match=r"missing \['heads'\], unknown \['layers'\]"):
-        agd.AdapterConfig.from_dict({**{k: v for k, v in config.to_dict().items() if k != "heads"}, "layers": 1})
+    narrowed = replace(config, layers=("a", "b.*"), sees=())
+    assert agd.AdapterConfig.from_dict(narrowed.to_dict()) == narrowed
+    with pytest.raises(ValueError, match=r"missing \['heads'\], unknown \['depth'\]"):
+        agd.AdapterConfig.from_dict({**{k: v for k, v in config.to_dict().items() if k != "heads"}, "depth": 1})
 
 
 def test_cross_attention_needs_an_even_width():

@@ -51,12 +51,12 @@ class Spoiled(Trajectories):
         super().__init__(directory)
         self.left, self.value = step, value
 
-    def __getitem__(self, rows):
-        batch = super().__getitem__(rows)
+    def batches(self, rows):
+        batches = super().batches(rows)
         self.left -= 1
         if self.left == 0:
-            batch.target[0, 0, 0, 0] = self.value
-        return batch
+            batches[0].target[0, 0, 0, 0] = self.value
+        return batches
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +143,7 @@ def test_student_gives_gradients_to_the_adapter_alone(tmp_path):
     states = Trajectories(tmp_path / "trajectories")
     batch = states[torch.arange(8)]
     with frozen(teacher.denoiser):
-        prediction = Student(teacher)(batch)
+        (prediction,) = Student(teacher)([batch])
         distillation_loss(prediction, batch.target, batch.omega, "l2", "uniform").backward()
     assert [name for name, p in teacher.denoiser.named_parameters() if p.grad is not None] == []
     gradients = {name: p.grad for name, p in attachment_of(teacher).adapter.named_parameters()}
@@ -182,6 +182,7 @@ def test_distill_writes_what_it_returns(tmp_path):
     result = distill_tiny(tmp_path, teacher, validation=3)
     names = {
         "adapter.safetensors",
+        "samples.png",
         "adapter_config.json",
         "distill.json",
         "log.jsonl",
@@ -472,7 +473,6 @@ def test_distill_with_another_scheduler(tmp_path, scheduler):
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        (None, r"expected the conditions \['class_labels'\] .*missing \['class_labels'\]"),
         ([0, 7], r"class_labels must lie in 0\.\.\d; found 0\.\.7"),
         ([-1], r"class_labels must lie in 0\.\.\d; found -1"),
         ([], "expected conditions of one positive length"),
@@ -484,6 +484,18 @@ def test_distill_refuses_labels_that_do_not_fit(tmp_path, labels, message):
         distill_tiny(tmp_path / "run", teacher, class_labels=labels)
     assert attachment_of(teacher) is None
     assert not (tmp_path / "run").exists()
+
+
+def test_distill_without_labels_takes_all_but_the_null_label(tmp_path):
+    distill_tiny(tmp_path, class_labels=None, trajectories=6, shard_size=6)
+    labels = Trajectories(tmp_path / "trajectories").shards[0]["condition/class_labels"]
+    assert labels.tolist() == [0, 1, 2, 0, 1, 2]
+
+
+def test_distill_without_conditions_names_what_a_text_model_needs(tmp_path):
+    teacher = agd.Teacher(unet(), ddim(), null_condition={"encoder_hidden_states": torch.zeros(1, 2, 8)})
+    with pytest.raises(ValueError, match=r"expected the conditions .*missing \['encoder_hidden_states'\]"):
+        distill_tiny(tmp_path / "run", teacher, class_labels=None)
 
 
 def test_distill_refuses_an_unknown_condition(tmp_path):

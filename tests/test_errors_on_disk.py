@@ -61,8 +61,8 @@ def test_collect_on_a_full_disk(tmp_path):
     """The shards of six trajectories fit, that of fifteen more does not."""
     with pytest.raises(OSError, match=f"could not write {tmp_path}/shard-00000.safetensors.*too large"):
         in_child(limited_collect, tmp_path, 2500)
-    assert sorted(contents(tmp_path)) == ["conditions.safetensors", "manifest.json"]
-    assert list(read_json(tmp_path / "manifest.json")["files"]) == ["conditions.safetensors"]
+    assert sorted(contents(tmp_path)) == ["manifest.json"]
+    assert read_json(tmp_path / "manifest.json")["files"] == {}
     with pytest.raises(ValueError, match="unfinished"):
         Trajectories(tmp_path)
     assert len(limited_collect(tmp_path)) == 80  # there is room again
@@ -123,12 +123,12 @@ class Exploding(Trajectories):
         super().__init__(directory / "trajectories")
         self.left = 7
 
-    def __getitem__(self, rows):
-        batch = super().__getitem__(rows)
+    def batches(self, rows):
+        batches = super().batches(rows)
         self.left -= 1
         if self.left == 0:
-            batch.target.fill_(float("nan"))
-        return batch
+            batches[0].target.fill_(float("nan"))
+        return batches
 
 
 def test_append_text_on_a_full_disk_names_the_file(tmp_path):
@@ -161,9 +161,9 @@ def distill_on(states, directory):
 @pytest.mark.parametrize(
     ("function", "file"),
     [
-        (collect_tiny, "conditions.safetensors"),
+        (collect_tiny, "manifest.json"),
         (save_random, "adapter.safetensors"),
-        (distill_tiny, "trajectories/conditions.safetensors"),
+        (distill_tiny, "trajectories/manifest.json"),
     ],
 )
 @pytest.mark.parametrize("folder", ["", "new"])

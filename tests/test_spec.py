@@ -1,10 +1,12 @@
 """What is said about a denoiser, and how it is found in one."""
 
+import inspect
 import json
 
+import diffusers
 import pytest
 import torch
-from diffusers import DiTTransformer2DModel, UNet2DConditionModel
+from diffusers import DiTTransformer2DModel
 from torch import nn
 
 import agd_fast as agd
@@ -12,6 +14,7 @@ from agd_fast.attaching import layout_for
 from agd_fast.families import SPECS, find_spec
 from agd_fast.spec import Layout, config_value, find_modules, label_count, module_widths, nest, resolve_sites
 from conftest import TINY_SPEC, TinyDenoiser
+from tiny import FAMILIES, sdxl
 
 
 def test_find_spec_goes_by_base_class_never_by_name(dit):
@@ -23,8 +26,8 @@ def test_find_spec_goes_by_base_class_never_by_name(dit):
 
     UNet2DConditionModelOfMine.__name__ = "UNet2DConditionModel"
     dit.denoiser.__class__ = MyDiT
-    assert find_spec(dit.denoiser) is SPECS[DiTTransformer2DModel]
-    with pytest.raises(TypeError, match=r"no DenoiserSpec .* known: DiTTransformer2DModel, UNet2DConditionModel.*Teacher"):
+    assert find_spec(dit.denoiser) is SPECS["DiTTransformer2DModel"]
+    with pytest.raises(TypeError, match=r"no DenoiserSpec .* known: .*DiTTransformer2DModel, .*UNet2DConditionModel.*Teacher"):
         find_spec(UNet2DConditionModelOfMine())
 
 
@@ -33,13 +36,12 @@ def test_find_spec_with_an_adapter_attached(dit):
     assert find_spec(dit.denoiser) is dit.spec
 
 
-@pytest.mark.parametrize("cls", [DiTTransformer2DModel, UNet2DConditionModel])
-def test_spec_names_arguments_of_forward(cls):
-    import inspect
-
-    spec, parameters = SPECS[cls], inspect.signature(cls.forward).parameters
-    names = [spec.sample, spec.timestep, *(condition.argument.split(".")[0] for condition in spec.conditions)]
-    assert set(names) <= set(parameters)
+@pytest.mark.parametrize("name", SPECS)
+def test_spec_names_arguments_of_forward(name):
+    spec, parameters = SPECS[name], inspect.signature(getattr(diffusers, name).forward).parameters
+    arguments = [*(condition.argument for condition in spec.conditions), *spec.listed, *spec.batch_dims]
+    arguments += [condition.mask for condition in spec.conditions if condition.mask]
+    assert {argument.split(".")[0] for argument in (spec.sample, spec.timestep, *arguments)} <= set(parameters)
 
 
 def test_dit_sites(dit):
@@ -117,6 +119,29 @@ def test_label_count_holds_the_null_label(dit, unet, tiny):
 def test_nest_reaches_into_dict_arguments():
     a, b, c = torch.zeros(1), torch.ones(1), torch.ones(2)
     assert nest({"x": a, "added.text": b, "added.ids": c}) == {"x": a, "added": {"text": b, "ids": c}}
+
+
+def test_nest_makes_a_tuple_of_numbered_arguments_in_their_order():
+    values = {f"rope.{i}": torch.full((1,), float(i)) for i in (0, 10, 2, 1, 9, 3, 4, 5, 6, 7, 8)}
+    (found,) = nest(values).values()
+    assert isinstance(found, tuple)
+    assert [int(value) for value in found] == list(range(11))
+
+
+def test_a_width_is_read_off_the_parameter_that_a_site_names_where_there_is_one():
+    denoiser = FAMILIES["pixart"].pipeline().transformer
+    found = resolve_sites(denoiser, (agd.Site("transformer_blocks.*", argument="timestep", width="scale_shift_table"),))
+    assert [(site.path, site.width) for site in found] == [(f"transformer_blocks.{i}", 6 * 24) for i in range(2)]
+    with pytest.raises(ValueError, match=r"expected a parameter 'table' at 'transformer_blocks.\?' to read a width off"):
+        resolve_sites(denoiser, (agd.Site("transformer_blocks.?", argument="timestep", width="table"),))
+
+
+def test_the_first_width_of_a_condition_that_is_set_counts():
+    widths = {}
+    for name, family in (("kolors", sdxl.SIBLINGS["kolors"]), ("sdxl", FAMILIES["sdxl"])):
+        unet = family.pipeline().unet
+        widths[name] = layout_for(unet, agd.AdapterConfig("modulation"), find_spec(unet)).condition_widths["encoder_hidden_states"]
+    assert widths == {"kolors": 12, "sdxl": 24}
 
 
 def test_adapted_conditions_are_those_that_adapters_see(unet):

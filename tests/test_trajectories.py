@@ -28,8 +28,10 @@ NAMES = ("sample", "timestep", "omega", "condition", "target")
 
 
 def rows_of(trajectories):
-    """All rows in order, as the shards hold them."""
-    return {name: torch.cat([shard[name] for shard in trajectories.shards]) for name in (*NAMES, "step")}
+    """All rows in order, as the shards hold them, with their labels as the condition."""
+    rows = {name: torch.cat([shard[name] for shard in trajectories.shards]) for name in (*NAMES, "step")}
+    labels = torch.cat([shard["condition/class_labels"][shard["condition"]] for shard in trajectories.shards])
+    return {**rows, "condition": labels}
 
 
 def guided_by_hand(teacher, x, label, omega, steps):
@@ -69,12 +71,12 @@ def test_collect_matches_guidance_by_hand(trajectories):
     for index, shard in enumerate(trajectories.shards):
         count = len(shard["omega"]) // 4
         for i in range(count):
-            mine = {name: value[i::count] for name, value in shard.items()}
+            mine = {name: shard[name][i::count] for name in (*NAMES, "step")}
             omega, label = mine["omega"][0], (2 * index + i) % 3
             start = mine["sample"][:1]
             plain = guided_by_hand(teacher, start, label, omega, 4)
             reference = guided_by_hand(exact, start.double(), label, omega, 4)
-            assert mine["condition"].tolist() == [label] * 4
+            assert shard["condition/class_labels"][mine["condition"]].tolist() == [label] * 4
             assert mine["omega"].tolist() == [float(omega)] * 4
             assert mine["timestep"].tolist() == [int(t) for _, t, _ in plain]
             assert mine["step"].tolist() == [0, 1, 2, 3]
@@ -333,7 +335,7 @@ def test_collect_announces_the_size_before_it_starts(tmp_path, caplog):
         found = collect_tiny(tmp_path, teacher)
     hook.remove()
     assert said == [f"collecting 5 trajectories, 20 states, 0.0 MiB in 3 shards (3 to do) into {tmp_path}"]
-    stored = sum(value.numel() * value.itemsize for shard in found.shards for value in shard.values())
+    stored = sum(shard[name].numel() * shard[name].itemsize for shard in found.shards for name in (*NAMES, "step"))
     assert Plan(**found.manifest.plan).bytes == stored
 
 
@@ -416,10 +418,7 @@ def killed_in_a_write(directory, ending):
 
 def test_collect_continues_after_a_kill_in_a_forward(tmp_path, folder, trajectories):
     kill_in_child(killed_in_a_forward, tmp_path)
-    assert sorted(read_json(tmp_path / "manifest.json")["files"]) == [
-        "conditions.safetensors",
-        "shard-00000.safetensors",
-    ]
+    assert sorted(read_json(tmp_path / "manifest.json")["files"]) == ["shard-00000.safetensors"]
     with pytest.raises(ValueError, match="unfinished: expected 3 shards, found 1"):
         Trajectories(tmp_path)
     teacher, calls = tiny_teacher(), []
@@ -429,7 +428,7 @@ def test_collect_continues_after_a_kill_in_a_forward(tmp_path, folder, trajector
     assert contents(tmp_path) == contents(folder)
 
 
-@pytest.mark.parametrize("name", ["conditions.safetensors", "shard-00001.safetensors"])
+@pytest.mark.parametrize("name", ["shard-00000.safetensors", "shard-00001.safetensors"])
 def test_collect_continues_after_a_kill_in_a_write(tmp_path, folder, trajectories, name):
     kill_in_child(killed_in_a_write, tmp_path, name)
     assert (tmp_path / f".{name}.partial").stat().st_size == 100
@@ -464,7 +463,7 @@ def foreign_and_unlisted(path, other):
 
 
 @pytest.mark.parametrize("damage", [truncated, bit_flipped, missing, foreign, foreign_and_unlisted])
-@pytest.mark.parametrize("name", ["shard-00001.safetensors", "conditions.safetensors"])
+@pytest.mark.parametrize("name", ["shard-00001.safetensors"])
 def test_collect_and_trajectories_name_a_damaged_file(tmp_path, copied, name, damage):
     collect_tiny(tmp_path / "other", seed=1, labels=[2, 1, 0])
     damage(copied / name, tmp_path / "other")
@@ -476,8 +475,8 @@ def test_collect_and_trajectories_name_a_damaged_file(tmp_path, copied, name, da
 
 
 def test_collect_refuses_foreign_files_in_a_new_folder(tmp_path, folder, trajectories):
-    shutil.copy(folder / "conditions.safetensors", tmp_path)
-    with pytest.raises(ValueError, match=f"{tmp_path}/conditions.safetensors is foreign"):
+    shutil.copy(folder / "shard-00001.safetensors", tmp_path)
+    with pytest.raises(ValueError, match=f"{tmp_path}/shard-00001.safetensors is foreign"):
         collect_tiny(tmp_path, seed=1)
 
 
@@ -485,9 +484,9 @@ def test_collect_refuses_foreign_files_in_a_new_folder(tmp_path, folder, traject
     ("content", "message"),
     [
         ("{", "is not valid JSON"),
-        ("[]", "format_version None; expected 1"),
-        ('{"format_version": 2}', "format_version 2; expected 1"),
-        ('{"format_version": 1}', "lacks the entries"),
+        ("[]", "format_version None; expected 2"),
+        ('{"format_version": 3}', "format_version 3; expected 2"),
+        ('{"format_version": 2}', "lacks the entries"),
     ],
 )
 def test_collect_and_trajectories_name_a_damaged_manifest(copied, content, message):
@@ -545,7 +544,7 @@ def test_trajectories_batch_equals_direct_indexing(trajectories, rows):
     batch, whole = trajectories[rows], rows_of(trajectories)
     for name in ("sample", "timestep", "omega", "target"):
         assert torch.equal(getattr(batch, name), whole[name][rows])
-    assert torch.equal(batch.conditions["class_labels"], trajectories.conditions["class_labels"][whole["condition"][rows]])
+    assert torch.equal(batch.conditions["class_labels"], whole["condition"][rows])
 
 
 @pytest.mark.parametrize("row", [20, 1000])

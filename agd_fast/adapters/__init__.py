@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
@@ -17,10 +18,24 @@ LARGEST_RANK = 16  # of gated_lora, whose products are paid at every token of ev
 
 
 def adapter_sites(kind: str, config: AdapterConfig, spec: DenoiserSpec) -> tuple[Site, ...]:
-    """The spec's sites that this kind of adapter acts on.
+    """The spec's sites that this kind of adapter acts on, narrowed to the config's `layers`.
 
-    Raises: ValueError when the spec names none.
+    Raises: ValueError when the spec names none, or a layer is no site of any of the config's kinds.
     """
+    sites = _all_sites(kind, config, spec)
+    if config.layers is None:
+        return sites
+    known = {site.path for other in config.kinds for site in _all_sites(other, config, spec)}
+    for layer in config.layers:
+        if not any(fnmatchcase(layer, path) for path in known):
+            raise ValueError(f"layers must be among {', '.join(map(repr, sorted(known)))}; found {layer!r}")
+    narrowed = tuple(replace(site, path=layer) for site in sites for layer in config.layers if fnmatchcase(layer, site.path))
+    if not narrowed:
+        raise ValueError(f"layers leave a {kind!r} adapter no site; expected one among {', '.join(repr(s.path) for s in sites)}")
+    return narrowed
+
+
+def _all_sites(kind: str, config: AdapterConfig, spec: DenoiserSpec) -> tuple[Site, ...]:
     blocks: Sequence[str] = config.blocks or ("attention",)
     if kind == "modulation":
         blocks = ("modulation",)
@@ -59,7 +74,7 @@ def count_parameters(module: nn.Module) -> int:
 
 
 def _largest_hidden(config: AdapterConfig, layout: Layout, base_parameters: int) -> int:
-    step = config.heads * (2 if "cross_attention" in config.kinds else 1)
+    step = config.heads * (2 if any("cross_attention" in kind for kind in config.kinds) else 1)
     budget = config.max_fraction * base_parameters
 
     def cost(hidden: int) -> int:

@@ -1,4 +1,4 @@
-"""An adapter for one denoiser: shared embedders of (ω, t, c) and a part for each kind that its config names."""
+"""An adapter for one denoiser: embedders of (ω, t, c) that its parts share, and a part for each kind that its config names."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from itertools import chain
 
 from torch import Tensor, nn
 
-from agd_fast.adapters.base import Part, Prepared, SiteAdapter
+from agd_fast.adapters.base import Context, Part, Prepared, SiteAdapter, with_tokens
 from agd_fast.adapters.config import AdapterConfig
 from agd_fast.adapters.cross_attention import CrossAttention
 from agd_fast.adapters.gated_lora import GatedLora
 from agd_fast.adapters.modulation import Modulation
 from agd_fast.adapters.offset import Offset
-from agd_fast.conditioning import Conditioning
+from agd_fast.adapters.reference import ReferenceCrossAttention, ReferenceOffset
+from agd_fast.conditioning import Conditioning, check_masks
 from agd_fast.spec import Layout
 
 PARTS: dict[str, type[Part]] = {
@@ -21,6 +22,8 @@ PARTS: dict[str, type[Part]] = {
     "gated_lora": GatedLora,
     "cross_attention": CrossAttention,
     "offset": Offset,
+    "reference_cross_attention": ReferenceCrossAttention,
+    "reference_offset": ReferenceOffset,
 }
 
 
@@ -32,22 +35,31 @@ class Adapter(nn.Module):
         if config.hidden is None:
             raise ValueError("expected an AdapterConfig with a resolved `hidden`, found None")
         self.config, self.layout = config, layout
-        self.conditioning = Conditioning(config, layout, config.hidden)
-        self.parts = nn.ModuleDict({kind: PARTS[kind](config, layout.sites[kind]) for kind in config.kinds})
+        shared = any(PARTS[kind].uses_tokens for kind in config.kinds)
+        self.conditioning = Conditioning(config, layout, config.hidden) if shared else None
+        self.parts = nn.ModuleDict({kind: PARTS[kind](config, layout.sites[kind], layout) for kind in config.kinds})
 
     @property
     def sites(self) -> Iterator[SiteAdapter]:
         """What meets the tokens at each site, part by part."""
         return (site for part in self.parts.values() for site in part.sites)  # type: ignore[union-attr]
 
-    def prepare(self, omega: Tensor, time: Tensor, conditions: Mapping[str, Tensor]) -> Prepared:
+    def prepare(
+        self, omega: Tensor, time: Tensor, conditions: Mapping[str, Tensor], masks: Mapping[str, Tensor] | None = None
+    ) -> Prepared:
         """ω [B], e_t [B, D_t], e_c [B, D_c] or [B, L, D_c] → one entry a site, in the adapter's own dtype.
 
+        masks: [B, L] bool by condition, True at the tokens that count; a condition without one counts whole.
         Nothing in it sees x_t: it can be computed for a whole schedule before the first step.
+        Raises: ValueError when a mask does not belong to its condition.
         """
-        dtype = self.conditioning.time.weight.dtype
+        masks = masks or {}
+        check_masks(masks, conditions)
+        dtype = next(self.parameters()).dtype
         omega, time = omega.to(dtype), time.to(dtype)
         conditions = {name: value.to(dtype) for name, value in conditions.items()}
         gain = omega - 1 if self.config.identity_at_one else None
-        tokens = self.conditioning(omega, time, conditions)
-        return tuple(chain.from_iterable(part(tokens, gain) for part in self.parts.values()))
+        context = Context(omega, time, conditions, masks, gain)
+        if self.conditioning is not None:
+            context = with_tokens(context, self.conditioning, omega)
+        return tuple(chain.from_iterable(part(context) for part in self.parts.values()))

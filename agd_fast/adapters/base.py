@@ -2,14 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from agd_fast.adapters.config import AdapterConfig
-from agd_fast.spec import ResolvedSite
+from agd_fast.conditioning import Conditioning
+from agd_fast.spec import Layout, ResolvedSite
 
 Prepared = tuple[Any, ...]  # one entry a site
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a part may see: (ω, t, c), never x_t.
+
+    omega: ω [B]. time: e_t [B, D_t]. conditions: e_c [B, D_c] or [B, L, D_c] by argument.
+    masks: [B, L] bool by argument, True at the tokens that count; an argument without one counts whole.
+    gain: the factor (ω − 1) [B], None where the adapter has none.
+    tokens: the adapter's own embeddings of these, [B, S, d] each; token_masks: [B, S] bool or None for each.
+    """
+
+    omega: Tensor
+    time: Tensor
+    conditions: Mapping[str, Tensor]
+    masks: Mapping[str, Tensor] = field(default_factory=dict)
+    gain: Tensor | None = None
+    tokens: tuple[Tensor, ...] = ()
+    token_masks: tuple[Tensor | None, ...] = ()
+
+
+def with_tokens(context: Context, conditioning: Conditioning, omega: Tensor) -> Context:
+    """`context` with the tokens that `conditioning` makes of it, and of this ω [B]."""
+    tokens = tuple(conditioning(omega, context.time, context.conditions))
+    return replace(context, tokens=tokens, token_masks=conditioning.token_masks(context.masks))
 
 
 class SiteAdapter(nn.Module):
@@ -32,24 +60,37 @@ class Part(nn.Module):
 
     `forward` holds all that does not see x_t: it can be computed for a whole schedule before the first step.
     `sites` hold what remains at each, in the order of the layout.
+    uses_tokens: whether it reads the tokens that all parts share; False for a part with embedders of its own.
     """
 
     sites: nn.ModuleList
+    uses_tokens = True
 
-    def __init__(self, config: AdapterConfig, sites: tuple[ResolvedSite, ...]) -> None:
+    def __init__(self, config: AdapterConfig, sites: tuple[ResolvedSite, ...], layout: Layout) -> None:
         super().__init__()
         assert config.hidden is not None
         self.hidden = config.hidden
 
-    def forward(self, tokens: list[Tensor], gain: Tensor | None) -> Prepared:
-        """Tokens of (ω, t, c), [B, S, d] each, and the factor (ω − 1) [B] or None → one entry a site."""
+    def forward(self, context: Context) -> Prepared:
+        """One entry a site."""
         raise NotImplementedError
 
 
-def pooled(tokens: list[Tensor]) -> Tensor:
-    """Σ of the tokens' means: [B, S, d] … → [B, d]."""
-    means = [token.squeeze(1) if token.shape[1] == 1 else token.mean(dim=1) for token in tokens]
+def pooled(context: Context) -> Tensor:
+    """Σ of the means of each embedding's tokens that count: [B, S, d] … → [B, d]."""
+    means = [_mean(token, mask) for token, mask in zip(context.tokens, context.token_masks, strict=True)]
     return sum(means[1:], means[0])
+
+
+def _mean(token: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is not None:  # of none: zero
+        return token.masked_fill(~mask[..., None], 0).sum(dim=1) / mask.sum(dim=1, keepdim=True).clamp(min=1)
+    return token.squeeze(1) if token.shape[1] == 1 else token.mean(dim=1)
+
+
+def gained(delta: Tensor, context: Context) -> Tensor:
+    """δ [B, C] times (ω − 1), where the adapter has that factor."""
+    return delta if context.gain is None else delta * context.gain[:, None]
 
 
 def broadcast(delta: Tensor, output: Tensor, channel_dim: int) -> Tensor:

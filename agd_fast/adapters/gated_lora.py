@@ -10,9 +10,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from agd_fast.adapters.base import Part, Prepared, SiteAdapter, broadcast, pooled
+from agd_fast.adapters.base import Context, Part, Prepared, SiteAdapter, broadcast, gained, pooled
 from agd_fast.adapters.config import AdapterConfig
-from agd_fast.spec import ResolvedSite
+from agd_fast.spec import Layout, ResolvedSite
 
 
 class GatedLoraSite(SiteAdapter):
@@ -32,15 +32,13 @@ class GatedLoraSite(SiteAdapter):
 
 
 class GatedLora(Part):
-    def __init__(self, config: AdapterConfig, sites: tuple[ResolvedSite, ...]) -> None:
-        super().__init__(config, sites)
+    def __init__(self, config: AdapterConfig, sites: tuple[ResolvedSite, ...], layout: Layout) -> None:
+        super().__init__(config, sites, layout)
         assert config.rank is not None
         self.rank = config.rank
         self.sites = nn.ModuleList(GatedLoraSite(site, config.rank) for site in sites)
         self.gates = nn.Linear(self.hidden, config.rank * len(sites))  # of all sites, in one matrix
 
-    def forward(self, tokens: list[Tensor], gain: Tensor | None) -> Prepared:
-        gates = 1 + self.gates(F.silu(pooled(tokens)))  # [B, r·sites]
-        if gain is not None:
-            gates = gates * gain[:, None]
-        return gates.split(self.rank, dim=-1)
+    def forward(self, context: Context) -> Prepared:
+        gates = 1 + self.gates(F.silu(pooled(context)))  # [B, r·sites]
+        return gained(gates, context).split(self.rank, dim=-1)

@@ -11,9 +11,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from agd_fast.adapters.base import Part, Prepared, SiteAdapter, broadcast, pooled
+from agd_fast.adapters.base import Context, Part, Prepared, SiteAdapter, broadcast, gained, pooled
 from agd_fast.adapters.config import AdapterConfig
-from agd_fast.spec import ResolvedSite
+from agd_fast.spec import Layout, ResolvedSite
 
 
 class ScaleSite(SiteAdapter):
@@ -36,16 +36,14 @@ _FORMS = {"add": (SiteAdapter, 1), "scale": (ScaleSite, 1), "affine": (AffineSit
 
 
 class Modulation(Part):
-    def __init__(self, config: AdapterConfig, sites: tuple[ResolvedSite, ...]) -> None:
-        super().__init__(config, sites)
+    def __init__(self, config: AdapterConfig, sites: tuple[ResolvedSite, ...], layout: Layout) -> None:
+        super().__init__(config, sites, layout)
         self.sites = nn.ModuleList(_FORMS[site.form][0](site) for site in sites)
         self.widths = [_FORMS[site.form][1] * site.width for site in sites]
         self.up = nn.Linear(self.hidden, sum(self.widths))  # B of all sites, in one matrix
         nn.init.zeros_(self.up.weight)
         nn.init.zeros_(self.up.bias)
 
-    def forward(self, tokens: list[Tensor], gain: Tensor | None) -> Prepared:
-        delta = self.up(F.silu(pooled(tokens)))  # [B, Σ widths]
-        if gain is not None:
-            delta = delta * gain[:, None]
-        return delta.split(self.widths, dim=-1)
+    def forward(self, context: Context) -> Prepared:
+        delta = self.up(F.silu(pooled(context)))  # [B, Σ widths]
+        return gained(delta, context).split(self.widths, dim=-1)

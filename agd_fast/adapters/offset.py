@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import nn
 
-from agd_fast.adapters.base import Part, Prepared, SiteAdapter, pooled
+from agd_fast.adapters.base import Context, Part, Prepared, SiteAdapter, gained, pooled
 from agd_fast.adapters.config import AdapterConfig
-from agd_fast.spec import ResolvedSite
+from agd_fast.spec import Layout, ResolvedSite
 
 
 class OffsetSite(SiteAdapter):
@@ -19,11 +19,10 @@ class OffsetSite(SiteAdapter):
 
 
 class Offset(Part):
-    def __init__(self, config: AdapterConfig, sites: tuple[ResolvedSite, ...]) -> None:
-        super().__init__(config, sites)
+    def __init__(self, config: AdapterConfig, sites: tuple[ResolvedSite, ...], layout: Layout) -> None:
+        super().__init__(config, sites, layout)
         self.sites = nn.ModuleList(OffsetSite(site, self.hidden) for site in sites)
 
-    def forward(self, tokens: list[Tensor], gain: Tensor | None) -> Prepared:
-        embedding = pooled(tokens)  # [B, d]
-        offsets = tuple(site.net(embedding) for site in self.sites)  # type: ignore[operator]
-        return offsets if gain is None else tuple(offset * gain[:, None] for offset in offsets)
+    def forward(self, context: Context) -> Prepared:
+        embedding = pooled(context)  # [B, d]
+        return tuple(gained(site.net(embedding), context) for site in self.sites)  # type: ignore[operator]

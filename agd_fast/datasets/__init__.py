@@ -1,5 +1,6 @@
 """Data and models that ship with the package."""
 
+from agd_fast.datasets.captions import captions
 from agd_fast.datasets.digits import digits_classifier, digits_images, digits_teacher
 
-__all__ = ["digits_classifier", "digits_images", "digits_teacher"]
+__all__ = ["captions", "digits_classifier", "digits_images", "digits_teacher"]

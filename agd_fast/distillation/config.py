@@ -16,6 +16,8 @@ LEARNING_RATES = {
     "modulation+gated_lora": 4e-2,
     "cross_attention": 1e-2,
     "offset": 1e-2,
+    "reference_cross_attention": 1e-4,
+    "reference_offset": 1e-4,
 }
 
 

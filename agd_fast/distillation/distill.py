@@ -3,58 +3,40 @@
 from __future__ import annotations
 
 import os
-import time
-import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import Tensor
 
-from agd_fast.adapters import Adapter, AdapterConfig, count_parameters, for_backbone
-from agd_fast.attaching import attach, require_attachment, unload
+from agd_fast.adapters import AdapterConfig, for_backbone
 from agd_fast.distillation.config import TrainConfig, learning_rate_of
+from agd_fast.distillation.job import DistillResult, Job, draw_samples, run
 from agd_fast.distillation.presets import find_preset
-from agd_fast.distillation.train import make_accelerator, train
-from agd_fast.evaluation.explained import SCALES, Explained, guidance_explained
-from agd_fast.files import differences, fingerprint, write_json
-from agd_fast.freezing import frozen
+from agd_fast.distillation.teachers import Prompts, teachers_of
+from agd_fast.files import differences
+from agd_fast.guiders.teaching import gives_cond_at_one
+from agd_fast.hub import resolve
 from agd_fast.spec import DenoiserSpec
-from agd_fast.storage import load, read_config, save
-from agd_fast.teacher import Conditions, Teacher, as_teacher
-from agd_fast.trajectories import Source, Trajectories, collect
-
-RESULT_NAME = "distill.json"
-
-
-@dataclass(frozen=True)
-class DistillResult:
-    """What `distill` made.
-
-    adapter: attached to the teacher. output_dir: holds it on disk. parameters, fraction: its size, also as a share of the
-    base's parameters. loss: the last logged. explained: guidance_explained on held-out trajectories (None if not asked for).
-    seconds: by phase, of this call.
-    """
-
-    adapter: Adapter = field(repr=False)
-    output_dir: Path
-    parameters: int
-    fraction: float
-    loss: float
-    explained: Explained | None
-    seconds: dict[str, float]
+from agd_fast.storage import read_config
+from agd_fast.teacher import Conditions
+from agd_fast.trajectories import Source, Trajectories
 
 
 def distill(
     model: Any,
     *,
     output_dir: str | os.PathLike[str],
+    prompts: Prompts | None = None,
+    inputs: Mapping[str, Sequence[Any] | Tensor] | None = None,
     class_labels: Sequence[int] | Tensor | None = None,
     conditions: Conditions | None = None,
     null_condition: Conditions | None = None,
+    call: Mapping[str, Any] | None = None,
+    teacher: Any = None,
     guidance_range: tuple[float, float] | None = None,
     preset: str | None = None,
     adapter: AdapterConfig | None = None,
@@ -65,11 +47,12 @@ def distill(
     keep_steps: int | None = None,
     source: Source = "trajectories",
     data: tuple[Tensor, Tensor] | None = None,
-    shard_size: int = 50,
+    shard_size: int | None = None,
     store_dtype: torch.dtype | None = None,
     scheduler: Any = None,
     spec: DenoiserSpec | None = None,
-    validation: int = 50,
+    validation: int | None = None,
+    validate_every: int | None = None,
     seed: int = 0,
     resume: bool = True,
     tensorboard: bool = False,
@@ -77,127 +60,110 @@ def distill(
 ) -> DistillResult:
     """Distil the guidance of a frozen model into an adapter (arXiv 2503.07274); leaves the adapter attached.
 
-    model: a Teacher, a diffusers pipeline, or a denoiser with `scheduler`. Its weights do not change.
-    class_labels, conditions: what to train on, as labels or as tensors by argument name, batch first; trajectories cycle
-        through them. null_condition: the unconditional value where the spec has none (a text model's empty prompt).
+    model: a diffusers pipeline, a Teacher, or a denoiser with `scheduler`. Its weights do not change. A pipeline's own runs
+        decide what the guided prediction is; afterwards its call makes one forward a step.
+    prompts: what a text pipeline is trained on: a list, or a file with one a line; None takes captions that ship
+        (`agd_fast.datasets.captions`). inputs: the same by argument of the pipeline's call, one row each, such as
+        {"prompt_embeds": tensor}. call: further arguments of that call: height, width, negative_prompt, ….
+    class_labels, conditions: what a class-conditional model, a Teacher or a denoiser is trained on, as labels (None takes all)
+        or as tensors by argument name, batch first. null_condition: the unconditional value where the spec has none.
+        Trajectories cycle through what is given.
+    teacher: a guider of diffusers.guiders whose rule is learnt in place of the pipeline's own.
+    guidance_range: (low, high) of the guidance scale, in the family's own convention; None takes that of `adapter` or `init`,
+        else ω of 1 to 6, or 1 to 12 for a pipeline.
     preset: name of settings that go together (`agd_fast.distillation.presets.PRESETS`), for all of the following that is None.
-    guidance_range: (low, high) of the guidance scale, in the family's own convention; None takes that of `adapter` or `init`.
     adapter: kind and size. train_config: see TrainConfig.
-    init: folder of a trained adapter to start from, instead of a fresh one that is zero; it decides `adapter`.
+    init: folder, or Hub repo, of a trained adapter to start from, instead of a fresh one that is zero; it decides `adapter`.
     trajectories: how many to collect into output_dir/trajectories, or ones collected before. sampling_steps, keep_steps,
         source, data, shard_size, store_dtype: see `agd_fast.trajectories.collect`. source="student" follows the adapter of
-        `init`: one round of training on its own states.
-    validation: held-out guided trajectories a scale for `guidance_explained`; 0 for none.
+        `init`: one round of training on its own states. A pipeline runs shard_size samples at once, at one scale.
+    validation: held-out guided trajectories a scale for `guidance_explained`; 0 for none, None for 50, or 8 of a pipeline.
+    validate_every: also measure, and draw a picture, after every so many steps, into output_dir/validation.
     resume: continue an interrupted run in output_dir; False trains anew on the trajectories there.
 
-    Writes adapter.safetensors, adapter_config.json, distill.json, log.jsonl, checkpoint.safetensors and trajectories/.
+    Writes adapter.safetensors, adapter_config.json, distill.json, log.jsonl, checkpoint.safetensors, samples.png and
+    trajectories/; for a pipeline's further denoisers the same in folders of their names.
     Raises: ValueError for a missing condition, an attached adapter, an `init` that does not fit, or an output_dir of another
-    run; FloatingPointError when the loss becomes NaN; OSError when something cannot be written. The model is then without
-    adapter again.
+    run; TypeError for an unknown model or guider; FloatingPointError when the loss becomes NaN; OSError when something cannot
+    be written. The model is then without adapter again.
     """
-    teacher = as_teacher(model, scheduler, spec=spec, null_condition=null_condition)
-    table = teacher.conditions(class_labels, conditions)
-    _require_conditional(teacher, table)
+    directory = Path(output_dir)
+    init = None if init is None else resolve(init)
     settings = find_preset(preset)
     if adapter is None and preset is not None:
         adapter = settings.adapter
-    train_config = train_config or settings.train
-    trajectories = settings.trajectories if trajectories is None else trajectories
-    sampling_steps = settings.sampling_steps if sampling_steps is None else sampling_steps
-    keep_steps = settings.keep_steps if keep_steps is None else keep_steps
-    directory = Path(output_dir)
     if init is None and source == "student":
         raise ValueError("source='student' expects init=..., the folder of a trained adapter that the states follow; found None")
-    if init is not None and directory.resolve() == Path(init).resolve():
+    if init is not None and directory.resolve() == init.resolve():
         raise ValueError(f"expected an output_dir other than init, found {init} for both")
-    config = for_backbone(_adapter_config(adapter, guidance_range, teacher.spec.omega_offset, init), teacher.spec)
-    low, high = config.guidance_range
-    learning_rate = learning_rate_of(config.kinds) if train_config.learning_rate is None else train_config.learning_rate
-    order = seed if train_config.seed is None else train_config.seed
-    train_config = replace(train_config, learning_rate=learning_rate, seed=order)
-    if teacher.dtype is torch.float16 and train_config.mixed_precision != "fp16":
-        raise ValueError(
-            "a float16 base loses small gradients unscaled: expected mixed_precision='fp16', which scales the loss, "
-            f"or a bfloat16 or float32 base; found mixed_precision={train_config.mixed_precision!r}"
-        )
-    if validation < 0:
-        raise ValueError(f"validation must be a number of trajectories or 0, found {validation}")
-    accelerator = make_accelerator(train_config.mixed_precision)
-    with torch.random.fork_rng(), frozen(teacher.denoiser):
-        torch.manual_seed(seed)
-        attached = attach(teacher, config) if init is None else require_attachment(load(teacher, init)).adapter
-        try:
-            teacher.denoiser.to(accelerator.device)
-            attached.to(accelerator.device)
-            marks = [time.perf_counter()]
-            if isinstance(trajectories, int):
-                with accelerator.main_process_first():
-                    states = collect(
-                        teacher,
-                        table,
-                        directory / "trajectories",
-                        trajectories=trajectories,
-                        guidance_range=(low, high),
-                        steps=sampling_steps,
-                        keep=keep_steps,
-                        source=source,
-                        data=data,
-                        shard_size=shard_size,
-                        seed=seed,
-                        dtype=store_dtype,
-                        progress=progress and accelerator.is_main_process,
-                    )
-            else:
-                states = trajectories
-                _require_fit(states, teacher, (low, high))
-            marks.append(time.perf_counter())
-            run = {
-                "adapter": attached.config.to_dict(),
-                "init": None if init is None else fingerprint(attached.state_dict()),
-                "train": train_config.to_dict(),
-                "plan": states.manifest.plan_id,
-                "processes": accelerator.num_processes,
-            }
-            loss = train(
-                teacher,
-                states,
-                train_config,
-                directory,
-                accelerator,
-                run=run,
+    for name, value in (("validation", validation), ("validate_every", validate_every)):
+        if value is not None and value < (name == "validate_every"):
+            raise ValueError(f"{name} must be a positive number or {0 if name == 'validation' else None}, found {value}")
+    teachers = teachers_of(
+        model,
+        prompts=prompts,
+        inputs=inputs,
+        class_labels=class_labels,
+        conditions=conditions,
+        null_condition=null_condition,
+        call=call,
+        guider=teacher,
+        scheduler=scheduler,
+        spec=spec,
+    )
+    if len(teachers) > 1 and isinstance(trajectories, Trajectories):
+        raise ValueError(f"expected a number of trajectories for a pipeline's {len(teachers)} denoisers, found collected ones")
+    jobs = []
+    for index, (name, one, table) in enumerate(teachers):
+        folder = directory if index == 0 else directory / name
+        of_init = init if init is None or index == 0 else init / name
+        config = _adapter_config(adapter, guidance_range, one.spec.omega_offset, of_init)
+        if adapter is None and init is None:
+            config = replace(config, identity_at_one=gives_cond_at_one(teacher))
+            config = config if guidance_range else replace(config, guidance_range=one.guidance_range)
+        if init is None and (negative := (call or {}).get("negative_prompt")) is not None:
+            config = replace(config, negative_prompt=negative)
+        config = for_backbone(config, one.spec)
+        jobs.append(
+            Job(
+                teacher=one,
+                table=table,
+                directory=folder,
+                config=config,
+                init=of_init,
+                train_config=_train_config(train_config or settings.train, config, one.dtype, seed),
+                trajectories=settings.trajectories if trajectories is None else trajectories,
+                sampling_steps=settings.sampling_steps if sampling_steps is None else sampling_steps,
+                keep_steps=settings.keep_steps if keep_steps is None else keep_steps,
+                source=source,
+                data=data,
+                shard_size=one.run_size if shard_size is None else shard_size,
+                store_dtype=store_dtype,
+                validation=one.validation_runs if validation is None else validation,
+                validate_every=validate_every,
+                seed=seed,
                 resume=resume,
                 tensorboard=tensorboard,
                 progress=progress,
+                about=one.about,
             )
-            marks.append(time.perf_counter())
-            explained = None
-            if validation:
-                explained = guidance_explained(
-                    teacher,
-                    _cycled(table, validation),
-                    scales=_scales(low, high),
-                    steps=_middle(sampling_steps),
-                    seed=seed + 1,
-                )
-            marks.append(time.perf_counter())
-            seconds = dict(zip(("collect", "train", "validate"), (b - a for a, b in pairwise(marks)), strict=True))
-            result = DistillResult(
-                attached,
-                directory,
-                count_parameters(attached),
-                count_parameters(attached) / count_parameters(teacher.denoiser),
-                loss,
-                explained,
-                seconds,
-            )
-            if accelerator.is_main_process:
-                about = {"source": states.manifest.plan["source"], "init": run["init"], "train": train_config.to_dict()}
-                _write(teacher, result, about)
-            accelerator.wait_for_everyone()
-        except BaseException:
-            unload(teacher)
-            raise
-    return result
+        )
+    results = {name: run(job) for (name, _, _), job in zip(teachers, jobs, strict=True)}
+    if jobs[0].validation and PartialState().is_main_process:
+        draw_samples(jobs[0])  # once every denoiser of a pipeline has its adapter
+    first, *others = results
+    return replace(results[first], others={name: results[name] for name in others})
+
+
+def _train_config(config: TrainConfig, adapter: AdapterConfig, dtype: torch.dtype, seed: int) -> TrainConfig:
+    """With what was left open decided. Raises: ValueError when the precision does not go with the base's."""
+    if dtype is torch.float16 and config.mixed_precision != "fp16":
+        raise ValueError(
+            "a float16 base loses small gradients unscaled: expected mixed_precision='fp16', which scales the loss, "
+            f"or a bfloat16 or float32 base; found mixed_precision={config.mixed_precision!r}"
+        )
+    learning_rate = learning_rate_of(adapter.kinds) if config.learning_rate is None else config.learning_rate
+    return replace(config, learning_rate=learning_rate, seed=seed if config.seed is None else config.seed)
 
 
 def _adapter_config(
@@ -217,63 +183,3 @@ def _adapter_config(
     if differing := differences({**found, **decided}, found):
         raise ValueError(f"{init} holds another adapter than was asked for ({differing})")
     return AdapterConfig.from_dict(found)
-
-
-def _require_conditional(teacher: Teacher, table: Conditions) -> None:
-    """Raises: ValueError when the unconditional label is among what is to be distilled: guidance does not move it."""
-    null = teacher.null(table)
-    for condition in teacher.spec.adapted:
-        value = table[condition.argument]
-        if not value.is_floating_point() and (value == null[condition.argument]).any():
-            raise ValueError(
-                f"{condition.argument} holds the null label {int(null[condition.argument][0])}, which guidance does not move; "
-                "expected labels of classes alone"
-            )
-
-
-def _require_fit(states: Trajectories, teacher: Teacher, guidance_range: tuple[float, float]) -> None:
-    """Raises: ValueError when trajectories collected before do not fit this run. Warns: when the weights were others."""
-    plan, where = states.manifest.plan, states.manifest.directory
-    expected = {
-        "model.class": type(teacher.denoiser).__name__,
-        "prediction_type": teacher.prediction_type,
-        "sample_shape": list(teacher.sample_shape),
-        "guidance_range": list(guidance_range),
-        "guidance": teacher.guidance_name,
-    }
-    found = {"model.class": plan["model"]["class"]} | {name: plan[name] for name in expected if name in plan}
-    if differing := differences(expected, found):
-        raise ValueError(f"{where} holds trajectories that do not fit this run ({differing})")
-    if plan["model"]["hash"] != fingerprint(teacher.denoiser.state_dict()):
-        warnings.warn(f"{where} was collected from other weights than this {expected['model.class']} has", stacklevel=3)
-
-
-def _write(teacher: Teacher, result: DistillResult, about: dict[str, Any]) -> None:
-    of_teacher = {"teacher": teacher.guidance_name, "scheduler": type(teacher.scheduler).__name__}
-    explained = result.explained.mean if result.explained else None
-    save(teacher, result.output_dir, about={**of_teacher, **about, "guidance_explained": explained})
-    write_json(
-        result.output_dir / RESULT_NAME,
-        {
-            "parameters": result.parameters,
-            "fraction": result.fraction,
-            "loss": result.loss,
-            "guidance_explained": result.explained.to_dict() if result.explained else None,
-            "seconds": result.seconds,
-        },
-    )
-
-
-def _cycled(table: Conditions, count: int) -> dict[str, Tensor]:
-    rows = torch.arange(count) % len(next(iter(table.values())))
-    return {name: value[rows] for name, value in table.items()}
-
-
-def _scales(low: float, high: float) -> tuple[float, ...]:
-    """The scales fidelity is reported at, within the trained range."""
-    inside = tuple(omega for omega in SCALES if low <= omega <= high)
-    return inside or ((low + high) / 2,)
-
-
-def _middle(steps: int | tuple[int, int]) -> int:
-    return steps if isinstance(steps, int) else sum(steps) // 2

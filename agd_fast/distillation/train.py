@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from contextlib import closing
 from copy import deepcopy
 from datetime import timedelta
@@ -63,10 +64,13 @@ def train(
     resume: bool = True,
     tensorboard: bool = False,
     progress: bool = True,
+    validate: Callable[[int], float] | None = None,
+    validate_every: int | None = None,
 ) -> float:
     """Train the attached adapter of a frozen teacher in place and return the last logged loss.
 
     directory: for the checkpoint, `log.jsonl` and, on request, TensorBoard's events. run: settings a checkpoint must match.
+    validate: is called with the number of steps done after every `validate_every`; what it returns is logged.
     Raises: ValueError when the processes cannot share a batch evenly; FloatingPointError naming the step when the loss is
     not finite (the last good checkpoint is kept); OSError naming what cannot be written.
     """
@@ -96,10 +100,14 @@ def train(
     ):
         for step in range(done, config.steps):
             rows = batch_rows(step, config.batch_size, len(trajectories), config.seed)[rank::world]
-            batch = trajectories[rows].to(accelerator.device)
+            batches = [batch.to(accelerator.device) for batch in trajectories.batches(rows)]
             with accelerator.autocast():
-                prediction = wrapped(batch)
-            loss = distillation_loss(prediction, batch.target, batch.omega, config.loss, config.weighting)
+                predictions = wrapped(batches)
+            losses = [
+                distillation_loss(prediction, batch.target, batch.omega, config.loss, config.weighting) * len(batch) / len(rows)
+                for prediction, batch in zip(predictions, batches, strict=True)
+            ]
+            loss = torch.stack(losses).sum()
             accelerator.backward(loss)
             norm = accelerator.clip_grad_norm_(adapter.parameters(), config.max_grad_norm)
             optimizer.step()
@@ -118,6 +126,8 @@ def train(
                 meter.require_finite()
                 if accelerator.is_main_process:
                     save_checkpoint(checkpoint, step + 1, run, modules, optimizer, others)
+            if validate and validate_every and (step + 1) % validate_every == 0 and accelerator.is_main_process:
+                log.write({"step": step + 1, "guidance_explained": validate(step + 1)})
     if average is not None:
         adapter.load_state_dict(average.state_dict())
     for parameter in adapter.parameters():
@@ -184,8 +194,9 @@ class _Log:
             return
         lines = self.path.read_text(encoding="utf-8").splitlines() if done and self.path.is_file() else []
         kept = [line for line in lines if _step_of(line) <= done]
-        if kept:
-            self.last_loss = json.loads(kept[-1])["loss"]
+        losses = [entry["loss"] for entry in map(json.loads, kept) if "loss" in entry]
+        if losses:
+            self.last_loss = losses[-1]
         write_text(self.path, "".join(f"{line}\n" for line in kept))
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -193,7 +204,7 @@ class _Log:
             self.board = SummaryWriter(str(directory / "tensorboard"), purge_step=done + 1)
 
     def write(self, entry: dict[str, float]) -> None:
-        self.last_loss = entry["loss"]
+        self.last_loss = entry.get("loss", self.last_loss)
         if self.path is not None:
             append_text(self.path, json.dumps(entry) + "\n")
         if self.board is not None:

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from agd_fast.attaching import require_attachment
-from agd_fast.freezing import frozen
-from agd_fast.sampling import Data, integrate, require_data, visit_noised
-from agd_fast.teacher import Conditions, Teacher
+from agd_fast.sampling import Data, require_data
+from agd_fast.teacher import Conditions, State, Teacher
 
 States = Literal["guided", "data", "student"]
 Student = Callable[[Tensor, Tensor, Conditions, Tensor], Tensor]  # x_t, t [B], conditions, ω [B] → prediction
@@ -48,7 +47,7 @@ def guidance_explained(
     scales: tuple[float, ...] = SCALES,
     steps: int = 25,
     seed: int = 1,
-    batch_size: int = 100,
+    batch_size: int | None = None,
 ) -> Explained:
     """Measure the attached adapter, or another student, against the teacher's guided predictions.
 
@@ -58,6 +57,7 @@ def guidance_explained(
         row of `conditions` that each goes with [M]).
     student: what predicts in one pass; None is the teacher with its attached adapter.
     seed: of all noise, which is the same for every adapter; states are held out if it was not used for training.
+    batch_size: trajectories at once; None takes 100, or as many as a pipeline runs.
     Raises: ValueError when no adapter is attached, or `states` is unknown or does not go with `data`.
     """
     if student is None:
@@ -71,11 +71,12 @@ def guidance_explained(
     count = len(next(iter(conditions.values())))
     generator = torch.Generator().manual_seed(seed)
     if data is None:
-        start = torch.randn(count, *teacher.sample_shape, generator=generator)
+        start = teacher.start(count, generator)
     else:
         require_data(data, conditions, teacher.sample_shape)
         start, count = data[0], len(data[0])
         conditions = {name: value[data[1]] for name, value in conditions.items()}
+    batch_size = batch_size or (teacher.run_size if teacher.one_scale_a_run else 100)
     slices = [slice(start, start + batch_size) for start in range(0, count, batch_size)]
     errors: dict[float, Tensor] = {}  # ω → [steps, 2]
     times: list[float] = []
@@ -106,20 +107,19 @@ def _errors(
     generator: torch.Generator,
 ) -> tuple[list[float], Tensor]:
     """From `start`, noise or data [B, C, ...]: t [steps], and Σ‖ε̂_agd − ε_cfg‖², Σ‖ε(c) − ε_cfg‖² [steps, 2]."""
-    scale = torch.full((len(start),), omega, device=teacher.device)
+    scale = torch.full((len(start),), omega)
     times: list[Tensor] = []
     sums: list[Tensor] = []
 
-    def predict(x: Tensor, t: Tensor) -> Tensor:
-        target, cond = teacher.predict_cfg(x, t, conditions, scale)
-        prediction = student(x, t, conditions, scale)
-        sums.append(torch.stack([_squared(prediction, target), _squared(cond, target)]))
-        times.append(t[0])
+    def visit(state: State) -> Tensor:
+        target = state.target
+        prediction = student(state.sample, state.timestep, state.arguments, scale.to(target.device))
+        sums.append(torch.stack([_squared(prediction, target), _squared(state.cond(), target)]))
+        times.append(state.timestep.flatten()[0])
         return prediction if states == "student" else target
 
-    visit = visit_noised if states == "data" else integrate
-    with frozen(teacher.denoiser), torch.inference_mode():
-        visit(teacher.scheduler, start.to(teacher.device, teacher.dtype), steps, predict, generator=generator)
+    with torch.inference_mode():
+        teacher.run(conditions, start, scale, steps, visit, generator=generator, noised=states == "data")
     return torch.stack(times).tolist(), torch.stack(sums)
 
 

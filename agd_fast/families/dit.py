@@ -4,14 +4,12 @@ Every block has its own embedder of t and of the class; block 0's also feeds the
 reused for e_t and e_c. DiTPipeline guides the ε channels only and drops the learned-sigma half: so do we.
 """
 
-from diffusers import DiTTransformer2DModel
-
-from agd_fast.spec import Condition, DenoiserSpec, Site
+from agd_fast.spec import Condition, DenoiserSpec, PipelineSpec, Site
 
 _EMBEDDER = "transformer_blocks.0.norm1.emb"
 
 SPECS = {
-    DiTTransformer2DModel: DenoiserSpec(
+    "DiTTransformer2DModel": DenoiserSpec(
         sample="hidden_states",
         timestep="timestep",
         conditions=(Condition("class_labels", embedding=(f"{_EMBEDDER}.class_embedder",), null="config.num_embeds_ada_norm"),),
@@ -24,5 +22,6 @@ SPECS = {
             Site("proj_out_2", form="affine"),
         ),
         guided_channels="config.in_channels",
+        pipeline=PipelineSpec(conditional="first"),
     )
 }

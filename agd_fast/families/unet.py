@@ -4,16 +4,14 @@ It has no conditioning projection that reaches the transformer blocks, so modula
 number of parameters γ alone, at twice the rank, measured better than (γ, β). The output norm has both.
 """
 
-from diffusers import UNet2DConditionModel
-
-from agd_fast.spec import Condition, DenoiserSpec, Site
+from agd_fast.spec import Condition, DenoiserSpec, PipelineSpec, Site
 
 SPECS = {
-    UNet2DConditionModel: DenoiserSpec(
+    "UNet2DConditionModel": DenoiserSpec(
         sample="sample",
         timestep="timestep",
         conditions=(
-            Condition("encoder_hidden_states", width="config.cross_attention_dim"),
+            Condition("encoder_hidden_states", width=("config.encoder_hid_dim", "config.cross_attention_dim")),
             Condition("class_labels", adapt=False),
             Condition("added_cond_kwargs.text_embeds", adapt=False),
             Condition("added_cond_kwargs.time_ids", null="same", adapt=False),
@@ -30,5 +28,6 @@ SPECS = {
             Site("conv_norm_out", form="affine", channel_dim=1),
         ),
         adapter_kind="modulation+gated_lora",
+        pipeline=PipelineSpec(components=("unet",)),
     )
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import os
 import shutil
@@ -14,13 +13,12 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from agd_fast.attaching import disabled
 from agd_fast.files import fingerprint, remove_partial, write_tensors
-from agd_fast.freezing import frozen
-from agd_fast.sampling import Data, integrate, require_data, visit_noised
-from agd_fast.teacher import Conditions, Teacher
-from agd_fast.trajectories.dataset import Trajectories
-from agd_fast.trajectories.manifest import CONDITIONS_NAME, MANIFEST_NAME, Manifest, Plan, Shard
+from agd_fast.sampling import Data, require_data
+from agd_fast.schedule import number_of_calls
+from agd_fast.teacher import Conditions, State, Teacher
+from agd_fast.trajectories.dataset import Trajectories, pack
+from agd_fast.trajectories.manifest import MANIFEST_NAME, Manifest, Plan, Shard
 
 logger = logging.getLogger(__name__)
 
@@ -61,31 +59,31 @@ def collect(
     if low > high:
         raise ValueError(f"steps must be (lowest, highest), found {steps}")
     _require_source(teacher, conditions, source, data)
-    teacher.null(conditions)  # a missing null condition is said before anything runs
+    teacher.require_conditional(conditions)  # a missing null condition is said before anything runs
     plan = Plan(
         source=source,
         trajectories=trajectories,
         shard_size=min(shard_size, trajectories),
         steps=(low, high),
-        calls=_calls(teacher.scheduler, low, high),
+        calls=tuple(number_of_calls(teacher.scheduler, n) for n in range(low, high + 1)),
         keep=keep,
         guidance_range=(float(guidance_range[0]), float(guidance_range[1])),
         seed=seed,
         dtype=str(dtype or teacher.dtype).removeprefix("torch."),
-        conditions={name: fingerprint({name: value}) for name, value in conditions.items()},
+        conditions=teacher.fingerprints(conditions),
         data=None if data is None else fingerprint({"samples": data[0], "rows": data[1]}),
         adapter=_identity_of_adapter(teacher) if source == "student" else None,
         **_identity(teacher),
     )
-    manifest = _open(directory, plan, conditions)
+    manifest = _open(directory, plan)
     missing = [shard for shard in plan.shards if shard.name not in manifest.files]
     if missing:
         _announce(plan, len(missing), directory, progress)
         with tqdm(total=sum(shard.calls for shard in missing), desc="collecting", disable=not progress) as bar:
             for shard in missing:
-                rows = _run_shard(teacher, conditions, shard, data, bar.update)
-                write_tensors(directory / shard.name, rows, {"plan_id": plan.id})
-                manifest.add(shard.name, shard.states)
+                tensors, constants = _run_shard(teacher, conditions, shard, data, bar.update)
+                write_tensors(directory / shard.name, tensors, {"plan_id": plan.id, "constants": constants})
+                manifest.add(shard.name, len(tensors["omega"]))
     return Trajectories(directory, verify=False)  # every hash was compared or made just now
 
 
@@ -130,19 +128,11 @@ def _identity_of_adapter(teacher: Teacher) -> dict[str, Any]:
     return {"config": adapter.config.to_dict(), "hash": fingerprint(adapter.state_dict())}
 
 
-def _calls(scheduler: Any, low: int, high: int) -> tuple[int, ...]:
-    scheduler, calls = copy.deepcopy(scheduler), []
-    for steps in range(low, high + 1):
-        scheduler.set_timesteps(steps)
-        calls.append(len(scheduler.timesteps))
-    return tuple(calls)
-
-
 def _public(config: Any) -> dict[str, Any]:
     return {name: value for name, value in config.items() if not name.startswith("_")}
 
 
-def _open(directory: Path, plan: Plan, conditions: Conditions) -> Manifest:
+def _open(directory: Path, plan: Plan) -> Manifest:
     """The folder's manifest, made if there is none, with every file in it checked."""
     if (directory / MANIFEST_NAME).is_file():
         remove_partial(directory)
@@ -153,9 +143,8 @@ def _open(directory: Path, plan: Plan, conditions: Conditions) -> Manifest:
     manifest.check_foreign()
     for name in manifest.files:
         manifest.check_file(name)
-    if CONDITIONS_NAME not in manifest.files:
-        write_tensors(directory / CONDITIONS_NAME, conditions, {"plan_id": plan.id})
-        manifest.add(CONDITIONS_NAME, len(next(iter(conditions.values()))))
+    if not manifest.files:
+        manifest.write()
     return manifest
 
 
@@ -176,41 +165,42 @@ def _announce(plan: Plan, missing: int, directory: Path, progress: bool) -> None
 
 def _run_shard(
     teacher: Teacher, conditions: Conditions, shard: Shard, data: Data | None, progress: Callable[[], object]
-) -> dict[str, Tensor]:
-    """The rows of one shard, on the CPU."""
+) -> tuple[dict[str, Tensor], str]:
+    """The tensors of one shard, on the CPU, and its other constants as text."""
     plan, generator, steps = shard.plan, shard.generator(1), shard.steps
     low, high = plan.guidance_range
-    omega = low + (high - low) * torch.rand(shard.count, generator=generator)  # [b]
-    noise = torch.randn(shard.count, *plan.sample_shape, generator=generator)
+    scales = torch.rand(1 if teacher.one_scale_a_run else shard.count, generator=generator)
+    omega = (low + (high - low) * scales).expand(shard.count)  # [b]
+    start = teacher.start(shard.count, generator)
     kept = torch.rand(shard.count, shard.calls, generator=generator).argsort(dim=1) < shard.kept  # [b, calls]
-    samples = None
     rows = torch.arange(shard.start, shard.start + shard.count) % len(next(iter(conditions.values())))
     if data is not None:
         chosen = torch.randint(len(data[0]), (shard.count,), generator=generator)
-        samples, rows = data[0][chosen], data[1][chosen]
+        start, rows = data[0][chosen], data[1][chosen]
     part = {name: value[rows].to(teacher.device) for name, value in conditions.items()}
     record: dict[str, list[Tensor]] = {name: [] for name in ("sample", "timestep", "omega", "condition", "target", "step")}
+    table: dict[str, Tensor] = {}
+    constants: dict[str, Any] = {}
     step = 0
 
-    def predict(x: Tensor, t: Tensor) -> Tensor:
+    def visit(state: State) -> Tensor:
         nonlocal step
-        with disabled(teacher):
-            target, _ = teacher.predict_cfg(x, t, part, omega)
         mask = kept[:, step]
-        here = mask.to(x.device)
+        here = mask.to(state.sample.device)
         stored = getattr(torch, plan.dtype)
-        for name, value in (("sample", x), ("target", target)):
+        for name, value in (("sample", state.sample), ("target", state.target)):
             record[name].append(value[here].to("cpu", stored))
-        for name, value in (("timestep", t.cpu()), ("omega", omega), ("condition", rows)):
+        for name, value in (("timestep", state.timestep.cpu()), ("omega", omega), ("condition", torch.arange(shard.count))):
             record[name].append(value[mask])
         record["step"].append(torch.full((int(mask.sum()),), step, dtype=torch.int32))
+        if not table:
+            table.update({name: value.cpu() for name, value in state.conditions.items()})
+            constants.update(state.constants)
         step += 1
         progress()
-        return teacher.predict_agd(x, t, part, omega) if plan.source == "student" else target
+        if plan.source == "student":
+            return teacher.predict_agd(state.sample, state.timestep, state.arguments, omega)
+        return state.target
 
-    with frozen(teacher.denoiser), torch.no_grad():
-        if samples is None:
-            integrate(teacher.scheduler, noise.to(teacher.device, teacher.dtype), steps, predict, generator=generator)
-        else:
-            visit_noised(teacher.scheduler, samples.to(teacher.device, teacher.dtype), steps, predict, generator=generator)
-    return {name: torch.cat(values) for name, values in record.items()}
+    teacher.run(part, start, omega, steps, visit, generator=generator, noised=data is not None)
+    return pack({name: torch.cat(values) for name, values in record.items()}, table, constants)

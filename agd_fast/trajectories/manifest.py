@@ -12,8 +12,8 @@ import torch
 
 from agd_fast.files import differences, read_json, read_tensors, sha256, write_json
 
-MANIFEST_NAME, CONDITIONS_NAME = "manifest.json", "conditions.safetensors"
-FORMAT_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,7 @@ class Plan:
 
     @property
     def bytes(self) -> int:
+        """Of the states, without their conditions."""
         values = torch.Size(self.sample_shape).numel() + self.guided_channels * torch.Size(self.sample_shape[1:]).numel()
         return self.states * (values * getattr(torch, self.dtype).itemsize + 2 * 8 + 2 * 4)  # t, condition; ω, step
 
@@ -161,9 +162,8 @@ class Manifest:
             raise ValueError(f"{path} is corrupted: expected sha256 {entry['sha256'][:16]}…, found {found[:16]}…")
 
     def check_foreign(self) -> None:
-        """Raises: ValueError naming a shard or table of conditions of another plan that lies in the folder."""
-        paths = [*self.directory.glob(CONDITIONS_NAME), *sorted(self.directory.glob("shard-*.safetensors"))]
-        for path in paths:
+        """Raises: ValueError naming a shard of another plan that lies in the folder."""
+        for path in sorted(self.directory.glob("shard-*.safetensors")):
             if path.name in self.files:
                 continue
             _, metadata = read_tensors(path)

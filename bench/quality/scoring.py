@@ -10,7 +10,7 @@ from torch import Tensor
 
 from agd_fast.evaluation import Reference, frechet_distance, guidance_explained
 from agd_fast.evaluation.explained import Student
-from agd_fast.sampling import integrate
+from agd_fast.schedule import integrate
 from agd_fast.teacher import Conditions
 from quality.classifier import features_of
 from quality.data import to_pixels

@@ -1,0 +1,54 @@
+"""The paper's two adapters as its public reference code computes them (github.com/cristianpjensen/agd).
+
+They differ from `cross_attention` and `offset` in that every block has embedders of (ω, t, c) of its own. The reference's
+form also means omega_features="fourier", identity_at_one=False and one head. Its positions end at 250 tokens; here they go on.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from agd_fast.adapters.base import Context, Prepared, gained, pooled, with_tokens
+from agd_fast.adapters.config import AdapterConfig
+from agd_fast.adapters.cross_attention import CrossAttention, row_of
+from agd_fast.adapters.offset import Offset
+from agd_fast.conditioning import Conditioning
+from agd_fast.spec import Layout, ResolvedSite
+
+
+class ReferenceCrossAttention(CrossAttention):
+    uses_tokens = False
+
+    def __init__(self, config: AdapterConfig, sites: tuple[ResolvedSite, ...], layout: Layout) -> None:
+        super().__init__(config, sites, layout)
+        self.embedders = nn.ModuleList(Conditioning(config, layout, self.hidden) for _ in sites)
+
+    def forward(self, context: Context) -> Prepared:
+        """(k, v, gain, mask) a site, as CrossAttention's."""
+        return tuple(
+            site.attended(*row_of(with_tokens(context, embedder, context.omega)))  # type: ignore[operator, arg-type]
+            for site, embedder in zip(self.sites, self.embedders, strict=True)
+        )
+
+
+class ReferenceOffset(Offset):
+    """cfg_mult [1]: what ω is multiplied by before its features are taken, 1,000 in the reference's scripts. It is not folded
+    into their frequencies: of angles that large, float32 keeps a few digits, and another order of products has others."""
+
+    uses_tokens = False
+    cfg_mult: Tensor
+
+    def __init__(self, config: AdapterConfig, sites: tuple[ResolvedSite, ...], layout: Layout) -> None:
+        super().__init__(config, sites, layout)
+        self.embedders = nn.ModuleList(Conditioning(config, layout, self.hidden, normed=True) for _ in sites)
+        self.register_buffer("cfg_mult", torch.ones(1))
+
+    def forward(self, context: Context) -> Prepared:
+        """δ [B, C] a site."""
+        omega = context.omega * self.cfg_mult
+        embeddings = (pooled(with_tokens(context, embedder, omega)) for embedder in self.embedders)  # type: ignore[arg-type]
+        return tuple(
+            gained(site.net(embedding), context)  # type: ignore[operator]
+            for site, embedding in zip(self.sites, embeddings, strict=True)
+        )

@@ -1,0 +1,38 @@
+"""Putting an adapter on a denoiser, arming it and taking it off again.
+
+A site is a forward hook plus an empty marker subclass (`module.__class__` swapped for a subclass with the same
+forward), so that torch.compile's type guard sees attach and detach. What hooks need lies on module attributes outside of
+parameters and submodules, so the base's state dict never holds an adapter key and deepcopy and pickle carry the adapter
+along. An attached adapter does nothing until it is armed: by `guided`, a wrapped pipeline or the guider.
+"""
+
+from agd_fast.attaching.arming import GuidanceScale, armed, disabled, guided, to_omega, warn_outside
+from agd_fast.attaching.attach import Model, attach, install, layout_for, spec_of, unload
+from agd_fast.attaching.attachment import Attachment, attachment_of, require_attachment
+from agd_fast.attaching.find import component_of, components_of, denoiser_of, uncompiled
+from agd_fast.attaching.wrapping import own_call, share, wrap
+
+__all__ = [
+    "Attachment",
+    "GuidanceScale",
+    "Model",
+    "armed",
+    "attach",
+    "attachment_of",
+    "component_of",
+    "components_of",
+    "denoiser_of",
+    "disabled",
+    "guided",
+    "install",
+    "layout_for",
+    "own_call",
+    "require_attachment",
+    "share",
+    "spec_of",
+    "to_omega",
+    "uncompiled",
+    "unload",
+    "warn_outside",
+    "wrap",
+]

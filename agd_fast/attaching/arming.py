@@ -1,0 +1,86 @@
+"""Arming an adapter with ω, and switching it off."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from agd_fast.adapters import AdapterConfig
+from agd_fast.attaching.attachment import Attachment, attachment_of, require_attachment
+from agd_fast.attaching.find import components_of
+from agd_fast.spec import DenoiserSpec, device_of
+
+GuidanceScale = float | Sequence[float] | Tensor
+
+
+@contextmanager
+def guided(model: Any, guidance_scale: GuidanceScale) -> Iterator[None]:
+    """Arm the adapter: every forward inside predicts the guided result in one pass.
+
+    guidance_scale: one number, or one a sample [B], in the family's own convention. With one number a doubled CFG
+    batch cannot be told from a plain one: call the denoiser, or a pipeline with its own guidance off.
+    Raises: ValueError when no adapter is attached. Warns: when ω lies outside the range that was trained.
+    """
+    spec = require_attachment(model).spec
+    omega = to_omega(guidance_scale, spec)
+    with ExitStack() as stack:
+        for component in components_of(model, spec).values():
+            attachment = require_attachment(component)
+            warn_outside(omega, attachment.adapter.config)
+            stack.enter_context(armed(attachment, omega.to(device_of(component))))
+        yield
+
+
+@contextmanager
+def armed(attachment: Attachment, omega: Tensor | None) -> Iterator[None]:
+    """Arm with ω [1] or [B] as it is, or disarm with None: no conversion, no check, no host sync."""
+    previous, attachment.omega = attachment.omega, omega
+    try:
+        yield
+    finally:
+        attachment.omega = previous
+
+
+@contextmanager
+def disabled(model: Any) -> Iterator[None]:
+    """The base, bit-exact, whatever is attached or armed; a pipeline inside makes its own two-pass guidance."""
+    first = attachment_of(model)
+    components = () if first is None else components_of(model, first.spec).values()
+    attachments = [found for found in map(attachment_of, components) if found is not None]
+    previous = [attachment.enabled for attachment in attachments]
+    for attachment in attachments:
+        attachment.enabled = False
+    try:
+        yield
+    finally:
+        for attachment, enabled in zip(attachments, previous, strict=True):
+            attachment.enabled = enabled
+
+
+def to_omega(guidance_scale: GuidanceScale, spec: DenoiserSpec) -> Tensor:
+    """ω in the standard convention (ω = 1: no guidance), [1] or [B] float32."""
+    scale = torch.as_tensor(guidance_scale, dtype=torch.float32).detach()
+    if scale.ndim > 1 or not torch.isfinite(scale).all():
+        raise ValueError(
+            f"expected one finite guidance scale or one a sample [B], found shape {tuple(scale.shape)}: {scale.tolist()}"
+        )
+    return scale.reshape(-1) + spec.omega_offset
+
+
+def warn_outside(omega: Tensor, config: AdapterConfig, stacklevel: int = 4) -> None:
+    low, high = config.guidance_range
+    outside = (omega < low - 1e-6) | (omega > high + 1e-6)
+    if config.identity_at_one:
+        outside &= omega != 1
+    if outside.any():
+        lowest, highest = float(omega.min()), float(omega.max())
+        warnings.warn(
+            f"guidance scale ω from {lowest:g} to {highest:g} lies outside [{low:g}, {high:g}], "
+            "the range this adapter was trained on; far outside, samples break: distil with a wider guidance_range",
+            stacklevel=stacklevel,
+        )

@@ -1,0 +1,139 @@
+"""What lies on a denoiser that has an adapter, and what is computed of (ω, t, c) when it is called."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from agd_fast.adapters import Adapter
+from agd_fast.adapters.base import Prepared, SiteAdapter
+from agd_fast.attaching.find import bring, bring_embedders, denoiser_of
+from agd_fast.conditioning import embed_conditions, embed_time
+from agd_fast.spec import Condition, DenoiserSpec, config_value
+
+ROOT, SITES = "_agd", "_agd_sites"
+
+
+class AttachedSite:
+    """What the hook at a site needs: what the adapter does there and, during an armed forward, its prepared entry.
+
+    position: of the argument that it changes, among the module's positional ones. image: how many of the tokens are the image's.
+    """
+
+    def __init__(self, adapter: SiteAdapter, position: int) -> None:
+        self.adapter, self.position = adapter, position
+        self.prepared: Any = None
+        self.image = 0
+
+
+class Attachment:
+    """An adapter on one denoiser, and whether it is armed. Its copies and pickles are not."""
+
+    def __init__(self, adapter: Adapter, spec: DenoiserSpec, parameters: tuple[str, ...], sites: list[AttachedSite]) -> None:
+        self.adapter, self.spec, self.sites = adapter, spec, sites
+        self.positions = {name: position for position, name in enumerate(parameters)}
+        self.handles: list[Any] = []
+        self.checkpoints: list[tuple[Any, Any]] = []  # modules whose checkpointing was wrapped for one forward, and their own
+        self.enabled = True
+        self.omega: Tensor | None = None  # [1] or [B] float32 while armed
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "enabled": True, "omega": None}
+
+    @property
+    def active(self) -> bool:
+        return self.omega is not None and self.enabled
+
+    def argument(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        outer, _, inner = name.partition(".")
+        position = self.positions.get(outer, len(args))
+        value = kwargs[outer] if outer in kwargs else args[position] if position < len(args) else None
+        return value.get(inner) if inner and value is not None else value
+
+    def prepare(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Prepared:
+        """One entry a site, for a call with these arguments.
+
+        Raises: ValueError when ω is not one a sample of the batch, or a condition is not passed.
+        """
+        spec, omega = self.spec, self.omega
+        assert omega is not None
+        x = self.argument(spec.sample, args, kwargs)
+        batch, first = len(x), x[0]  # a tensor, or a list with one a sample
+        if omega.shape[0] not in (1, batch):
+            raise ValueError(
+                f"guided(...) was given ω for {omega.shape[0]} samples, but the denoiser was called with a batch of {batch}; "
+                "expected one forward a step without CFG's doubled batch (double guidance)"
+            )
+        self._count_image_tokens(denoiser, first)
+        timestep = torch.as_tensor(self.argument(spec.timestep, args, kwargs), device=first.device).float()
+        timestep = timestep.flatten(1).amax(dim=1) if timestep.ndim > 1 else timestep.reshape(-1)  # one a token: the noisiest
+        conditions: dict[str, Tensor] = {}
+        masks: dict[str, Tensor] = {}
+        for condition in spec.adapted:
+            value, mask = self._condition(denoiser, condition, args, kwargs)
+            conditions[condition.argument] = value
+            if mask is not None:
+                masks[condition.argument] = mask
+        bring(self.adapter, first.device)
+        bring_embedders(denoiser, spec, first.device)  # of a base that is offloaded until its own forward
+        with torch.autocast(first.device.type, enabled=False):
+            with torch.no_grad():
+                time = embed_time(denoiser, spec, timestep.expand(batch))
+                embedded = embed_conditions(denoiser, spec, conditions)
+            return self.adapter.prepare(omega.to(first.device).expand(batch), time, embedded, masks)
+
+    def _condition(
+        self, denoiser: nn.Module, condition: Condition, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[Tensor, Tensor | None]:
+        """A condition [B, ...] and which of its tokens [B, L] are no padding."""
+        value = self.argument(condition.argument, args, kwargs)
+        if value is None:
+            raise ValueError(
+                f"the adapter needs the condition {condition.argument!r}, which this call of "
+                f"{type(denoiser).__name__} does not pass"
+            )
+        if isinstance(value, list):  # tokens of different numbers, one tensor a sample
+            lengths = torch.tensor([len(one) for one in value], device=value[0].device)
+            value = pad_sequence(value, batch_first=True)
+            return value, torch.arange(value.shape[1], device=value.device) < lengths[:, None]
+        mask = None if condition.mask is None else self.argument(condition.mask, args, kwargs)
+        if mask is None:
+            return value, None
+        return value, mask.reshape(len(mask), -1)[:, : value.shape[1]] > 0
+
+    def _count_image_tokens(self, denoiser: nn.Module, first: Tensor) -> None:
+        """first: one sample, [C, ...] or already tokens [N, C]."""
+        if any(site.adapter.site.tokens != "all" for site in self.sites):
+            count = _image_tokens(denoiser, self.spec, tuple(first.shape))
+            for site in self.sites:
+                site.image = count
+
+
+def _image_tokens(denoiser: nn.Module, spec: DenoiserSpec, shape: tuple[int, ...]) -> int:
+    if len(shape) == 2:
+        return shape[0]
+    patch = config_value(denoiser, spec.patch)
+    edges = tuple(patch) if isinstance(patch, (tuple, list)) else (patch, patch)
+    sizes = shape[1:]
+    edges = (1,) * (len(sizes) - len(edges)) + edges
+    return math.prod(-(-size // edge) for size, edge in zip(sizes, edges, strict=True))
+
+
+def attachment_of(model: Any) -> Attachment | None:
+    return vars(denoiser_of(model)).get(ROOT)
+
+
+def require_attachment(model: Any) -> Attachment:
+    """Raises: ValueError when no adapter is attached."""
+    attachment = attachment_of(model)
+    if attachment is None:
+        raise ValueError(
+            f"no adapter is attached to this {type(denoiser_of(model)).__name__}; expected agd_fast.load(...), "
+            "agd_fast.attach(...) or agd_fast.distill(...) first"
+        )
+    return attachment

@@ -1,0 +1,94 @@
+"""A pipeline with adapters: the same object, whose call makes one forward a step.
+
+Its class becomes a subclass of its own with another `__call__`, named and saved as before; other instances are untouched.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from diffusers import DiffusionPipeline
+
+from agd_fast.attaching.attachment import attachment_of
+from agd_fast.attaching.calling import Interval, Negative, call_pipeline
+from agd_fast.attaching.find import components_of, denoiser_of
+from agd_fast.attaching.guider_call import GuiderCall
+from agd_fast.spec import DenoiserSpec
+
+Pipeline = TypeVar("Pipeline")
+
+
+def wrap(pipe: Pipeline) -> Pipeline:
+    """Let a pipeline's own call arm the adapters of its denoisers. Returns its argument.
+
+    Raises: ValueError for a pipeline that guides by more than two branches.
+    """
+    cls = type(pipe)
+    if isinstance(pipe, DiffusionPipeline) and not is_wrapped(pipe):
+        parameters = inspect.signature(cls.__call__).parameters
+        if "image_guidance_scale" in parameters:
+            raise ValueError(
+                f"{cls.__name__} guides by more than two branches (image_guidance_scale); expected a pipeline with one "
+                "guidance scale"
+            )
+        pipe.__class__ = _wrapped(cls)  # type: ignore[arg-type]
+    return pipe
+
+
+def unwrap(pipe: Any) -> None:
+    if is_wrapped(pipe):
+        pipe.__class__ = type(pipe)._agd_pipeline
+
+
+def is_wrapped(pipe: Any) -> bool:
+    return "_agd_pipeline" in vars(type(pipe))
+
+
+def own_call(pipe: Any, spec: DenoiserSpec | None = None) -> Callable[..., Any]:
+    """The pipeline's call as diffusers has it, which arms nothing, with the guidance scale as one of its arguments."""
+    cls, attachment = type(pipe), attachment_of(pipe)
+    call = functools.partial(getattr(cls, "_agd_pipeline", cls).__call__, pipe)
+    spec = spec or (attachment.spec if attachment else None)
+    if spec is None or spec.pipeline.guider is None:
+        return call
+    off = spec.pipeline.cfg_off_value
+    return GuiderCall(call, getattr(pipe, spec.pipeline.guider), spec.pipeline.omega_arguments[0], off)
+
+
+def share(pipe: Any, other: Pipeline) -> Pipeline:
+    """Let `other`, a pipeline with the same denoiser as `pipe` (img2img, inpainting, ControlNet, `from_pipe`), run one pass too.
+
+    Returns `other`. Raises: ValueError when `pipe` has no adapter, or `other` another denoiser.
+    """
+    attachment = attachment_of(pipe)
+    if attachment is None:
+        raise ValueError(f"expected a {type(pipe).__name__} with an adapter to share, found none attached")
+    ours, theirs = ({*map(id, components_of(model, attachment.spec).values())} for model in (pipe, other))
+    if ours != theirs:
+        raise ValueError(
+            f"expected a pipeline with the same denoiser as this {type(pipe).__name__}, for its adapter is attached to that; "
+            f"found another {type(denoiser_of(other)).__name__}. Make one by {type(other).__name__}.from_pipe(pipe)"
+        )
+    return wrap(other)
+
+
+@functools.cache
+def _wrapped(cls: Any) -> Any:
+    @functools.wraps(cls.__call__)
+    def call(self: Any, *args: Any, guidance_interval: Interval | None = None, negative: Negative = "warn", **kwargs: Any) -> Any:
+        return call_pipeline(self, own_call(self), args, kwargs, guidance_interval=guidance_interval, negative=negative)
+
+    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    return type(cls.__name__, (cls,), {**names, "__call__": call, "__reduce__": _reduce, "_agd_pipeline": cls})
+
+
+def _reduce(pipe: Any) -> tuple[Any, ...]:
+    return _remake, (type(pipe)._agd_pipeline,), vars(pipe)
+
+
+def _remake(cls: Any) -> Any:
+    wrapped = _wrapped(cls)
+    return wrapped.__new__(wrapped)

@@ -1,0 +1,232 @@
+"""Distilling one denoiser: collect, train, measure, write."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from agd_fast.adapters import Adapter, AdapterConfig, count_parameters
+from agd_fast.attaching import attach, require_attachment, unload, wrap
+from agd_fast.distillation.config import TrainConfig
+from agd_fast.distillation.preview import preview
+from agd_fast.distillation.train import make_accelerator, train
+from agd_fast.evaluation.explained import SCALES, Explained, guidance_explained
+from agd_fast.files import differences, fingerprint, replacing, write_json
+from agd_fast.freezing import frozen
+from agd_fast.storage import load, save
+from agd_fast.teacher import Conditions, Teacher
+from agd_fast.trajectories import Source, Trajectories, collect
+
+RESULT_NAME, PICTURE_NAME, VALIDATION_NAME = "distill.json", "samples.png", "validation"
+
+
+@dataclass(frozen=True)
+class DistillResult:
+    """What `distill` made.
+
+    adapter: attached to the teacher. output_dir: holds it on disk. parameters, fraction: its size, also as a share of the
+    base's parameters. loss: the last logged. explained: guidance_explained on held-out trajectories (None if not asked for).
+    seconds: by phase, of this call. others: results of a pipeline's further denoisers, by component.
+    """
+
+    adapter: Adapter = field(repr=False)
+    output_dir: Path
+    parameters: int
+    fraction: float
+    loss: float
+    explained: Explained | None
+    seconds: dict[str, float]
+    others: dict[str, DistillResult] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that is decided about one run; see `distill` for what each means."""
+
+    teacher: Teacher
+    table: Conditions
+    directory: Path
+    config: AdapterConfig
+    init: Path | None
+    train_config: TrainConfig
+    trajectories: int | Trajectories
+    sampling_steps: int | tuple[int, int]
+    keep_steps: int | None
+    source: Source
+    data: tuple[Tensor, Tensor] | None
+    shard_size: int
+    store_dtype: torch.dtype | None
+    validation: int
+    validate_every: int | None
+    seed: int
+    resume: bool
+    tensorboard: bool
+    progress: bool
+    about: dict[str, Any]
+
+
+def run(job: Job) -> DistillResult:
+    """Leaves the adapter attached, or nothing when something is raised."""
+    teacher = job.teacher
+    accelerator = make_accelerator(job.train_config.mixed_precision)
+    with torch.random.fork_rng(), frozen(teacher.denoiser):
+        torch.manual_seed(job.seed)
+        loaded = None if job.init is None else require_attachment(load(teacher, job.init)).adapter
+        attached = attach(teacher, job.config) if loaded is None else loaded
+        wrap(teacher.owner)
+        try:
+            teacher.to(accelerator.device)
+            attached.to(accelerator.device)
+            marks = [time.perf_counter()]
+            with accelerator.main_process_first():
+                states = _states(job, job.progress and accelerator.is_main_process)
+            marks.append(time.perf_counter())
+            settings = {
+                "adapter": attached.config.to_dict(),
+                "init": None if job.init is None else fingerprint(attached.state_dict()),
+                "train": job.train_config.to_dict(),
+                "plan": states.manifest.plan_id,
+                "processes": accelerator.num_processes,
+            }
+            loss = train(
+                teacher,
+                states,
+                job.train_config,
+                job.directory,
+                accelerator,
+                run=settings,
+                resume=job.resume,
+                tensorboard=job.tensorboard,
+                progress=job.progress,
+                validate=_validation(job) if job.validate_every else None,
+                validate_every=job.validate_every,
+            )
+            marks.append(time.perf_counter())
+            explained = _explained(job) if job.validation else None
+            marks.append(time.perf_counter())
+            seconds = dict(zip(("collect", "train", "validate"), (b - a for a, b in pairwise(marks)), strict=True))
+            fraction = count_parameters(attached) / count_parameters(teacher.denoiser)
+            result = DistillResult(attached, job.directory, count_parameters(attached), fraction, loss, explained, seconds)
+            if accelerator.is_main_process:
+                about = {"source": states.manifest.plan["source"], "init": settings["init"], "train": settings["train"]}
+                _write(job, result, about)
+            accelerator.wait_for_everyone()
+        except BaseException:
+            unload(teacher)
+            unload(teacher.owner)
+            raise
+    return result
+
+
+def _states(job: Job, progress: bool) -> Trajectories:
+    if isinstance(job.trajectories, Trajectories):
+        _require_fit(job.trajectories, job.teacher, job.config.guidance_range)
+        return job.trajectories
+    return collect(
+        job.teacher,
+        job.table,
+        job.directory / "trajectories",
+        trajectories=job.trajectories,
+        guidance_range=job.config.guidance_range,
+        steps=job.sampling_steps,
+        keep=job.keep_steps,
+        source=job.source,
+        data=job.data,
+        shard_size=job.shard_size,
+        seed=job.seed,
+        dtype=job.store_dtype,
+        progress=progress,
+    )
+
+
+def _explained(job: Job) -> Explained:
+    low, high = job.config.guidance_range
+    return guidance_explained(
+        job.teacher,
+        _cycled(job.table, job.validation),
+        scales=_scales(low, high),
+        steps=_middle(job.sampling_steps),
+        seed=job.seed + 1,
+    )
+
+
+def _validation(job: Job) -> Callable[[int], float]:
+    """Measures the adapter as it stands after a step, writes that and a picture, and returns guidance_explained."""
+
+    def validate(step: int) -> float:
+        with torch.random.fork_rng():
+            explained = _explained(job)
+            write_json(job.directory / VALIDATION_NAME / f"step-{step:06d}.json", {"step": step, **explained.to_dict()})
+            _draw(job, job.directory / VALIDATION_NAME / f"step-{step:06d}.png")
+        return explained.mean
+
+    return validate
+
+
+def draw_samples(job: Job) -> None:
+    """Write samples.png: unguided, CFG and AGD from the same noise."""
+    _draw(job, job.directory / PICTURE_NAME)
+
+
+def _draw(job: Job, path: Path) -> None:
+    picture = preview(job.teacher, job.table, sum(job.config.guidance_range) / 2, _middle(job.sampling_steps), job.seed + 1)
+    if picture is not None:
+        with replacing(path) as partial:
+            picture.save(partial, "PNG")
+
+
+def _require_fit(states: Trajectories, teacher: Teacher, guidance_range: tuple[float, float]) -> None:
+    """Raises: ValueError when trajectories collected before do not fit this run. Warns: when the weights were others."""
+    plan, where = states.manifest.plan, states.manifest.directory
+    expected = {
+        "model.class": type(teacher.denoiser).__name__,
+        "prediction_type": teacher.prediction_type,
+        "sample_shape": list(teacher.sample_shape),
+        "guidance_range": list(guidance_range),
+        "guidance": teacher.guidance_name,
+    }
+    found = {"model.class": plan["model"]["class"]} | {name: plan[name] for name in expected if name in plan}
+    if differing := differences(expected, found):
+        raise ValueError(f"{where} holds trajectories that do not fit this run ({differing})")
+    if plan["model"]["hash"] != fingerprint(teacher.denoiser.state_dict()):
+        warnings.warn(f"{where} was collected from other weights than this {expected['model.class']} has", stacklevel=5)
+
+
+def _write(job: Job, result: DistillResult, about: dict[str, Any]) -> None:
+    teacher = job.teacher
+    of_teacher = {"teacher": teacher.guidance_name, "scheduler": type(teacher.scheduler).__name__}
+    explained = result.explained.mean if result.explained else None
+    save(teacher, result.output_dir, about={**of_teacher, **job.about, **about, "guidance_explained": explained})
+    write_json(
+        result.output_dir / RESULT_NAME,
+        {
+            "parameters": result.parameters,
+            "fraction": result.fraction,
+            "loss": result.loss,
+            "guidance_explained": result.explained.to_dict() if result.explained else None,
+            "seconds": result.seconds,
+        },
+    )
+
+
+def _cycled(table: Conditions, count: int) -> dict[str, Tensor]:
+    rows = torch.arange(count) % len(next(iter(table.values())))
+    return {name: value[rows] for name, value in table.items()}
+
+
+def _scales(low: float, high: float) -> tuple[float, ...]:
+    """The scales fidelity is reported at, within the trained range."""
+    inside = tuple(omega for omega in SCALES if low <= omega <= high)
+    return inside or ((low + high) / 2,)
+
+
+def _middle(steps: int | tuple[int, int]) -> int:
+    return steps if isinstance(steps, int) else sum(steps) // 2

@@ -1,0 +1,24 @@
+"""LTXVideoTransformer3DModel: LTX-Video, text to video by cross-attention, on packed latents [B, N, C].
+
+A block adds its own table to one vector that all blocks are handed, [B, 1, 6·D]; where frames have a t of their own (image to
+video) it holds one a token, and t is [B, N]. Guidance may be rescaled (guidance_rescale). The scale of RoPE is a tuple.
+"""
+
+from agd_fast.spec import Condition, DenoiserSpec, PipelineSpec, Site
+
+SPECS = {
+    "LTXVideoTransformer3DModel": DenoiserSpec(
+        sample="hidden_states",
+        timestep="timestep",
+        conditions=(Condition("encoder_hidden_states", width="config.caption_channels", mask="encoder_attention_mask"),),
+        time_embedding=("time_embed.emb.time_proj", "time_embed.emb.timestep_embedder"),
+        attention=(Site("transformer_blocks.*.attn2"),),
+        feed_forward=(Site("transformer_blocks.*.ff"),),
+        modulation=(
+            Site("transformer_blocks.*", argument="temb", width="scale_shift_table"),
+            Site("norm_out", form="affine"),
+            Site("proj_out", form="affine"),
+        ),
+        pipeline=PipelineSpec(),
+    )
+}

@@ -1,0 +1,165 @@
+"""Recording a pipeline's guided run: the denoiser's conditional call at each step, and what the scheduler was handed.
+
+What the scheduler is handed is the guided prediction, whatever the family makes it of; so an adapter learns what the
+pipeline itself would have produced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from agd_fast.attaching.find import uncompiled
+from agd_fast.attaching.steps import around_step, before_forward
+from agd_fast.spec import DenoiserSpec, forward_parameters
+
+_NOT_RECORDED = ("return_dict",)
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of a denoiser's call for one kind of condition: x_t [B, ...], t [B] or [B, ...], further ones by
+    (dotted) name: rows, batch first, and constants."""
+
+    sample: Tensor
+    timestep: Tensor
+    rows: dict[str, Tensor]
+    constants: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of the scheduler: the conditional call, the unconditional one where guidance was on, the guided prediction."""
+
+    conditional: Call
+    unconditional: Call | None
+    guided: Tensor
+
+
+class Recorder:
+    """Follows one run of a pipeline for one of its denoisers.
+
+    visit: is handed every step in which that denoiser was called, and returns the guided prediction [B, ...] to go on with.
+    batch: number of samples. component: the denoiser, compiled where it is.
+    """
+
+    def __init__(self, pipe: Any, component: nn.Module, spec: DenoiserSpec, batch: int, visit: Callable[[Step], Tensor]) -> None:
+        self.pipe, self.component, self.spec, self.batch, self.visit = pipe, component, spec, batch, visit
+        self.parameters = forward_parameters(uncompiled(component))
+        self.calls: list[dict[str, Any]] = []
+
+    def run(self, call: Callable[[], Any]) -> Any:
+        with ExitStack() as stack:
+            stack.enter_context(before_forward(self.component, self._called))
+            stack.enter_context(around_step(self.pipe.scheduler, self._stepped))
+            return call()
+
+    def _called(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.calls.append({**dict(zip(self.parameters, args, strict=False)), **kwargs})
+
+    def _stepped(self, step: Callable[..., Any], model_output: Tensor, *args: Any, **kwargs: Any) -> Any:
+        calls, self.calls = self.calls, []
+        if calls:  # else another denoiser's step
+            halves = [half for call in calls for half in self._halves(call)]
+            if len(halves) > 2:
+                raise ValueError(
+                    f"{type(self.pipe).__name__} guides by {len(halves)} branches; expected two, the conditional and the "
+                    "unconditional one"
+                )
+            first = self.spec.pipeline.conditional == "first"
+            conditional, unconditional = (halves[0], halves[-1]) if first else (halves[-1], halves[0])
+            found = Step(conditional, unconditional if len(halves) == 2 else None, self._to_prediction(model_output, conditional))
+            model_output = self._from_prediction(self.visit(found), model_output)
+            self.calls = []  # without those that the visitor made
+        return step(model_output, *args, **kwargs)
+
+    def _halves(self, call: dict[str, Any]) -> list[Call]:
+        sample = call[self.spec.sample]
+        size = len(sample)
+        if size % self.batch:
+            raise ValueError(
+                f"{type(self.pipe).__name__} called its denoiser with a batch of {size} for {self.batch} samples; expected a "
+                "multiple"
+            )
+        rows, constants = self._split(call, size)
+        parts = []
+        for start in range(0, size, self.batch):
+            here = slice(start, start + self.batch)
+            part = {name: self._stacked(name, value[here]) for name, value in rows.items()}
+            parts.append(Call(part.pop(self.spec.sample), part.pop(self.spec.timestep), part, constants))
+        return parts
+
+    def _split(self, call: dict[str, Any], size: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Arguments with one entry a sample, and those that all samples share."""
+        rows: dict[str, Any] = {}
+        constants: dict[str, Any] = {}
+        for name, value in call.items():
+            if name in self.spec.listed:
+                rows[name] = value
+            elif name == self.spec.timestep:
+                t = torch.as_tensor(value, device=_device_of(call[self.spec.sample]))
+                rows[name] = t.reshape(-1).expand(size) if t.ndim < 2 and t.numel() == 1 else t
+            elif name not in _NOT_RECORDED:
+                for path, leaf in _leaves(name, value):
+                    dim = self.spec.batch_dims.get(path, 0)
+                    if isinstance(leaf, Tensor) and dim is not None and leaf.ndim > dim and leaf.shape[dim] == size:
+                        rows[path] = leaf.movedim(dim, 0)
+                    else:
+                        constants[path] = _literal(path, leaf)
+        return rows, constants
+
+    def _stacked(self, name: str, value: Tensor | list[Tensor]) -> Tensor:
+        if isinstance(value, Tensor):
+            return value
+        if len({tuple(one.shape) for one in value}) != 1:
+            raise ValueError(
+                f"{name} holds tensors of several shapes, {[tuple(one.shape) for one in value]}; expected one sample a run "
+                "(shard_size=1), as such prompts cannot be stored as rows of one tensor"
+            )
+        return torch.stack(value)
+
+    def _to_prediction(self, model_output: Tensor, conditional: Call) -> Tensor:
+        """The guided prediction in the shape of the denoiser's own output."""
+        size = len(model_output)
+        if size == 2 * self.batch:  # a pipeline that keeps a doubled batch of latents
+            first = self.spec.pipeline.conditional == "first"
+            model_output = model_output[: self.batch] if first else model_output[self.batch :]
+        found = self.spec.pipeline.output_sign * model_output
+        x = conditional.sample
+        return found.reshape(x.shape) if found.numel() == x.numel() else found
+
+    def _from_prediction(self, prediction: Tensor, like: Tensor) -> Tensor:
+        found = (self.spec.pipeline.output_sign * prediction).to(like.dtype)
+        found = torch.cat([found, found]) if len(like) == 2 * self.batch else found
+        return found.reshape(like.shape)
+
+
+def _leaves(name: str, value: Any) -> list[tuple[str, Any]]:
+    """A value that holds tensors, by dotted path; None is left out."""
+    if isinstance(value, Mapping):
+        return [leaf for key, inner in value.items() for leaf in _leaves(f"{name}.{key}", inner)]
+    if isinstance(value, (list, tuple)) and any(isinstance(inner, Tensor) for inner in value):
+        return [leaf for index, inner in enumerate(value) for leaf in _leaves(f"{name}.{index}", inner)]
+    return [] if value is None else [(name, value)]
+
+
+def _literal(path: str, value: Any) -> Any:
+    plain = (bool, int, float, str)
+    if isinstance(value, (Tensor, *plain)) or (isinstance(value, (list, tuple)) and all(_is_plain(inner) for inner in value)):
+        return value
+    raise ValueError(f"cannot record the argument {path!r}: expected a tensor, number, text or a list of them, found {value!r}")
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(_is_plain(inner) for inner in value)
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+def _device_of(sample: Any) -> torch.device:
+    return sample[0].device

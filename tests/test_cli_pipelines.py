@@ -1,0 +1,92 @@
+"""The command line on pipelines of diffusers that lie in folders, and on the Hub."""
+
+import json
+from pathlib import Path
+
+import pytest
+from huggingface_hub import constants
+from PIL import Image
+from typer.testing import CliRunner
+
+from agd_fast.cli import app
+from fake_hub import TOKEN, FakeHub
+from test_reference import ASSETS, make_base
+from tiny import FAMILIES
+
+SHORT = ["--trajectories", "8", "--sampling-steps", "2", "3", "--steps", "4", "--batch-size", "4", "--hidden", "2", "--quiet"]
+CALL = json.dumps({"height": 16, "width": 16})
+
+
+def run(*arguments, check=True):
+    done = CliRunner().invoke(app, [*map(str, arguments)])
+    if check:
+        assert done.exit_code == 0, (done.output, done.exception)
+    return done
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    """A folder with a StableDiffusionPipeline."""
+    folder = tmp_path_factory.mktemp("sd15")
+    FAMILIES["sd15"].pipeline().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def distilled(pipeline, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("distilled")
+    prompts = folder / "prompts.txt"
+    prompts.write_text("a red fox\n\n  a boat on a lake  \na bowl of fruit\n")
+    output = folder / "run"
+    options = ["--model", pipeline, "--prompts", prompts, "--call", CALL, "--validation", 2, "--validate-every", 2]
+    done = run("distill", "--output", output, *options, *SHORT)
+    assert f"of the guidance; written to {output}" in done.output
+    return output
+
+
+def test_distill_follows_a_pipeline(distilled):
+    config = json.loads((distilled / "adapter_config.json").read_text())
+    assert config["base_class"] == "UNet2DConditionModel"
+    assert config["about"]["pipeline"] == "StableDiffusionPipeline" and config["about"]["pipeline_tag"] == "text-to-image"
+    assert config["about"]["call"] == "height=16, width=16"
+    drawn = sorted(path.name for path in (distilled / "validation").iterdir())
+    assert drawn == [f"step-00000{step}.{end}" for step in (2, 4) for end in ("json", "png")]
+    assert Image.open(distilled / "samples.png").size == (3 * 16, 3 * 16)  # three prompts, three arms
+
+
+def test_sample_draws_prompts(pipeline, distilled, tmp_path):
+    picture = tmp_path / "fox.png"
+    options = ["--model", pipeline, "--prompt", "a red fox", "--prompt", "a boat", "--call", CALL, "--steps", 2]
+    run("sample", distilled, "--output", picture, *options, "--compare")
+    assert Image.open(picture).size == (2 * 16, 3 * 16)
+    done = run("sample", distilled, "--output", picture, *options, "--call", "[1]", check=False)
+    assert done.exit_code == 2 and "expected a JSON object" in done.output
+
+
+def test_distill_names_a_file_of_prompts_that_is_not_there(pipeline, tmp_path):
+    done = run("distill", "--output", tmp_path / "run", "--model", pipeline, "--prompts", tmp_path / "none.txt", check=False)
+    assert isinstance(done.exception, FileNotFoundError) and "none.txt" in str(done.exception)
+    assert not (tmp_path / "run").exists()
+
+
+def test_push_and_info_by_repo(distilled, tmp_path, monkeypatch):
+    with FakeHub() as hub:
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        assert f"{hub.url}/me/sd15-agd" in run("push", distilled, "me/sd15-agd").output.replace("\n", "")
+        assert {"adapter.safetensors", "adapter_config.json", "README.md", "samples.png"} <= set(hub.files("me/sd15-agd"))
+        assert "UNet2DConditionModel" in run("info", "me/sd15-agd").output
+
+
+def test_convert_writes_an_adapter(tmp_path, monkeypatch):
+    base = tmp_path / "base"
+    pipe = FAMILIES["sd15"].pipeline()
+    pipe.register_modules(unet=make_base("unet-attention"))
+    pipe.save_pretrained(base)
+    case = ASSETS / "unet-attention"
+    done = run("convert", case / "0005000.pt", "--config", case / "config.yaml", "--model", base, "--output", tmp_path / "out")
+    assert "written to" in done.output
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["adapter"]["kind"] == "reference_cross_attention" and Path(tmp_path / "out" / "adapter.safetensors").is_file()
