@@ -140,8 +140,8 @@ def test_the_first_width_of_a_condition_that_is_set_counts():
     widths = {}
     for name, family in (("kolors", sdxl.SIBLINGS["kolors"]), ("sdxl", FAMILIES["sdxl"])):
         unet = family.pipeline().unet
-        widths[name] = layout_for(unet, agd.AdapterConfig("modulation"), find_spec(unet)).condition_widths["encoder_hidden_states"]
-    assert widths == {"kolors": 12, "sdxl": 24}
+        widths[name] = dict(layout_for(unet, agd.AdapterConfig("modulation"), find_spec(unet)).condition_widths)
+    assert widths == {"kolors": {"encoder_hidden_states": 12}, "sdxl": {"encoder_hidden_states": 24}}
 
 
 def test_adapted_conditions_are_those_that_adapters_see(unet):

@@ -121,7 +121,8 @@ def distill(
         if adapter is None and init is None:
             config = replace(config, identity_at_one=gives_cond_at_one(teacher))
             config = config if guidance_range else replace(config, guidance_range=one.guidance_range)
-        if init is None and (negative := (call or {}).get("negative_prompt")) is not None:
+        negative = (call or {}).get("negative_prompt")
+        if init is None and isinstance(negative, str):
             config = replace(config, negative_prompt=negative)
         config = for_backbone(config, one.spec)
         jobs.append(

@@ -81,8 +81,8 @@ def run(job: Job) -> DistillResult:
         torch.manual_seed(job.seed)
         loaded = None if job.init is None else require_attachment(load(teacher, job.init)).adapter
         attached = attach(teacher, job.config) if loaded is None else loaded
-        wrap(teacher.owner)
         try:
+            wrap(teacher.owner)
             teacher.to(accelerator.device)
             attached.to(accelerator.device)
             marks = [time.perf_counter()]

@@ -27,6 +27,13 @@ def require_teachable(guider: Any) -> None:
             raise ValueError(
                 f"{name} with {setting}={value} adds up earlier steps, which an adapter does not see; expected {setting}=None"
             )
+    for setting in ("auto_guidance_config", "skip_layer_config"):
+        for layers in getattr(guider, setting, None) or ():
+            if 0 < layers.dropout < 1:
+                raise ValueError(
+                    f"{name} drops a part of its layers at random (dropout={layers.dropout}), which an adapter cannot learn; "
+                    "expected dropout=1.0"
+                )
     if not isinstance(getattr(guider, "guidance_scale", None), (int, float)):
         raise ValueError(f"{name} has no single guidance_scale for an adapter to be trained over; expected a guider with one")
 

@@ -34,11 +34,15 @@ class Call:
 
 @dataclass(frozen=True)
 class Step:
-    """One step of the scheduler: the conditional call, the unconditional one where guidance was on, the guided prediction."""
+    """One step of the scheduler: the conditional call, the unconditional one where guidance was on, the guided prediction.
+
+    index: of the step among all of the run, other denoisers' as well.
+    """
 
     conditional: Call
     unconditional: Call | None
     guided: Tensor
+    index: int
 
 
 class Recorder:
@@ -52,6 +56,7 @@ class Recorder:
         self.pipe, self.component, self.spec, self.batch, self.visit = pipe, component, spec, batch, visit
         self.parameters = forward_parameters(uncompiled(component))
         self.calls: list[dict[str, Any]] = []
+        self.done = 0  # steps
 
     def run(self, call: Callable[[], Any]) -> Any:
         with ExitStack() as stack:
@@ -73,9 +78,11 @@ class Recorder:
                 )
             first = self.spec.pipeline.conditional == "first"
             conditional, unconditional = (halves[0], halves[-1]) if first else (halves[-1], halves[0])
-            found = Step(conditional, unconditional if len(halves) == 2 else None, self._to_prediction(model_output, conditional))
+            guided = self._to_prediction(model_output, conditional)
+            found = Step(conditional, unconditional if len(halves) == 2 else None, guided, self.done)
             model_output = self._from_prediction(self.visit(found), model_output)
             self.calls = []  # without those that the visitor made
+        self.done += 1
         return step(model_output, *args, **kwargs)
 
     def _halves(self, call: dict[str, Any]) -> list[Call]:

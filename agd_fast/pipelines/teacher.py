@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -87,6 +88,7 @@ class PipelineTeacher(Teacher):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._guider = copy.deepcopy(self.guider)  # one that runs writes what it finds in a denoiser into its own settings
         first = self._probe()
         self.sample_shape = tuple(first.sample.shape[1:])
 
@@ -168,17 +170,15 @@ class PipelineTeacher(Teacher):
                 "a pipeline's own runs are followed; expected agd_fast.Teacher(...) to train on noised data, found a pipeline"
             )
         first: Call | None = None
-        count = 0
 
         def record(step: Step) -> Tensor:
-            nonlocal first, count
+            nonlocal first
             call = step.conditional
             first = first or call
             _require_same(first, call)
             target = step.guided
             if self.guider is not None and step.unconditional is not None:
-                target = self._ask_guider(step, float(omega[0]), count)
-            count += 1
+                target = self._ask_guider(step, float(omega[0]))
             return visit(State(call.sample, call.timestep, call.rows, target, lambda: self._unguided(call), call.constants))
 
         # a guider's rule takes the place of the pipeline's, whose own scale only has to be above none
@@ -186,18 +186,18 @@ class PipelineTeacher(Teacher):
         generators = [torch.Generator().manual_seed(seed) for seed in start.tolist()]
         self._run_pipeline(conditions["input"].tolist(), scale, steps, generators, record)
 
-    def _ask_guider(self, step: Step, omega: float, index: int) -> Tensor:
+    def _ask_guider(self, step: Step, omega: float) -> Tensor:
         assert step.unconditional is not None
         calls = {"cond": step.conditional, "uncond": step.unconditional}
         total = number_of_steps(self.pipe)
         with disabled(self.pipe):
             return guided_by(
-                self.guider,
+                self._guider,
                 self.denoiser,
                 self._predict_call,
                 calls,
                 omega,
-                step=index,
+                step=step.index,
                 steps=total,
                 timestep=step.conditional.timestep,
             )
