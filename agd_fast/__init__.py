@@ -7,6 +7,7 @@ from agd_fast import datasets
 from agd_fast.adapters import AdapterConfig
 from agd_fast.attaching import attach, disabled, guided, share, unload
 from agd_fast.distillation import DistillResult, TrainConfig, distill
+from agd_fast.engine import EngineConfig, optimize
 from agd_fast.environment import info
 from agd_fast.families.discovery import discover
 from agd_fast.guiders import AdapterGuidance
@@ -24,6 +25,7 @@ __all__ = [
     "Condition",
     "DenoiserSpec",
     "DistillResult",
+    "EngineConfig",
     "PipelineSpec",
     "Site",
     "Teacher",
@@ -38,6 +40,7 @@ __all__ = [
     "guided",
     "info",
     "load",
+    "optimize",
     "push_to_hub",
     "sample",
     "save",

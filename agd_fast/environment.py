@@ -10,6 +10,7 @@ import torch
 
 from agd_fast.adapters import count_parameters
 from agd_fast.attaching import attachment_of, denoiser_of
+from agd_fast.engine import engine_of
 from agd_fast.version import __version__
 
 _PACKAGES = ("torch", "diffusers", "accelerate", "safetensors", "triton")
@@ -31,13 +32,15 @@ def environment() -> dict[str, str]:
 
 
 def info(model: Any = None) -> dict[str, Any]:
-    """The environment and, given a model, its adapter: kind, sites, parameters, share of the base, whether it is armed."""
+    """The environment and, given a model, its adapter (kind, sites, parameters, share of the base, whether it is armed) and its
+    engine (whether it runs, and why not; what it captured; bytes of what it computed ahead in the last run)."""
     found: dict[str, Any] = {"environment": environment()}
     if model is None:
         return found
     denoiser = denoiser_of(model)
     base = count_parameters(denoiser)
     found["denoiser"] = {"class": type(denoiser).__name__, "parameters": base}
+    found["engine"] = None if (engine := engine_of(denoiser)) is None else engine.info()
     attachment = attachment_of(denoiser)
     if attachment is None:
         found["adapter"] = None

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from agd_fast.attaching import GuidanceScale, attachment_of, guided, to_omega
-from agd_fast.schedule import Predict, integrate
+from agd_fast.attaching import GuidanceScale, attachment_of, guided, scoped, to_omega
+from agd_fast.schedule import Predict, integrate, timesteps_for
 from agd_fast.teacher import Conditions, Teacher, as_teacher
 
 Method = Literal["auto", "agd", "cfg", "unguided"]
@@ -83,12 +83,14 @@ def sample(
     omega = omega.expand(count)
     batches = [slice(start, start + batch_size) for start in range(0, count, batch_size)]
     results = []
-    with tqdm(total=len(batches) * steps, desc="sampling", disable=not progress, leave=False) as bar, torch.inference_mode():
+    times = timesteps_for(teacher.scheduler, steps)
+    with tqdm(total=len(batches) * steps, desc="sampling", disable=not progress, leave=False) as bar, torch.no_grad():
         for rows in batches:
-            part = {name: value[rows].to(teacher.device) for name, value in table.items()}
+            part = teacher.placed({name: value[rows] for name, value in table.items()})
             start = noise[rows].to(teacher.device, teacher.dtype)
             scale = omega[rows].to(teacher.device)
-            with guided(teacher, scale - teacher.spec.omega_offset) if method == "agd" else nullcontext():
+            armed = guided(teacher, scale - teacher.spec.omega_offset) if method == "agd" else nullcontext()
+            with scoped(teacher, times), armed:
                 predict = predictor(teacher, part, scale, method)
                 results.append(
                     integrate(teacher.scheduler, start, steps, predict, generator=generators[rows], progress=bar.update)
@@ -101,5 +103,6 @@ def predictor(teacher: Teacher, conditions: Conditions, omega: Tensor, method: M
     if method != "agd":
         teacher.refuse_armed()
     if method == "cfg":
-        return lambda x, t: teacher.predict_cfg(x, t, conditions, omega)[0]
+        doubled = teacher.doubled(conditions)
+        return lambda x, t: teacher.predict_cfg(x, t, conditions, omega, doubled)[0]
     return lambda x, t: teacher.predict(x, t, conditions)

@@ -57,7 +57,12 @@ def visit_noised(scheduler: Any, samples: Tensor, steps: int, predict: Predict, 
 
 def number_of_calls(scheduler: Any, steps: int) -> int:
     """Of the denoiser, in a schedule of `steps`; some schedulers make more than one a step."""
-    scheduler = copy.deepcopy(scheduler)
     shifted = "mu" in inspect.signature(scheduler.set_timesteps).parameters and scheduler.config.get("use_dynamic_shifting")
-    scheduler.set_timesteps(steps, **({"mu": 1.0} if shifted else {}))  # a shift by resolution moves the timesteps alone
-    return len(scheduler.timesteps)
+    return len(timesteps_for(scheduler, steps, **({"mu": 1.0} if shifted else {})))  # a shift by resolution moves them alone
+
+
+def timesteps_for(scheduler: Any, steps: int, **settings: Any) -> Tensor:
+    """The timesteps [T] at which the denoiser is called in a schedule of `steps`."""
+    scheduler = copy.deepcopy(scheduler)
+    scheduler.set_timesteps(steps, **settings)
+    return scheduler.timesteps

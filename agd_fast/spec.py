@@ -108,6 +108,7 @@ class DenoiserSpec:
     time_embedding: names of the base's own modules applied in turn to t to get e_t [B, D]; empty uses
         sinusoidal features of t.
     timestep_scale: t · timestep_scale runs over 0 … 1000; for those features.
+    timestep_ascends: whether t grows with the noise, as a scheduler's timesteps do; False where it is 1000 less these.
     patch: edge of a patch in the denoiser's input, "config.<attribute>" or a number or one a dimension; for sites that hold
         image and text tokens.
     listed: arguments that are a list with one tensor a sample.
@@ -129,6 +130,7 @@ class DenoiserSpec:
     conditions: tuple[Condition, ...] = ()
     time_embedding: tuple[str, ...] = ()
     timestep_scale: float = 1.0
+    timestep_ascends: bool = True
     patch: int | tuple[int, ...] | str = 1
     listed: tuple[str, ...] = ()
     batch_dims: Mapping[str, int | None] = field(default_factory=dict)

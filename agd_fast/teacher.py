@@ -210,23 +210,34 @@ class Teacher:
                 )
         return table
 
+    def placed(self, conditions: Conditions) -> dict[str, Tensor]:
+        """`conditions` on the denoiser's device and, numbers, in its dtype; those that are stay the tensors that they are."""
+        device, dtype = self.device, self.dtype
+        return {n: value.to(device, dtype if value.is_floating_point() else value.dtype) for n, value in conditions.items()}
+
+    def doubled(self, conditions: Conditions) -> dict[str, Tensor]:
+        """The conditions [2B, ...] of a doubled batch [∅, c]."""
+        null = self.null(conditions)
+        return {name: torch.cat([null[name], value]) for name, value in conditions.items()}
+
     def predict(self, x: Tensor, timestep: Tensor, conditions: Conditions) -> Tensor:
         """One forward of the denoiser, guided channels only: x [B, C, ...], t [B] → [B, C', ...]."""
-        conditions = {n: value.to(self.dtype) if value.is_floating_point() else value for n, value in conditions.items()}
+        conditions = self.placed(conditions)
         arguments = {self.spec.sample: x, self.spec.timestep: timestep, **nest(conditions), **self._extra}
         output = self._call(**arguments)
         prediction = output if isinstance(output, Tensor) else output[0]
         return prediction[:, : self.guided_channels]
 
-    def predict_cfg(self, x: Tensor, timestep: Tensor, conditions: Conditions, omega: Tensor) -> tuple[Tensor, Tensor]:
+    def predict_cfg(
+        self, x: Tensor, timestep: Tensor, conditions: Conditions, omega: Tensor, doubled: Conditions | None = None
+    ) -> tuple[Tensor, Tensor]:
         """(ε_cfg, ε(c)) by one forward of a doubled batch [∅, c] of the base; omega: [B], standard convention.
-        ε_cfg is what the teacher's rule of guidance makes of both.
+        ε_cfg is what the teacher's rule of guidance makes of both. doubled: `self.doubled(conditions)`, where a loop has it.
 
         Raises: RuntimeError when an adapter is armed.
         """
         self.refuse_armed()
-        null = self.null(conditions)
-        doubled = {name: torch.cat([null[name], value]) for name, value in conditions.items()}
+        doubled = self.doubled(conditions) if doubled is None else doubled
         uncond, cond = self.predict(torch.cat([x, x]), torch.cat([timestep, timestep]), doubled).chunk(2)
         return self.guidance(uncond, cond, omega.to(x.device)), cond
 

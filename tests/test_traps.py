@@ -82,7 +82,7 @@ def test_omega_and_timestep_reach_the_adapter_as_one_a_sample(monkeypatch):
     this, seen = model("unet"), []
     adapter = attach(this.denoiser)
     prepare = adapter.prepare
-    monkeypatch.setattr(adapter, "prepare", lambda omega, time, *rest: seen.append((omega, time)) or prepare(omega, time, *rest))
+    monkeypatch.setattr(adapter, "prepare", lambda *args, **kwargs: seen.append(args[:2]) or prepare(*args, **kwargs))
     for scale, t in ((SCALE, 7), ([SCALE], torch.tensor(7)), ([SCALE, 2.0], torch.tensor([7, 8]))):
         this(scale, timestep=t)
     for omega, time in seen:

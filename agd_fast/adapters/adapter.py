@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from itertools import chain
 
+import torch
 from torch import Tensor, nn
 
 from agd_fast.adapters.base import Context, Part, Prepared, SiteAdapter, with_tokens
@@ -45,11 +46,20 @@ class Adapter(nn.Module):
         return (site for part in self.parts.values() for site in part.sites)  # type: ignore[union-attr]
 
     def prepare(
-        self, omega: Tensor, time: Tensor, conditions: Mapping[str, Tensor], masks: Mapping[str, Tensor] | None = None
+        self,
+        omega: Tensor,
+        time: Tensor,
+        conditions: Mapping[str, Tensor],
+        masks: Mapping[str, Tensor] | None = None,
+        *,
+        gate: Tensor | None = None,
+        ahead: torch.dtype | None = None,
     ) -> Prepared:
         """ω [B], e_t [B, D_t], e_c [B, D_c] or [B, L, D_c] → one entry a site, in the adapter's own dtype.
 
         masks: [B, L] bool by condition, True at the tokens that count; a condition without one counts whole.
+        gate: [1] or [B], what all that the adapter gives is multiplied by; 0 is the base.
+        ahead: the dtype of the tokens, where the entries are made before the first step rather than in it.
         Nothing in it sees x_t: it can be computed for a whole schedule before the first step.
         Raises: ValueError when a mask does not belong to its condition.
         """
@@ -59,7 +69,9 @@ class Adapter(nn.Module):
         omega, time = omega.to(dtype), time.to(dtype)
         conditions = {name: value.to(dtype) for name, value in conditions.items()}
         gain = omega - 1 if self.config.identity_at_one else None
-        context = Context(omega, time, conditions, masks, gain)
+        if gate is not None:
+            gain = gate.to(dtype).expand_as(omega) if gain is None else gain * gate.to(dtype)
+        context = Context(omega, time, conditions, masks, gain, ahead)
         if self.conditioning is not None:
             context = with_tokens(context, self.conditioning, omega)
         return tuple(chain.from_iterable(part(context) for part in self.parts.values()))

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from agd_fast.adapters.config import AdapterConfig
@@ -21,7 +22,9 @@ class Context:
 
     omega: ω [B]. time: e_t [B, D_t]. conditions: e_c [B, D_c] or [B, L, D_c] by argument.
     masks: [B, L] bool by argument, True at the tokens that count; an argument without one counts whole.
-    gain: the factor (ω − 1) [B], None where the adapter has none.
+    gain: the factor of all that the adapter gives [B], such as (ω − 1); None where there is none.
+    ahead: the dtype of the tokens that entries will meet, where they are made before the first step: what does not move with t is
+        then kept apart, and projections go into entries where that saves products at every token. None makes them in the step.
     tokens: the adapter's own embeddings of these, [B, S, d] each; token_masks: [B, S] bool or None for each.
     """
 
@@ -30,6 +33,7 @@ class Context:
     conditions: Mapping[str, Tensor]
     masks: Mapping[str, Tensor] = field(default_factory=dict)
     gain: Tensor | None = None
+    ahead: torch.dtype | None = None
     tokens: tuple[Tensor, ...] = ()
     token_masks: tuple[Tensor | None, ...] = ()
 
@@ -89,7 +93,7 @@ def _mean(token: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def gained(delta: Tensor, context: Context) -> Tensor:
-    """δ [B, C] times (ω − 1), where the adapter has that factor."""
+    """δ [B, C] times the context's gain, where there is one."""
     return delta if context.gain is None else delta * context.gain[:, None]
 
 

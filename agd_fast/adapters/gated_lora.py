@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -25,10 +26,14 @@ class GatedLoraSite(SiteAdapter):
         nn.init.zeros_(self.up.weight)
 
     def forward(self, hidden: Tensor, output: Tensor, prepared: Any) -> Tensor:
-        dtype, dim = hidden.dtype, self.site.channel_dim
-        low = F.linear(hidden.movedim(dim, -1), self.down.weight.to(dtype))  # [B, ..., r]
-        delta = F.linear(low * broadcast(prepared, low, -1), self.up.weight.to(dtype))
-        return output + delta.movedim(-1, dim).to(output.dtype)
+        down, up = self.down.weight.to(hidden.dtype), self.up.weight.to(hidden.dtype)
+        if self.site.channel_dim == 1 and hidden.is_contiguous() and output.is_contiguous() and hidden.dtype == output.dtype:
+            low = torch.bmm(down.expand(len(hidden), -1, -1), hidden.flatten(2))  # [B, r, H·W]
+            low = low * broadcast(prepared, low, 1)
+            return torch.baddbmm(output.flatten(2), up.expand(len(hidden), -1, -1), low).view_as(output)
+        low = F.linear(hidden.movedim(self.site.channel_dim, -1), down)  # [B, ..., r]
+        delta = F.linear(low * broadcast(prepared, low, -1), up)
+        return output + delta.movedim(-1, self.site.channel_dim).to(output.dtype)
 
 
 class GatedLora(Part):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -20,7 +21,7 @@ class ScaleSite(SiteAdapter):
     """output·(1 + δ): prepared is δ, [B, C]."""
 
     def forward(self, hidden: Tensor, output: Tensor, prepared: Any) -> Tensor:
-        return output + output * broadcast(prepared, output, self.site.channel_dim)
+        return torch.addcmul(output, output, broadcast(prepared, output, self.site.channel_dim))
 
 
 class AffineSite(SiteAdapter):
@@ -28,7 +29,7 @@ class AffineSite(SiteAdapter):
 
     def forward(self, hidden: Tensor, output: Tensor, prepared: Any) -> Tensor:
         gamma, beta = (broadcast(delta, output, self.site.channel_dim) for delta in prepared.chunk(2, dim=-1))
-        return output + (output * gamma + beta)
+        return output + torch.addcmul(beta, output, gamma)
 
 
 # and how many δ of the site's width each takes

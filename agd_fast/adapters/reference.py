@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from agd_fast.adapters.base import Context, Prepared, gained, pooled, with_tokens
 from agd_fast.adapters.config import AdapterConfig
-from agd_fast.adapters.cross_attention import CrossAttention, row_of
+from agd_fast.adapters.cross_attention import CrossAttention, rows_of
 from agd_fast.adapters.offset import Offset
 from agd_fast.conditioning import Conditioning
 from agd_fast.spec import Layout, ResolvedSite
@@ -25,9 +25,9 @@ class ReferenceCrossAttention(CrossAttention):
         self.embedders = nn.ModuleList(Conditioning(config, layout, self.hidden) for _ in sites)
 
     def forward(self, context: Context) -> Prepared:
-        """(k, v, gain, mask) a site, as CrossAttention's."""
+        """As CrossAttention's."""
         return tuple(
-            site.attended(*row_of(with_tokens(context, embedder, context.omega)))  # type: ignore[operator, arg-type]
+            site.entry(*rows_of(with_tokens(context, embedder, context.omega)), context.ahead)  # type: ignore[operator, arg-type]
             for site, embedder in zip(self.sites, self.embedders, strict=True)
         )
 

@@ -10,7 +10,8 @@ from agd_fast.attaching.arming import GuidanceScale, armed, disabled, guided, to
 from agd_fast.attaching.attach import Model, attach, install, layout_for, spec_of, unload
 from agd_fast.attaching.attachment import Attachment, attachment_of, require_attachment
 from agd_fast.attaching.find import component_of, components_of, denoiser_of, uncompiled
-from agd_fast.attaching.wrapping import own_call, share, wrap
+from agd_fast.attaching.scope import scoped
+from agd_fast.attaching.wrapping import own_call, share, unwrap, wrap
 
 __all__ = [
     "Attachment",
@@ -28,11 +29,13 @@ __all__ = [
     "layout_for",
     "own_call",
     "require_attachment",
+    "scoped",
     "share",
     "spec_of",
     "to_omega",
     "uncompiled",
     "unload",
+    "unwrap",
     "warn_outside",
     "wrap",
 ]

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from agd_fast.adapters import AdapterConfig
 from agd_fast.attaching.attachment import Attachment, attachment_of, require_attachment
-from agd_fast.attaching.find import components_of
+from agd_fast.attaching.find import components_of, uncompiled
+from agd_fast.attaching.scope import Scope, in_scope, scope_of
 from agd_fast.spec import DenoiserSpec, device_of
 
 GuidanceScale = float | Sequence[float] | Tensor
@@ -33,17 +34,25 @@ def guided(model: Any, guidance_scale: GuidanceScale) -> Iterator[None]:
             attachment = require_attachment(component)
             warn_outside(omega, attachment.adapter.config)
             stack.enter_context(armed(attachment, omega.to(device_of(component))))
+            if scope_of(uncompiled(component)) is None:
+                stack.enter_context(in_scope(component, Scope()))
         yield
 
 
 @contextmanager
-def armed(attachment: Attachment, omega: Tensor | None) -> Iterator[None]:
-    """Arm with ω [1] or [B] as it is, or disarm with None: no conversion, no check, no host sync."""
-    previous, attachment.omega = attachment.omega, omega
+def armed(
+    attachment: Attachment, omega: Tensor | None, gate: Tensor | None = None, *, ahead: torch.dtype | None = None
+) -> Iterator[None]:
+    """Arm with ω [1] or [B] as it is, or disarm with None: no conversion, no check, no host sync.
+
+    gate: [1], a factor of all that the adapter gives. ahead: see `Context`.
+    """
+    previous = attachment.omega, attachment.gate, attachment.ahead
+    attachment.omega, attachment.gate, attachment.ahead = omega, gate, ahead
     try:
         yield
     finally:
-        attachment.omega = previous
+        attachment.omega, attachment.gate, attachment.ahead = previous
 
 
 @contextmanager

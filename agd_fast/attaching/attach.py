@@ -12,6 +12,7 @@ from agd_fast.attaching.attachment import ROOT, SITES, AttachedSite, Attachment,
 from agd_fast.attaching.find import bring_embedders, components_of, denoiser_of, own_modules, uncompiled
 from agd_fast.attaching.hooks import change_argument, change_output, finish_forward, prepare_forward
 from agd_fast.attaching.markers import mark, unmark
+from agd_fast.attaching.scope import optimized
 from agd_fast.attaching.wrapping import unwrap, wrap
 from agd_fast.conditioning import condition_width, embed_time
 from agd_fast.families import find_spec
@@ -136,5 +137,6 @@ def unload(model: Model) -> Model:
             vars(module).pop(ROOT, None)
             vars(module).pop(SITES, None)
             unmark(module)
-    unwrap(model)
+    if not optimized(model):
+        unwrap(model)
     return model

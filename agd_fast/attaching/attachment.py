@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -41,9 +42,11 @@ class Attachment:
         self.checkpoints: list[tuple[Any, Any]] = []  # modules whose checkpointing was wrapped for one forward, and their own
         self.enabled = True
         self.omega: Tensor | None = None  # [1] or [B] float32 while armed
+        self.gate: Tensor | None = None  # [1], what the adapter is multiplied by; None is 1
+        self.ahead: torch.dtype | None = None  # of the tokens, where entries are made before the first step, as the engine does
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "enabled": True, "omega": None}
+        return {**vars(self), "enabled": True, "omega": None, "gate": None, "ahead": None}
 
     @property
     def active(self) -> bool:
@@ -81,11 +84,12 @@ class Attachment:
                 masks[condition.argument] = mask
         bring(self.adapter, first.device)
         bring_embedders(denoiser, spec, first.device)  # of a base that is offloaded until its own forward
-        with torch.autocast(first.device.type, enabled=False):
+        with _no_autocast(first.device):
             with torch.no_grad():
                 time = embed_time(denoiser, spec, timestep.expand(batch))
                 embedded = embed_conditions(denoiser, spec, conditions)
-            return self.adapter.prepare(omega.to(first.device).expand(batch), time, embedded, masks)
+            omega = omega.to(first.device).expand(batch)
+            return self.adapter.prepare(omega, time, embedded, masks, gate=self.gate, ahead=self.ahead)
 
     def _condition(
         self, denoiser: nn.Module, condition: Condition, args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -112,6 +116,13 @@ class Attachment:
             count = _image_tokens(denoiser, self.spec, tuple(first.shape))
             for site in self.sites:
                 site.image = count
+
+
+def _no_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Where there is such a thing: "meta" has none."""
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def _image_tokens(denoiser: nn.Module, spec: DenoiserSpec, shape: tuple[int, ...]) -> int:

@@ -5,20 +5,23 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from agd_fast.attaching.arming import armed, disabled, to_omega, warn_outside
-from agd_fast.attaching.attachment import Attachment, attachment_of, require_attachment
-from agd_fast.attaching.find import components_of
-from agd_fast.attaching.steps import around_step, before_forward, number_of_steps
+from agd_fast.attaching.attachment import attachment_of, require_attachment
+from agd_fast.attaching.find import components_of, uncompiled
+from agd_fast.attaching.scope import Guidance, optimized, scope_of, scoped
+from agd_fast.attaching.steps import around_step, before_forward, timesteps_of
 from agd_fast.spec import DenoiserSpec, device_of
 
 Negative = Literal["warn", "cfg"]
 Interval = tuple[float, float]
+Scale = Tensor | Callable[[float], Tensor]  # ω [B], or [1] for all; or that at a fraction of the schedule
 
 _ROWS = ("prompt", "class_labels", "prompt_embeds", "prompt_embeds_qwen", "prompt_embeds_t5")
 _OF_THE_RULE = ("guidance_rescale", "guess_mode", "skip_guidance_layers", "use_dynamic_cfg", "cfg_trunc_ratio")
@@ -36,11 +39,26 @@ def call_pipeline(
 ) -> Any:
     """`call(*args, **kwargs)`, the pipeline's own, with its adapters armed and its own guidance off.
 
-    The guidance scale is one number or one a prompt. guidance_interval: the (start, stop) fractions of the steps in which the
-    adapters act, as in diffusers' guiders. negative: what to do with a negative prompt, which adapters do not know: "warn" that
-    it is left out, or "cfg": two passes by the base, for this call.
+    The guidance scale is one number, one a prompt, or a function of the fraction of the steps that is done (0 ≤ · < 1), which
+    gives either. guidance_interval: the (start, stop) fractions of the steps in which the adapters act, as in diffusers' guiders.
+    negative: what to do with a negative prompt, which adapters do not know: "warn" that it is left out, or "cfg": two passes by
+    the base, for this call.
     Raises: ValueError for scales that do not go with the prompts; RuntimeError when the pipeline calls a denoiser twice a step.
     """
+    watched = any(kwargs.get(name) is not None for name in ("callback_on_step_end", "callback"))
+    with scoped(pipe, lambda: timesteps_of(pipe), watched=watched), _counting_versions(pipe):
+        vars(pipe).pop("_num_timesteps", None)  # of the last call
+        return _call(pipe, call, args, kwargs, guidance_interval, negative)
+
+
+def _call(
+    pipe: Any,
+    call: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    guidance_interval: Interval | None,
+    negative: Negative,
+) -> Any:
     if negative not in get_args(Negative):
         raise ValueError(f"negative must be one of {', '.join(map(repr, get_args(Negative)))}; found {negative!r}")
     first = attachment_of(pipe)
@@ -66,7 +84,7 @@ def call_pipeline(
     if first.omega is not None:
         return _call_inside_guided(pipe, call, arguments, spec, guidance_interval)
     omegas = _omegas(pipe, arguments, parameters, spec)
-    if all((omega <= 1).all() for omega in omegas.values()):  # the pipeline's own way to say: no guidance
+    if all(not callable(omega) and (omega <= 1).all() for omega in omegas.values()):  # the pipeline's own way to say: no guidance
         with disabled(pipe):
             return call(**_without_guidance(arguments, spec))
     with ExitStack() as stack:
@@ -86,7 +104,7 @@ def _call_inside_guided(
         )
     if name not in arguments:
         arguments = _positive_images(arguments, inspect.signature(call).parameters)
-    omegas = {}
+    omegas: dict[str, Scale] = {}
     for component, module in components_of(pipe, spec).items():
         omega = require_attachment(module).omega
         assert omega is not None
@@ -98,10 +116,9 @@ def _call_inside_guided(
 
 def _omegas(
     pipe: Any, arguments: Mapping[str, Any], parameters: Mapping[str, inspect.Parameter], spec: DenoiserSpec
-) -> dict[str, Tensor]:
-    """ω of each denoiser, [B] where the call tells B, else [1]."""
-    prompts, repeats = _batch(arguments)
-    found: dict[str, Tensor] = {}
+) -> dict[str, Scale]:
+    """ω of each denoiser."""
+    found: dict[str, Scale] = {}
     value: Any = None
     for index, name in enumerate(components_of(pipe, spec)):
         argument = spec.pipeline.omega_arguments[min(index, len(spec.pipeline.omega_arguments) - 1)]
@@ -110,16 +127,24 @@ def _omegas(
         value = value if given is None else given  # a second denoiser goes by the first's
         if value is None:
             raise ValueError(f"expected {argument}=..., a number or one a prompt; found None")
-        omega = to_omega(value, spec)
-        if len(omega) > 1 and len(omega) != prompts:
-            raise ValueError(
-                f"{argument} has {len(omega)} values for {prompts if prompts else 'an unknown number of'} prompt(s); "
-                "expected one number, or a list with one a prompt beside a list of prompts"
-            )
-        if prompts is not None:
-            omega = omega.expand(prompts).repeat_interleave(repeats)
-        found[name] = omega
+        rows = partial(_rows, argument, spec, _batch(arguments))
+        found[name] = partial(_scheduled, value, rows) if callable(value) else rows(value)
     return found
+
+
+def _scheduled(schedule: Callable[[float], Any], rows: Callable[[Any], Tensor], fraction: float) -> Tensor:
+    return rows(schedule(fraction))
+
+
+def _rows(argument: str, spec: DenoiserSpec, batch: tuple[int | None, int], scale: Any) -> Tensor:
+    """ω [B] of a guidance scale where the call tells B, else [1]."""
+    omega, (prompts, repeats) = to_omega(scale, spec), batch
+    if len(omega) > 1 and len(omega) != prompts:
+        raise ValueError(
+            f"{argument} has {len(omega)} values for {prompts if prompts else 'an unknown number of'} prompt(s); "
+            "expected one number, or a list with one a prompt beside a list of prompts"
+        )
+    return omega if prompts is None else omega.expand(prompts).repeat_interleave(repeats)
 
 
 def _batch(arguments: Mapping[str, Any]) -> tuple[int | None, int]:
@@ -134,30 +159,57 @@ def _batch(arguments: Mapping[str, Any]) -> tuple[int | None, int]:
     return None, repeats
 
 
-def _arm(stack: ExitStack, pipe: Any, omegas: Mapping[str, Tensor], spec: DenoiserSpec, interval: Interval | None) -> None:
+def _arm(stack: ExitStack, pipe: Any, omegas: Mapping[str, Scale], spec: DenoiserSpec, interval: Interval | None) -> None:
+    if interval is not None and not 0 <= interval[0] < interval[1] <= 1:
+        raise ValueError(f"guidance_interval must be (start, stop), fractions with 0 ≤ start < stop ≤ 1; found {interval}")
     components = components_of(pipe, spec)
-    placed: list[tuple[Attachment, Tensor]] = []
+    placed: list[_Placed] = []
     for name, component in components.items():
-        attachment = require_attachment(component)
-        warn_outside(omegas[name], attachment.adapter.config, stacklevel=6)
-        omega = omegas[name].to(device_of(component))
-        placed.append((attachment, omega))
-        stack.enter_context(armed(attachment, omega))
+        scale = omegas[name]
+        omega = scale(0.0) if callable(scale) else scale
+        placed.append(_Placed(component, scale))
+        warn_outside(omega, placed[-1].attachment.adapter.config, stacklevel=7)
+        stack.enter_context(armed(placed[-1].attachment, omega.to(device_of(component))))
     steps = _Steps(pipe, placed, interval)
     for component in components.values():
         stack.enter_context(before_forward(component, steps.forward))
-    vars(pipe).pop("_num_timesteps", None)  # of the last call
     stack.enter_context(around_step(pipe.scheduler, steps.step))
 
 
-class _Steps:
-    """Guards that there is one forward a step, and switches the adapters by the fraction of steps that are done."""
+class _Placed:
+    """An armed denoiser and its ω."""
 
-    def __init__(self, pipe: Any, placed: list[tuple[Attachment, Tensor]], interval: Interval | None) -> None:
+    def __init__(self, component: nn.Module, scale: Scale) -> None:
+        self.component, self.scale = component, scale
+        self.attachment = require_attachment(component)
+        self.guidance: Guidance | None = None
+
+    def plan(self, fractions: list[float], gates: list[float]) -> None:
+        """Lay out ω and the adapter's factor for all steps."""
+        scale = self.scale
+        rows = [scale(fraction) for fraction in fractions] if callable(scale) else [scale] * len(fractions)
+        omegas = torch.stack(rows)
+        warn_outside(omegas, self.attachment.adapter.config, stacklevel=8)
+        device = device_of(self.component)
+        self.guidance = Guidance(omegas.to(device), torch.tensor(gates).to(device))
+        if (scope := scope_of(uncompiled(self.component))) is not None:
+            scope.guidance = self.guidance
+
+    def at(self, step: int, acts: bool) -> None:
+        assert self.guidance is not None
+        self.guidance.step = step
+        self.attachment.omega = self.guidance.omegas[step] if acts else None
+
+
+class _Steps:
+    """Guards that there is one forward a step, and sets what changes from step to step: ω, and whether the adapters act."""
+
+    def __init__(self, pipe: Any, placed: list[_Placed], interval: Interval | None) -> None:
         self.pipe, self.placed, self.interval = pipe, placed, interval
+        self.varies = interval is not None or any(callable(one.scale) for one in placed)
+        self.firsts: list[int] = []  # of each step, the first one at the same timestep
+        self.acts: list[bool] = []
         self.done, self.called = 0, False
-        if interval is not None and not 0 <= interval[0] < interval[1] <= 1:
-            raise ValueError(f"guidance_interval must be (start, stop), fractions with 0 ≤ start < stop ≤ 1; found {interval}")
 
     def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.called:
@@ -166,16 +218,31 @@ class _Steps:
                 "forward a step: this pipeline needs agd_fast.disabled(pipe), or guides in a way that adapters do not know"
             )
         self.called = True
-        if self.interval is not None:
-            total = number_of_steps(self.pipe)
-            inside = int(self.interval[0] * total) <= self.done < int(self.interval[1] * total)
-            for attachment, omega in self.placed:
-                attachment.omega = omega if inside else None
+        if self.varies:
+            if not self.firsts:
+                self._plan()
+            step = self.firsts[min(self.done, len(self.firsts) - 1)]
+            for one in self.placed:
+                one.at(step, self.acts[step])
+
+    def _plan(self) -> None:
+        times = timesteps_of(self.pipe).tolist()
+        self.firsts = [times.index(time) for time in times]
+        total = len(times)
+        start, stop = self.interval or (0.0, 1.0)
+        self.acts = [int(start * total) <= step < int(stop * total) for step in range(total)]
+        for one in self.placed:
+            one.plan([first / total for first in self.firsts], [float(self.acts[first]) for first in self.firsts])
 
     def step(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self.called = False
         self.done += 1
         return step(*args, **kwargs)
+
+
+def _counting_versions(pipe: Any) -> AbstractContextManager[Any]:
+    """For the engine, which must see when a tensor is written to: inference tensors do not tell."""
+    return torch.inference_mode(False) if optimized(pipe) and torch.is_inference_mode_enabled() else nullcontext()
 
 
 def _has_negative(arguments: Mapping[str, Any], known: tuple[str | None, ...]) -> bool:
@@ -215,6 +282,10 @@ def _two_pass(pipe: Any, call: Callable[..., Any], arguments: dict[str, Any], sp
     for name in spec.pipeline.omega_arguments:
         if arguments.get(name) is None:
             continue
+        if callable(arguments[name]):
+            raise ValueError(
+                f"negative='cfg' runs the pipeline's own guidance, which takes one {name}; found a function of the step"
+            )
         scales = torch.as_tensor(arguments[name]).flatten()
         if len(scales.unique()) > 1:
             raise ValueError(f"negative='cfg' runs the pipeline's own guidance, which takes one {name}; found {scales.tolist()}")

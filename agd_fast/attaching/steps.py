@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 
 @contextmanager
@@ -26,6 +26,7 @@ def before_forward(component: nn.Module, action: Callable[[tuple[Any, ...], dict
         action(args, kwargs)
         return compiled(*args, **kwargs)
 
+    call.inner = compiled  # type: ignore[attr-defined]
     component._compiled_call_impl = call  # compiled in place: its hooks are compiled too
     try:
         yield
@@ -48,6 +49,7 @@ def around_step(scheduler: Any, action: Callable[..., Any]) -> Iterator[None]:
             del scheduler.step
 
 
-def number_of_steps(pipe: Any) -> int:
-    """Denoising steps of the call that is under way: img2img makes fewer than the schedule has."""
-    return getattr(pipe, "_num_timesteps", None) or len(pipe.scheduler.timesteps)
+def timesteps_of(pipe: Any) -> Tensor:
+    """The timesteps [T] of the call that is under way: img2img makes but the last of its schedule."""
+    times = pipe.scheduler.timesteps
+    return times[-(getattr(pipe, "_num_timesteps", None) or len(times)) :]

@@ -14,6 +14,7 @@ SPECS = {
         conditions=(Condition("encoder_hidden_states", width="config.cap_feat_dim", mask="encoder_attention_mask"),),
         time_embedding=("time_caption_embed.time_proj", "time_caption_embed.timestep_embedder"),
         timestep_scale=1000.0,
+        timestep_ascends=False,
         patch="config.patch_size",
         attention=(Site("layers.*.attn"),),
         feed_forward=(Site("layers.*.feed_forward.linear_2"),),

@@ -12,6 +12,7 @@ SPECS = {
         timestep="t",
         conditions=(Condition("cap_feats", width="config.cap_feat_dim"),),
         timestep_scale=1000.0,
+        timestep_ascends=False,
         patch=2,
         listed=("x", "cap_feats"),
         attention=(Site("layers.*.attention", tokens="first"),),

@@ -1,0 +1,85 @@
+"""What holds while one call of a pipeline, or one `guided` block, is under way: its schedule, and what was computed for it.
+
+Nothing that the engine computes ahead outlives its scope.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from agd_fast.attaching.find import uncompiled
+
+SCOPE = "_agd_scope"
+
+
+@dataclass(eq=False)
+class Guidance:
+    """ω and the adapter's factor at every step: [T, B] and [T] float32 on the denoiser's device. step: the one under way."""
+
+    omegas: Tensor
+    gates: Tensor
+    step: int = 0
+
+    @property
+    def now(self) -> tuple[Tensor, Tensor]:
+        """ω [B] and the factor [1] of the step."""
+        return self.omegas[self.step], self.gates[self.step : self.step + 1]
+
+
+@dataclass(eq=False)
+class Scope:
+    """timesteps: those of its schedule [T], in the scheduler's convention, asked for at the first forward; None where there is
+    no schedule. watched: whether the caller's own code runs between its forwards. guidance: where ω or the adapter's factor
+    changes from step to step. looked: whether the engine has seen the model in it. store: what the engine keeps."""
+
+    timesteps: Callable[[], Tensor] | None = None
+    watched: bool = True
+    guidance: Guidance | None = None
+    looked: bool = False
+    store: dict[Any, Any] = field(default_factory=dict)
+
+
+@contextmanager
+def in_scope(denoiser: nn.Module, scope: Scope) -> Iterator[Scope]:
+    """Inside, `scope` is the denoiser's."""
+    module = uncompiled(denoiser)
+    previous = vars(module).get(SCOPE)
+    vars(module)[SCOPE] = scope
+    try:
+        yield scope
+    finally:
+        if previous is None:
+            vars(module).pop(SCOPE, None)
+        else:
+            vars(module)[SCOPE] = previous
+
+
+def optimized(model: Any) -> list[nn.Module]:
+    """The denoisers of a model whose call the engine stands in for."""
+    modules = [model] if isinstance(model, nn.Module) else [one for one in vars(model).values() if isinstance(one, nn.Module)]
+    found = dict.fromkeys(uncompiled(module) for module in modules)
+    return [module for module in found if getattr(module._compiled_call_impl, "takes_scopes", False)]
+
+
+def scope_of(denoiser: nn.Module) -> Scope | None:
+    return vars(denoiser).get(SCOPE)
+
+
+@contextmanager
+def scoped(model: Any, timesteps: Callable[[], Tensor] | Tensor | None = None, *, watched: bool = False) -> Iterator[None]:
+    """One run of a schedule, for which optimized denoisers may compute ahead: once for the same conditions, if it is known for
+    all steps.
+
+    timesteps: the scheduler's [T], or what gives them at the first forward. watched: whether code that may change the model runs
+    between the forwards.
+    """
+    times = (lambda: timesteps) if isinstance(timesteps, Tensor) else timesteps
+    with ExitStack() as stack:
+        for denoiser in optimized(model):
+            stack.enter_context(in_scope(denoiser, Scope(times, watched)))
+        yield

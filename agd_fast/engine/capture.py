@@ -1,0 +1,121 @@
+"""One forward of a denoiser as a graph of its operations, a pure function of tensors.
+
+The operations are recorded from a forward on fake tensors, with the adapter's hooks inside; nothing is computed. Everything
+that is no tensor (shapes, flags, LoRA scales) is a constant of the graph: `agd_fast.engine.fingerprint` tells when it changed.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
+
+_MODES = ("_set_grad_enabled", "_enter_autocast", "_exit_autocast")  # how code switches what is off here anyway
+_CASTS = ("aten::to", "aten::_to_copy", "aten::contiguous", "aten::alias", "aten::detach", "aten::dropout", "aten::lift_fresh")
+
+
+class NotCapturableError(Exception):
+    """Why a forward cannot be a graph."""
+
+
+@dataclass(frozen=True)
+class Captured:
+    """graph: placeholders for the inputs, in their order, then for the constants. constants: what it reads of the model."""
+
+    graph: fx.Graph
+    inputs: tuple[fx.Node, ...]
+    constants: tuple[Tensor, ...]
+
+
+def capture(function: Callable[..., list[Tensor]], inputs: Iterable[Tensor]) -> Captured:
+    """The graph of `function(*inputs)`, which returns a list of tensors.
+
+    Raises: NotCapturableError, as for code that asks for the values of tensors.
+    """
+    inputs = list(inputs)
+    try:
+        module = make_fx(function, tracing_mode="fake", pre_dispatch=True, _allow_non_fake_inputs=True)(*inputs)
+    except Exception as error:  # whatever the code of a model may raise on tensors without values
+        raise NotCapturableError(f"its forward cannot be recorded ({type(error).__name__}: {_first_line(error)})") from error
+    graph = module.graph
+    _drop_modes(graph)
+    constants = _constants_as_inputs(graph, module)
+    _drop_casts(graph)
+    graph.eliminate_dead_code()
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    return Captured(graph, tuple(placeholders[: len(inputs)]), constants)
+
+
+def schema_name(node: fx.Node) -> str:
+    """ "aten::add" of a call of an operator; empty otherwise."""
+    schema = getattr(node.target, "_schema", None)
+    return "" if schema is None else schema.name
+
+
+def value_of(node: fx.Node) -> Any:
+    """The fake tensor, or what else the node stands for."""
+    return node.meta.get("val")
+
+
+def add_call(graph: fx.Graph, target: Any, *args: Any) -> fx.Node:
+    """A further call of an operator at the graph's insertion point; lists of nodes may be among `args`."""
+    node = graph.call_function(target, args)
+    values = fx.node.map_arg(args, value_of)
+    mode = next((one.fake_mode for one in pytree.tree_leaves(values) if isinstance(one, FakeTensor)), nullcontext())
+    with mode:
+        node.meta["val"] = target(*values)
+    return node
+
+
+def _drop_modes(graph: fx.Graph) -> None:
+    for node in reversed(list(graph.nodes)):
+        if node.op == "call_function" and getattr(node.target, "__name__", "") in _MODES:
+            if node.target.__name__ == "_enter_autocast" and node.args[2]:
+                raise NotCapturableError("its forward switches autocast on")
+            graph.erase_node(node)
+
+
+def _constants_as_inputs(graph: fx.Graph, module: fx.GraphModule) -> tuple[Tensor, ...]:
+    constants: dict[int, tuple[Tensor, fx.Node]] = {}
+    last = [node for node in graph.nodes if node.op == "placeholder"][-1]
+    for node in [node for node in graph.nodes if node.op == "get_attr"]:
+        tensor = operator.attrgetter(node.target)(module)
+        if not isinstance(tensor, Tensor):
+            raise NotCapturableError(f"its forward has an inner graph ({node.target})")
+        if id(tensor) not in constants:
+            with graph.inserting_after(last):
+                last = graph.placeholder(f"constant_{len(constants)}")
+            last.meta["val"] = node.meta.get("val", tensor)
+            constants[id(tensor)] = tensor, last
+        node.replace_all_uses_with(constants[id(tensor)][1])
+        graph.erase_node(node)
+    return tuple(tensor for tensor, _ in constants.values())
+
+
+def _drop_casts(graph: fx.Graph) -> None:
+    """Operations that give back what they were given."""
+    for node in list(graph.nodes):
+        if schema_name(node) not in _CASTS or not isinstance(node.args[0], fx.Node):
+            continue
+        before, after = value_of(node.args[0]), value_of(node)
+        if schema_name(node) == "aten::dropout" and node.args[2]:
+            raise NotCapturableError("its forward draws random numbers (dropout)")
+        same = isinstance(before, Tensor) and isinstance(after, Tensor)
+        if same and not node.kwargs.get("copy") and _kind(before) == _kind(after):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+
+
+def _kind(tensor: Tensor) -> Any:
+    return tensor.dtype, tensor.device, tensor.shape, tensor.stride()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[0][:200]

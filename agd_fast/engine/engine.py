@@ -1,0 +1,198 @@
+"""The engine: what a denoiser's call does once it is optimized.
+
+It acts inside a scope (one call of a pipeline, one `guided` block) and without gradients. The first forward at new shapes runs as
+it always did and is captured; from then on the captured program runs. Where it cannot, the plain path does, and says why.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from agd_fast.attaching.attachment import Attachment, attachment_of
+from agd_fast.attaching.scope import Scope, scope_of
+from agd_fast.engine.capture import NotCapturableError, capture
+from agd_fast.engine.config import EngineConfig
+from agd_fast.engine.fingerprint import fingerprint, obstacle, same, version
+from agd_fast.engine.levels import Level
+from agd_fast.engine.program import Prepared, Program
+from agd_fast.engine.request import Request
+from agd_fast.engine.timesteps import arguments_of
+from agd_fast.spec import DenoiserSpec, device_of, forward_parameters
+
+PROGRAMS = 16  # kept at once: shapes, armed or not
+VALUES = 2  # that a static argument may have in one scope: conditional and unconditional forwards one after another
+AGREEMENT = {torch.float16: 0.05, torch.bfloat16: 0.1}  # of a captured program with the model, relative; other dtypes: EXACT
+EXACT = 1e-3
+
+
+@dataclass(eq=False)
+class _Run:
+    """What was prepared for one set of static inputs. seen: the timesteps that its table was checked with."""
+
+    static: list[tuple[Tensor, int | None]]
+    prepared: Prepared
+    seen: list[Tensor] = field(default_factory=list)
+    times: Tensor | None = None
+
+
+@dataclass(eq=False)
+class Captured:
+    program: Program
+    output: Any  # the tree of the forward's output
+
+
+class Engine:
+    """Stands in for the denoiser's own call; see `agd_fast.optimize`."""
+
+    takes_scopes = True  # which calls of pipelines then open
+
+    def __init__(self, denoiser: nn.Module, spec: DenoiserSpec, config: EngineConfig) -> None:
+        self.denoiser, self.spec, self.config = denoiser, spec, config
+        self.positions = {name: position for position, name in enumerate(forward_parameters(denoiser))}
+        self.captured: dict[Any, Captured] = {}
+        self.refused: dict[Any, str] = {}  # why calls with a key are plain
+        self.obstacle = ""  # why all calls are, for the model as it is
+        self.ahead_bytes = 0  # of the last scope
+        self._model: list[Any] = []
+        self._told: set[str] = set()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        scope = scope_of(self.denoiser)
+        if scope is None or torch.is_grad_enabled() or torch.is_autocast_enabled() or self.denoiser.training:
+            return self._plain(args, kwargs)
+        attachment = attachment_of(self.denoiser)
+        self._look(scope, attachment)
+        if self.obstacle:
+            return self._plain(args, kwargs)
+        request = self._request(scope, attachment, args, kwargs)
+        if request.obstacle and request.key not in self.refused:
+            self._refuse(request, request.obstacle)
+        if request.key in self.refused:
+            return self._plain(args, kwargs)
+        found = self.captured.get(request.key)
+        if found is None:
+            return self._record(request)
+        results = found.program.run(request.inputs, self._prepared(found.program, request, scope))
+        return pytree.tree_unflatten(results, found.output)
+
+    def info(self) -> dict[str, Any]:
+        """For a reader. plain_because: why calls take the plain path, if any do. ahead_bytes: of what was computed ahead, in the
+        last scope."""
+        device = device_of(self.denoiser)
+        return {
+            "compile": self.config.compiles(device),
+            "cuda_graph": self.config.graphs(device),
+            "captured": len(self.captured),
+            "ahead_bytes": self.ahead_bytes,
+            "plain_because": list(dict.fromkeys([*filter(None, [self.obstacle]), *self.refused.values()])),
+        }
+
+    def _plain(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self.denoiser._call_impl(*args, **kwargs)
+
+    def _request(self, scope: Scope, attachment: Attachment | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Request:
+        sample, time = (self._argument(name, args, kwargs) for name in (self.spec.sample, self.spec.timestep))
+        guidance = scope.guidance if attachment is not None and attachment.enabled else None
+        return Request(self.denoiser._call_impl, args, kwargs, sample, time, attachment, guidance)
+
+    def _argument(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        position = self.positions.get(name, len(args))
+        return kwargs[name] if name in kwargs else args[position] if position < len(args) else None
+
+    def _look(self, scope: Scope, attachment: Attachment | None) -> None:
+        """Forget everything if the model is not what it was: once a scope, or before every forward where the caller's own code
+        runs between them."""
+        if scope.looked and not scope.watched:
+            return
+        scope.looked = True
+        found = fingerprint([self.denoiser, *([attachment.adapter] if attachment else [])])
+        if not same(found, self._model):
+            self._model = found
+            self.captured.clear()
+            self.refused.clear()
+            scope.store.clear()
+            self.obstacle = obstacle(self.denoiser)
+            if self.obstacle:
+                self._tell(self.obstacle)
+
+    def _record(self, request: Request) -> Any:
+        """One plain forward, and its capture."""
+        output = self._plain(request.args, request.kwargs)
+        leaves, tree = pytree.tree_flatten(output)
+        try:
+            if not all(isinstance(leaf, Tensor) for leaf in leaves):
+                raise NotCapturableError(f"its output holds more than tensors: {[type(leaf).__name__ for leaf in leaves]}")
+            graph = capture(request.function, request.inputs)
+            program = Program(graph, request.levels, request.timestep, self.config)
+            _require_same(program.step(request.inputs, program.prepare(request.inputs)), leaves)
+        except NotCapturableError as error:
+            self._refuse(request, str(error))
+            return output
+        while len(self.captured) >= PROGRAMS:
+            del self.captured[next(iter(self.captured))]
+        self.captured[request.key] = Captured(program, tree)
+        return output
+
+    def _refuse(self, request: Request, reason: str) -> None:
+        self.refused[request.key] = reason
+        self._tell(reason)
+
+    def _prepared(self, program: Program, request: Request, scope: Scope) -> Prepared:
+        """What was prepared in this scope for the static inputs of this request; now, where nothing was."""
+        runs: list[_Run] = scope.store.setdefault(program, [])
+        static = program.of_level(Level.STATIC)
+        inputs = [request.inputs[index] for index in static]
+        for run in runs:
+            if all(one is kept and version(one) == count for one, (kept, count) in zip(inputs, run.static, strict=True)):
+                if run.prepared.table is not None and len(run.seen) < 2:
+                    self._tabulate(run, program, request, scope)  # one timestep does not tell how a pipeline rounds; two do
+                return run.prepared
+        known = [[kept for kept, _ in run.static] for run in runs]
+        moving = [index for place, index in enumerate(static) if _moves([one[place] for one in known], inputs[place])]
+        if moving:
+            for index in moving:
+                program.let_move(index)
+            runs.clear()
+            return self._prepared(program, request, scope)
+        run = _Run([(tensor, version(tensor)) for tensor in inputs], program.prepare(request.inputs))
+        self._tabulate(run, program, request, scope)
+        runs[:] = [*runs[-VALUES + 1 :], run]
+        self.ahead_bytes = sum(one.prepared.bytes for one in runs)
+        return run.prepared
+
+    def _tabulate(self, run: _Run, program: Program, request: Request, scope: Scope) -> None:
+        """Fill the table of the schedule, where there is one and it gives the timesteps seen so far."""
+        run.seen.append(request.inputs[request.timestep].clone())
+        times = None if scope.timesteps is None else arguments_of(scope.timesteps(), self.spec, run.seen)
+        if times is None:
+            run.prepared = replace(run.prepared, table=None)
+        elif run.times is None or not torch.equal(times, run.times):
+            run.prepared = program.tabulated(run.prepared, request.inputs, times, request.steps(times))
+        run.times = times
+
+    def _tell(self, reason: str) -> None:
+        if reason not in self._told:
+            self._told.add(reason)
+            warnings.warn(f"{type(self.denoiser).__name__} runs as it is, not optimized: {reason}", stacklevel=2)
+
+
+def _moves(known: Sequence[Tensor], found: Tensor) -> bool:
+    """Whether an argument has more values in one scope than a static one may, or changes of it cannot be seen."""
+    return found.is_inference() or len({id(tensor) for tensor in (*known, found)}) > VALUES
+
+
+def _require_same(found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+    """Raises: NotCapturableError when a captured program does not give what the model gave."""
+    for one, own in zip(found, expected, strict=True):
+        if own.device.type == "meta" or not own.is_floating_point():
+            continue
+        error, size = (own.double() - one.double()).norm(), own.double().norm()
+        if not error <= AGREEMENT.get(own.dtype, EXACT) * size:
+            raise NotCapturableError(f"its captured form differs from it by {float(error / size):.2g} of the output")

@@ -1,0 +1,158 @@
+"""Operations that need not run: those that change nothing, and rows that a norm can take as its own weight and bias.
+
+A norm followed by a scale and a shift that do not depend on x_t (adaLN, and modulation adapters on norms) is a norm with
+another γ and β. Layer norms have one γ for all samples of a batch, so theirs are folded where the batch is one sample; group
+norms where all channels of all samples lie one after another.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from agd_fast.engine.capture import add_call, schema_name, value_of
+from agd_fast.engine.levels import Level, in_place_groups
+
+aten = torch.ops.aten
+
+_NORMS = ("aten::layer_norm", "aten::group_norm")  # (x, shape or groups, weight, bias, eps, …)
+_NEUTRAL = {"aten::div": 1, "aten::mul": 1, "aten::add": 0, "aten::sub": 0}
+
+
+def drop_identities(graph: fx.Graph) -> None:
+    """x / 1, x · 1, x + 0, x − 0 in the same dtype are x."""
+    for node in list(graph.nodes):
+        neutral = _NEUTRAL.get(schema_name(node))
+        if neutral is None or len(node.args) != 2 or node.kwargs or isinstance(node.args[1], fx.Node):
+            continue
+        x = node.args[0]
+        if node.args[1] == neutral and isinstance(x, fx.Node) and value_of(x).dtype == value_of(node).dtype:
+            node.replace_all_uses_with(x)
+            graph.erase_node(node)
+
+
+def fold_into_norms(graph: fx.Graph, level: Mapping[fx.Node, Level]) -> None:
+    """level: of the nodes; rows are what lies below MOVING."""
+    written = in_place_groups(graph)
+    for node in list(graph.nodes):
+        if schema_name(node) in _NORMS and level[node] == Level.MOVING and not written.intersection(node.all_input_nodes):
+            _Norm(graph, node, level).fold()
+
+
+class _Norm:
+    """A norm, and the operations behind it that scale and shift it by rows: ("scale", γ), ("one_plus", δ) or ("shift", β)."""
+
+    def __init__(self, graph: fx.Graph, node: fx.Node, level: Mapping[fx.Node, Level]) -> None:
+        self.graph, self.node, self.level = graph, node, level
+        self.value: Tensor = value_of(node)
+        self.grouped = schema_name(node) == "aten::group_norm"
+        self.end = node  # of what is folded
+        self.operations: list[tuple[str, fx.Node]] = []
+
+    def fold(self) -> None:
+        if self.grouped and not value_of(self.node.args[0]).is_contiguous():  # type: ignore[arg-type]
+            return
+        while self._takes(list(self.end.users)):
+            pass
+        if self.operations:
+            self._replace()
+
+    @property
+    def channels(self) -> tuple[int, ...]:
+        """The shape of a row."""
+        return tuple(self.value.shape[:2]) if self.grouped else tuple(self.node.args[1])  # type: ignore[arg-type]
+
+    def _is_row(self, node: Any) -> bool:
+        """Whether it has one number a channel of the norm, and one alone: it is broadcast over everything else."""
+        if not isinstance(node, fx.Node) or self.level.get(node, Level.MOVING) == Level.MOVING:
+            return False
+        value = value_of(node)
+        if not isinstance(value, Tensor) or value.dtype != self.value.dtype or value.ndim > self.value.ndim:
+            return False
+        ones = (1,) * (self.value.ndim - len(self.channels))
+        expected = (*self.channels, *ones) if self.grouped else (*ones, *self.channels)
+        return (1,) * (self.value.ndim - value.ndim) + tuple(value.shape) == expected
+
+    def _takes(self, users: list[fx.Node]) -> bool:
+        """Whether what follows is folded too."""
+        if any(user.kwargs for user in users):
+            return False
+        names = sorted(schema_name(user) for user in users)
+        if names == ["aten::add", "aten::addcmul"]:
+            return self._takes_affine(*sorted(users, key=schema_name))
+        if len(users) != 1:
+            return False
+        user, n = users[0], self.end
+        if names == ["aten::addcmul"] and user.args[:2] == (n, n) and self._is_row(user.args[2]):
+            self.operations.append(("one_plus", user.args[2]))  # type: ignore[arg-type]
+        elif names[0] in ("aten::mul", "aten::add") and len(user.args) == 2:
+            row = user.args[1] if user.args[0] is n else user.args[0]
+            if not self._is_row(row):
+                return False
+            self.operations.append(("scale" if names == ["aten::mul"] else "shift", row))  # type: ignore[arg-type]
+        else:
+            return False
+        self.end = user
+        return True
+
+    def _takes_affine(self, outer: fx.Node, inner: fx.Node) -> bool:
+        """n + addcmul(β, n, γ)."""
+        beta, n, gamma = inner.args
+        if n is not self.end or outer.args != (n, inner) or len(inner.users) != 1:
+            return False
+        if not (self._is_row(beta) and self._is_row(gamma)):
+            return False
+        self.operations += [("one_plus", gamma), ("shift", beta)]  # type: ignore[list-item]
+        self.end = outer
+        return True
+
+    def _replace(self) -> None:
+        arguments = [*self.node.args, None, None]
+        del arguments[max(len(self.node.args), 4) :]
+        with self.graph.inserting_before(self.end):
+            weight, bias = self._folded(arguments[2], arguments[3])
+            x = arguments[0]
+            if self.grouped:
+                samples, channels, *rest = self.value.shape
+                x = self._call(aten.view.default, x, [1, samples * channels, *rest])
+                arguments[1] = arguments[1] * samples  # type: ignore[operator]
+            norm = self._call(self.node.target, x, arguments[1], weight, bias, *arguments[4:])
+            if self.grouped:
+                norm = self._call(aten.view.default, norm, list(self.value.shape))
+        self.end.replace_all_uses_with(norm)
+
+    def _folded(self, weight: Any, bias: Any) -> tuple[fx.Node, fx.Node | None]:
+        """The norm's own weight and bias after all operations, computed in float32 and rounded once."""
+        shape = [math.prod(self.channels)] if self.grouped else list(self.channels)
+        w, b = (self._wide(own, self.channels[1:] if self.grouped else self.channels) for own in (weight, bias))
+        for kind, row in self.operations:
+            row = self._wide(row, self.channels)
+            if kind == "shift":
+                b = row if b is None else self._call(aten.add.Tensor, b, row)
+                continue
+            factor = self._call(aten.add.Scalar, row, 1) if kind == "one_plus" else row
+            w = factor if w is None else self._call(aten.mul.Tensor, w, factor)
+            b = None if b is None else self._call(aten.mul.Tensor, b, factor)
+        return self._rounded(w, shape), None if b is None else self._rounded(b, shape)
+
+    def _wide(self, row: Any, shape: tuple[int, ...]) -> Any:
+        if row is None:
+            return None
+        if tuple(value_of(row).shape) != shape:
+            row = self._call(aten.view.default, row, list(shape))
+        wide = torch.promote_types(value_of(row).dtype, torch.float32)
+        return row if value_of(row).dtype == wide else self._call(aten.to.dtype, row, wide)
+
+    def _rounded(self, row: fx.Node, shape: list[int]) -> fx.Node:
+        if tuple(value_of(row).shape) != tuple(self.channels):  # a static weight alone, for all samples
+            row = self._call(aten.expand.default, row, list(self.channels))
+        if value_of(row).dtype != self.value.dtype:
+            row = self._call(aten.to.dtype, row, self.value.dtype)
+        return self._call(aten.reshape.default, row, shape)
+
+    def _call(self, target: Any, *args: Any) -> fx.Node:
+        return add_call(self.graph, target, *args)

@@ -1,0 +1,95 @@
+"""Rows of tokens of which only a few move with the step, as keys and values of (ω, t, c): all that are alike joined at once.
+
+Put into tables whole, they would be as many as there are steps; joined one by one, each costs a launch a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from agd_fast.engine.capture import add_call, schema_name, value_of
+from agd_fast.engine.levels import Level, elements
+
+aten = torch.ops.aten
+
+
+def join_equal_cats(graph: fx.Graph, level: Mapping[fx.Node, Level]) -> frozenset[fx.Node]:
+    """Replace `cat`s that mix static tensors with smaller ones of the step by one `cat` for all of the same shapes.
+
+    Returns the nodes that belong into the step itself.
+    """
+    alike: dict[Any, list[fx.Node]] = {}
+    for node in graph.nodes:
+        if _mixes(node, level):
+            alike.setdefault(_signature(node, level), []).append(node)
+    return frozenset(node for nodes in alike.values() for node in _joined(graph, nodes))
+
+
+def _mixes(node: fx.Node, level: Mapping[fx.Node, Level]) -> bool:
+    if schema_name(node) != "aten::cat" or level[node] != Level.STEP:
+        return False
+    static = sum(elements(piece) for piece in _pieces(node) if level[piece] == Level.STATIC)
+    return 2 * static > elements(node)
+
+
+def _pieces(node: fx.Node) -> list[fx.Node]:
+    return list(node.args[0])  # type: ignore[arg-type]
+
+
+def _signature(node: fx.Node, level: Mapping[fx.Node, Level]) -> Any:
+    values = [(tuple(value_of(piece).shape), value_of(piece).dtype, level[piece]) for piece in _pieces(node)]
+    return _dim(node), tuple(values), value_of(node).device
+
+
+def _dim(node: fx.Node) -> int:
+    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+    assert isinstance(dim, int)
+    return dim % value_of(node).ndim
+
+
+def _joined(graph: fx.Graph, nodes: list[fx.Node]) -> list[fx.Node]:
+    """`nodes`, or one `cat` [n, …] of the pieces of all of them stacked, in place of theirs."""
+    if len(nodes) == 1 or _depend_on_one_another(nodes):
+        return nodes
+    last = nodes[-1]  # where the pieces of all are there
+    stacks = []
+    with graph.inserting_before(last):
+        for pieces in zip(*map(_pieces, nodes), strict=True):
+            stacks.append(add_call(graph, aten.stack.default, list(pieces)))
+        joined = add_call(graph, aten.cat.default, stacks, _dim(last) + 1)
+        for index, node in enumerate(nodes):
+            own = add_call(graph, aten.select.int, joined, 0, index)
+            node.replace_all_uses_with(own)
+    _sort(graph)
+    return [joined]
+
+
+def _depend_on_one_another(nodes: list[fx.Node]) -> bool:
+    behind: set[fx.Node] = set()
+    waiting = [user for node in nodes for user in node.users]
+    while waiting:
+        node = waiting.pop()
+        if node not in behind:
+            behind.add(node)
+            waiting += node.users
+    return not behind.isdisjoint(nodes)
+
+
+def _sort(graph: fx.Graph) -> None:
+    """Move nodes that are used before they are there behind what they need; all others stay in their order."""
+    there: set[fx.Node] = set()
+    waiting: list[fx.Node] = []
+    previous = next(iter(graph.nodes))
+    for node in list(graph.nodes):
+        waiting.append(node)
+        for one in list(waiting):
+            if all(needed in there for needed in one.all_input_nodes):
+                waiting.remove(one)
+                there.add(one)
+                if one is not node:
+                    previous.append(one)
+                previous = one

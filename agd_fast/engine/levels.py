@@ -1,0 +1,112 @@
+"""What each operation of a captured forward depends on: nothing that moves, the step of the schedule, or x_t."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Mapping
+from enum import IntEnum
+
+import torch
+from torch import Tensor, fx
+
+from agd_fast.engine.capture import schema_name, value_of
+
+_MAYBE_COPIES = ("reshape", "reshape_as", "flatten", "ravel", "contiguous", "to", "type_as")  # views if the layout allows it
+
+
+class Level(IntEnum):
+    """STATIC: the same for a whole run; once is enough. STEP: by the step alone; once for a whole schedule. MOVING: the rest."""
+
+    STATIC = 0
+    STEP = 1
+    MOVING = 2
+
+
+def levels_of(graph: fx.Graph, placeholders: Mapping[fx.Node, Level]) -> dict[fx.Node, Level]:
+    """The level of every node. placeholders: those of the inputs; all others are constants.
+
+    Tensors that are written in place, and all views of them, have one level: that of all that is written.
+    """
+    owners = _owners(graph)
+    written = {owners[node] for node in graph.nodes if _writes(node)}
+    level: dict[fx.Node, Level] = {}
+    of_group: dict[fx.Node, Level] = dict.fromkeys(written, Level.STATIC)
+    while True:  # until what is written in place has settled
+        before = dict(of_group)
+        for node in graph.nodes:
+            if node.op == "placeholder":
+                level[node] = placeholders.get(node, Level.STATIC)
+            else:
+                found = [level[one] for one in node.all_input_nodes]
+                level[node] = max(found, default=Level.STATIC)
+                if node.op == "output" or _random(node):
+                    level[node] = Level.MOVING
+            if owners.get(node) in written:
+                group = owners[node]
+                of_group[group] = level[node] = max(of_group[group], level[node])
+        if of_group == before:
+            return level
+
+
+def is_view(node: fx.Node) -> bool:
+    """Whether the node is another view of its first argument, whatever its layout: nothing is computed."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or not node.all_input_nodes or _maybe_copies(node):
+        return _is_item(node) and is_view(_first(node))
+    aliases = [argument.alias_info for argument in schema.arguments[:1]]
+    returned = [value.alias_info for value in schema.returns]
+    return bool(aliases and aliases[0] is not None and not aliases[0].is_write and any(returned))
+
+
+def in_place_groups(graph: fx.Graph) -> set[fx.Node]:
+    """All nodes that share memory with something that is written in place."""
+    owners = _owners(graph)
+    written = {owners[node] for node in graph.nodes if _writes(node)}
+    return {node for node in owners if owners[node] in written}
+
+
+def elements(node: fx.Node) -> int:
+    value = value_of(node)
+    return value.numel() if isinstance(value, Tensor) else 0
+
+
+def tensors(node: fx.Node) -> Iterator[torch.Tensor]:
+    value = value_of(node)
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        yield from (one for one in value if isinstance(one, Tensor))
+
+
+def _owners(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
+    """The node whose memory each node is a view of."""
+    owners: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        shares = (
+            node.op == "call_function"
+            and node.all_input_nodes
+            and (is_view(node) or _writes(node) or _maybe_copies(node) or _is_item(node))
+        )
+        owners[node] = owners[_first(node)] if shares else node
+    return owners
+
+
+def _maybe_copies(node: fx.Node) -> bool:
+    return schema_name(node).removeprefix("aten::") in _MAYBE_COPIES
+
+
+def _is_item(node: fx.Node) -> bool:
+    return node.op == "call_function" and node.target is operator.getitem
+
+
+def _first(node: fx.Node) -> fx.Node:
+    return node.all_input_nodes[0]
+
+
+def _writes(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable
+
+
+def _random(node: fx.Node) -> bool:
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())

@@ -1,0 +1,53 @@
+"""Putting the engine on a denoiser and taking it off again."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+from torch import nn
+
+from agd_fast.attaching import attachment_of, components_of, spec_of, uncompiled, unwrap, wrap
+from agd_fast.engine.config import EngineConfig
+from agd_fast.engine.engine import Engine
+from agd_fast.spec import DenoiserSpec
+
+Model = TypeVar("Model")
+
+
+def optimize(model: Model, config: EngineConfig | None = EngineConfig(), *, spec: DenoiserSpec | None = None) -> Model:  # noqa: B008
+    """Let a pipeline's or a denoiser's forwards run as one graph a step, with all that does not move with x_t computed before the
+    first. Mutates and returns its argument.
+
+    It acts inside a call of the pipeline, `agd_fast.sample` and `agd_fast.guided`, with an adapter armed and on the base as well.
+    Outputs are equal to rounding. The first forward at new shapes runs as before and is captured. Where a forward cannot be
+    (offloading hooks, code that asks for values of tensors), the plain path runs, a warning says so once, and
+    `agd_fast.info(model)` says why.
+    config: None takes the engine off: everything is as before.
+    Raises: TypeError for an unknown denoiser without a spec; ValueError for one that is compiled already.
+    """
+    spec = spec_of(model, spec)
+    for component in components_of(model, spec).values():
+        denoiser = uncompiled(component)
+        engine = engine_of(denoiser)
+        if engine is not None:
+            denoiser._compiled_call_impl = None
+        if config is None:
+            continue
+        if component is not denoiser or denoiser._compiled_call_impl is not None:
+            raise ValueError(
+                f"this {type(denoiser).__name__} is compiled by torch.compile already; expected it plain: the engine compiles "
+                "what is left of a step itself (EngineConfig(compile=True))"
+            )
+        denoiser._compiled_call_impl = Engine(denoiser, spec, config)
+    if config is not None:
+        wrap(model)
+    elif attachment_of(model) is None:
+        unwrap(model)
+    return model
+
+
+def engine_of(denoiser: nn.Module) -> Engine | None:
+    """The engine that stands in for a denoiser's call."""
+    found: Any = getattr(uncompiled(denoiser), "_compiled_call_impl", None)
+    found = getattr(found, "inner", found)  # during a call of a pipeline it is watched
+    return found if isinstance(found, Engine) else None

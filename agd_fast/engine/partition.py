@@ -1,0 +1,104 @@
+"""A captured forward cut in three: what is computed once, what is computed once a step of the schedule, and the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, fx
+
+from agd_fast.engine.levels import Level, in_place_groups, is_view, levels_of
+
+
+@dataclass(frozen=True)
+class Part:
+    """A piece of the forward. arguments, results: nodes of the captured graph."""
+
+    module: fx.GraphModule
+    arguments: tuple[fx.Node, ...]
+    results: tuple[fx.Node, ...]
+
+    def __call__(self, values: Mapping[fx.Node, Tensor]) -> list[Tensor]:
+        """Its results from the values of nodes."""
+        return self.module.forward(*[values[node] for node in self.arguments])
+
+
+@dataclass(frozen=True)
+class Parts:
+    """once: of what does not move. step: of the step alone. views: of the results of `step`, other views of their memory.
+    body: the forward from all of these."""
+
+    once: Part
+    step: Part
+    views: Part
+    body: Part
+
+
+def partition(graph: fx.Graph, placeholders: Mapping[fx.Node, Level], kept: frozenset[fx.Node] = frozenset()) -> Parts:
+    """placeholders: the levels of the inputs. kept: nodes that stay in the body, whatever they depend on."""
+    level = levels_of(graph, placeholders)
+    for node in kept:
+        level[node] = Level.MOVING
+    for node in graph.nodes:  # and what comes of them
+        level[node] = max([level[node], *(level[one] for one in node.all_input_nodes)])
+    nodes = [node for node in graph.nodes if node.op == "call_function"]
+    written = in_place_groups(graph)
+    output = next(node for node in graph.nodes if node.op == "output")
+
+    def at(which: Level) -> list[fx.Node]:
+        return [node for node in nodes if level[node] == which]
+
+    def leaving(which: Level) -> list[fx.Node]:
+        """Nodes of a level whose tensors are needed above it."""
+        found = [node for node in at(which) if any(level[user] > which for user in node.users)]
+        return _tensors(found)
+
+    static, rows = leaving(Level.STATIC), leaving(Level.STEP)
+    aliases = [node for node in rows if _owner(node).op != "placeholder" and is_view(node) and node not in written]
+    chain = _view_chain(aliases)
+    stored = _tensors([*(node for node in rows if node not in aliases), *(_owner(node) for node in aliases)])
+    return Parts(
+        once=_part(graph, at(Level.STATIC), static),
+        step=_part(graph, at(Level.STEP), stored),
+        views=_part(graph, chain, aliases),
+        body=_part(graph, at(Level.MOVING), list(output.args[0])),
+    )
+
+
+def _tensors(nodes: Iterable[fx.Node]) -> list[fx.Node]:
+    """Those that are tensors, once each; what is taken out of a list of them is a node of its own."""
+    return [node for node in dict.fromkeys(nodes) if isinstance(node.meta.get("val"), Tensor)]
+
+
+def _owner(node: fx.Node) -> fx.Node:
+    """What a node is a view of, or the node."""
+    while is_view(node):
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _view_chain(aliases: list[fx.Node]) -> list[fx.Node]:
+    """The views from what they are views of to `aliases`, in the order of the graph."""
+    chain: set[fx.Node] = set()
+    for node in aliases:
+        while is_view(node):
+            chain.add(node)
+            node = node.all_input_nodes[0]
+    return [node for node in (aliases[0].graph.nodes if aliases else ()) if node in chain]
+
+
+def _part(graph: fx.Graph, nodes: list[fx.Node], results: list[fx.Node]) -> Part:
+    """`nodes` as a function of what they take from elsewhere."""
+    inner = fx.Graph()
+    own = set(nodes)
+    needed = [one for node in nodes for one in node.all_input_nodes if one not in own]
+    arguments = tuple(dict.fromkeys([*needed, *(node for node in results if node not in own)]))
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in arguments:
+        copies[node] = inner.placeholder(node.name)
+        copies[node].meta = dict(node.meta)
+    for node in nodes:
+        copies[node] = inner.node_copy(node, copies.__getitem__)
+    inner.output([copies[node] for node in results])
+    inner.eliminate_dead_code()
+    return Part(fx.GraphModule({}, inner), arguments, tuple(results))

@@ -1,0 +1,165 @@
+"""A forward at fixed shapes, ready to run: captured, cut by what it depends on, compiled, and put into a CUDA graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from agd_fast.engine.capture import Captured
+from agd_fast.engine.config import EngineConfig
+from agd_fast.engine.folding import drop_identities, fold_into_norms
+from agd_fast.engine.graphs import GraphedStep
+from agd_fast.engine.joining import join_equal_cats
+from agd_fast.engine.levels import Level, levels_of
+from agd_fast.engine.partition import partition
+from agd_fast.engine.tables import RowLayout, Table, fill_table
+
+Values = dict[fx.Node, Tensor]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """All of one run that does not move with x_t. static: what does not move at all. borrowed: of it, what is the model's own
+    memory. table: what moves with the step, where the schedule is known."""
+
+    static: Values
+    borrowed: Values
+    table: Table | None
+
+    @property
+    def bytes(self) -> int:
+        """Of memory that is held for it."""
+        storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in self.static.values()}
+        return sum(storages.values()) + (self.table.bytes if self.table else 0)
+
+
+class Program:
+    """levels: of each input, in the order of the capture. timestep: which of them is t."""
+
+    def __init__(self, captured: Captured, levels: Sequence[Level], timestep: int, config: EngineConfig) -> None:
+        self.inputs, self.levels, self.timestep, self.config = captured.inputs, list(levels), timestep, config
+        self.graph = captured.graph
+        placeholders = [node for node in self.graph.nodes if node.op == "placeholder"]
+        self.constants: Values = dict(zip(placeholders[len(self.inputs) :], captured.constants, strict=True))
+        self.device = _device([node for node, level in self._leveled if level == Level.MOVING])
+        drop_identities(self.graph)
+        fold_into_norms(self.graph, levels_of(self.graph, dict(self._leveled)))
+        self.kept = join_equal_cats(self.graph, levels_of(self.graph, dict(self._leveled)))
+        self.graph.eliminate_dead_code()
+        self._cut()
+
+    def _cut(self) -> None:
+        self.parts = parts = partition(self.graph, dict(self._leveled), self.kept)
+        values = [node.meta["val"] for node in parts.step.results]
+        self.layout = RowLayout(tuple(tuple(value.shape) for value in values), tuple(value.dtype for value in values))
+        self.rows = self.layout.empty_rows(self.device)
+        self.places = self.layout.views(self.rows)
+        stored = dict(zip(parts.step.results, self.places, strict=True))
+        self.row_values: Values = {**stored, **dict(zip(parts.views.results, parts.views(stored), strict=True))}
+        self.body: Callable[..., Any] = parts.body.module.forward
+        if self.config.compiles(self.device):
+            self.body = torch.compile(parts.body.module, fullgraph=True, dynamic=False, mode=self.config.mode)
+        self.graphed: GraphedStep | None = None
+
+    def let_move(self, index: int) -> None:
+        """Treat an input as one that changes at every step."""
+        self.levels[index] = Level.MOVING
+        self._cut()
+
+    def of_level(self, level: Level) -> list[int]:
+        return [index for index, found in enumerate(self.levels) if found == level]
+
+    def prepare(self, inputs: Sequence[Tensor]) -> Prepared:
+        """What does not move at all, without a table. inputs: of any step."""
+        static = dict(zip(self.parts.once.results, self.parts.once(self._given(inputs)), strict=True))
+        own = {tensor.untyped_storage()._cdata for tensor in self.constants.values()}
+        borrowed = {node: tensor for node, tensor in static.items() if tensor.untyped_storage()._cdata in own}
+        return Prepared({node: tensor for node, tensor in static.items() if node not in borrowed}, borrowed, None)
+
+    def tabulated(self, prepared: Prepared, inputs: Sequence[Tensor], times: Tensor, steps: Mapping[int, Tensor]) -> Prepared:
+        """`prepared` with a table of all steps, unless that is larger than the config allows.
+
+        times: t [T] on the CPU. steps: values [T, …] of the inputs that move with the step, by index.
+        """
+        if not self.places or (len(times) + 1) * self.layout.row_bytes > self.config.max_table_bytes:
+            return replace(prepared, table=None)
+        moving = {self.inputs[index]: values for index, values in steps.items()}
+        values = {**self._given(inputs), **prepared.static, **prepared.borrowed, **moving}
+        nodes = self.parts.step.arguments
+        columns = at_all_steps(
+            self.parts.step.module.forward,
+            [values[node] for node in nodes],
+            tuple(0 if node in moving else None for node in nodes),
+        )
+        return replace(prepared, table=fill_table(self.layout, columns, times))
+
+    def _given(self, inputs: Sequence[Tensor]) -> Values:
+        return {**self.constants, **{self.inputs[index]: inputs[index] for index in self.of_level(Level.STATIC)}}
+
+    def run(self, inputs: Sequence[Tensor], prepared: Prepared) -> list[Tensor]:
+        """The forward's outputs."""
+        if not self.config.graphs(self.device):
+            return self.step(inputs, prepared)
+        moving = [tensor for tensor, level in zip(inputs, self.levels, strict=True) if level != Level.STATIC]
+        kept = self._kept(inputs, prepared)
+        if self.graphed is None or not self.graphed.fits(kept):
+            self.graphed = None  # its memory first
+            self.graphed = GraphedStep(lambda moving, kept: self.step(*self._taken(moving, kept, prepared)), moving, kept)
+        return self.graphed(moving, kept)
+
+    def step(self, inputs: Sequence[Tensor], prepared: Prepared) -> list[Tensor]:
+        """`run`, operation by operation."""
+        values = {**self.constants, **prepared.static, **prepared.borrowed, **dict(zip(self.inputs, inputs, strict=True))}
+        if prepared.table is not None:
+            prepared.table.copy_row(inputs[self.timestep], self.rows)
+        elif self.places:
+            for place, found in zip(self.places, self.parts.step(values), strict=True):
+                place.copy_(found)
+        values.update(self.row_values)
+        return self.body(*[values[node] for node in self.parts.body.arguments])
+
+    def _kept(self, inputs: Sequence[Tensor], prepared: Prepared) -> list[Tensor]:
+        table = prepared.table
+        return [
+            *(inputs[index] for index in self.of_level(Level.STATIC)),
+            *prepared.static.values(),
+            *([] if table is None else [*table.rows.values(), *table.index]),
+        ]
+
+    def _taken(self, moving: Sequence[Tensor], kept: Sequence[Tensor], prepared: Prepared) -> tuple[list[Tensor], Prepared]:
+        """What `_kept` gave, in other memory, in its places."""
+        own, rest = iter(kept), iter(moving)
+        inputs = [next(own if level == Level.STATIC else rest) for level in self.levels]
+        static = {node: next(own) for node in prepared.static}
+        table = prepared.table
+        if table is not None:
+            table = Table({dtype: next(own) for dtype in table.rows}, (next(own), next(own)))
+        return inputs, Prepared(static, prepared.borrowed, table)
+
+    @property
+    def _leveled(self) -> list[tuple[fx.Node, Level]]:
+        return list(zip(self.inputs, self.levels, strict=True))
+
+
+def at_all_steps(
+    function: Callable[..., list[Tensor]], arguments: Sequence[Tensor], dims: tuple[int | None, ...]
+) -> list[Tensor]:
+    """`function` at every step, its results stacked [T, …]: one batch of all steps, or one step after another where an operation
+    has no batched form."""
+    try:
+        return torch.func.vmap(function, in_dims=dims)(*arguments)
+    except RuntimeError:
+        count = next(len(argument) for argument, dim in zip(arguments, dims, strict=True) if dim is not None)
+        steps = [
+            function(*[argument if dim is None else argument[index] for argument, dim in zip(arguments, dims, strict=True)])
+            for index in range(count)
+        ]
+        return [torch.stack(column) for column in zip(*steps, strict=True)]
+
+
+def _device(nodes: Iterable[fx.Node]) -> torch.device:
+    return next(iter(nodes)).meta["val"].device

@@ -1,0 +1,87 @@
+"""One call of a denoiser, taken apart: which of its tensors are ω, x_t and t, and what its captured form depends on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from agd_fast.attaching.arming import armed
+from agd_fast.attaching.attachment import Attachment
+from agd_fast.attaching.scope import Guidance
+from agd_fast.engine.levels import Level
+
+_PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
+
+
+@dataclass
+class Request:
+    """call: the denoiser's own. sample, time: the arguments x_t (a tensor, or a list of them) and t. attachment, guidance: where
+    there is an adapter, and where its ω changes from step to step.
+
+    inputs: the tensors of the call; before them, where the adapter is armed, ω and, where ω changes, the adapter's factor.
+    levels: of these, as far as the call tells. timestep: which of them is t. key: all that a program is made for. obstacle: why
+    there can be none, or empty.
+    """
+
+    call: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    sample: Any
+    time: Any
+    attachment: Attachment | None
+    guidance: Guidance | None
+
+    def __post_init__(self) -> None:
+        self.leaves, self.tree = pytree.tree_flatten((self.args, self.kwargs))
+        self.inputs: list[Tensor] = []
+        self.levels: list[Level] = []
+        if self.guidance is not None:
+            self.inputs, self.levels = list(self.guidance.now), [Level.STEP, Level.STEP]
+        elif self.attachment is not None and self.attachment.omega is not None and self.attachment.active:
+            self.inputs, self.levels = [self.attachment.omega], [Level.STATIC]
+        self.armed = len(self.inputs)
+        self.timestep, self.obstacle = -1, ""
+        self.samples = pytree.tree_leaves(self.sample)
+        shapes = [tuple(tensor.shape) for tensor in self.inputs]
+        self.key = (self.tree, *shapes, *[self._take(leaf) for leaf in self.leaves])
+        if self.timestep < 0 and not self.obstacle:
+            self.obstacle = f"its timestep is a {type(self.time).__name__}; expected a tensor"
+
+    def _take(self, leaf: Any) -> Any:
+        """Note one argument; what of it a program is made for."""
+        if not isinstance(leaf, Tensor):
+            if not isinstance(leaf, _PLAIN):
+                self.obstacle = f"it is called with a {type(leaf).__name__}, of which nobody can tell whether it changed"
+                return None
+            return type(leaf), leaf
+        if leaf is self.time:
+            self.timestep = len(self.inputs)
+            self.levels.append(Level.STEP)
+        else:
+            self.levels.append(Level.MOVING if any(leaf is one for one in self.samples) else Level.STATIC)
+        self.inputs.append(leaf)
+        return leaf.shape, leaf.stride(), leaf.dtype, leaf.device
+
+    def function(self, *tensors: Tensor) -> list[Tensor]:
+        """The call as a function of `inputs`; its output's tensors."""
+        own, given = tensors[: self.armed], iter(tensors[self.armed :])
+        leaves = [next(given) if isinstance(leaf, Tensor) else leaf for leaf in self.leaves]
+        args, kwargs = pytree.tree_unflatten(leaves, self.tree)
+        if self.attachment is None:
+            return pytree.tree_leaves(self.call(*args, **kwargs))
+        omega, gate = (*own, None, None)[:2]
+        with armed(self.attachment, omega, gate, ahead=self.samples[0].dtype):
+            return pytree.tree_leaves(self.call(*args, **kwargs))
+
+    def steps(self, times: Tensor) -> Mapping[int, Tensor]:
+        """Values [T, …] of the inputs that move with the step, by index. times: t [T] on the CPU, as the denoiser is given it."""
+        t = self.inputs[self.timestep]
+        found = {self.timestep: times.to(t.device).view(-1, *[1] * t.ndim).expand(-1, *t.shape)}
+        if self.guidance is not None:
+            found |= {0: self.guidance.omegas, 1: self.guidance.gates[:, None]}
+        return found
