@@ -162,6 +162,9 @@ def sample(
     guidance: Annotated[float, typer.Option(help="Guidance scale.")] = 4.0,
     steps: StepsOption = 25,
     compare: Annotated[bool, typer.Option("--compare", help="Also show unguided and two-pass CFG from the same noise.")] = False,
+    optimize: Annotated[
+        bool, typer.Option("--optimize", help="Sample with the engine.")
+    ] = False,
     seed: SeedOption = 0,
     quiet: QuietOption = False,
 ) -> None:
@@ -172,6 +175,8 @@ def sample(
     if output.suffix != ".png":
         raise typer.BadParameter(f"expected a file name that ends in .png, found {output}")
     pipeline = load_model(model, dtype)
+    if optimize:
+        agd.optimize(pipeline)
     arms = ARMS if compare else ("agd",)
     if prompt:
         count = _sample_prompts(

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from PIL import Image
+from PIL import Image, ImageChops, ImageStat
 from typer.testing import CliRunner
 
 from agd_fast.cli import app, parse_labels
@@ -50,6 +50,10 @@ def test_sample_writes_a_picture(distilled, tmp_path):
     picture = tmp_path / "samples.png"
     run("sample", distilled, "--output", picture, "--labels", "0-3", "--compare", "--steps", 5)
     assert Image.open(picture).size[0] > 300
+    optimized = tmp_path / "optimized.png"
+    run("sample", distilled, "--output", optimized, "--labels", "0-3", "--compare", "--steps", 5, "--optimize")
+    pictures = [Image.open(path).convert("L") for path in (picture, optimized)]
+    assert ImageStat.Stat(ImageChops.difference(*pictures)).mean[0] < 0.1
 
 
 def test_evaluate_writes_a_report(distilled, tmp_path):

@@ -95,7 +95,7 @@ def test_pipelines(page):
     assert agd.info(found["other"])["adapter"]["sites"]
 
 
-@pytest.mark.parametrize("name", ["families.md", "adding-a-family.md", "pipelines.md", "limits.md"])
+@pytest.mark.parametrize("name", ["families.md", "adding-a-family.md", "pipelines.md", "limits.md", "engine.md"])
 def test_links_lead_somewhere(name):
     text = (DOCS / name).read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)#]+)\)", text):
@@ -108,6 +108,10 @@ def test_families_page_is_what_its_script_writes():
     spec.loader.exec_module(script)
     assert script.PAGE.read_text(encoding="utf-8") == script.page(), "run: python docs/make_families.py"
     assert script.REMARKS.keys() <= SPECS.keys()
+
+
+def test_engine(page):
+    page("engine.md")
 
 
 def test_adding_a_family(page):

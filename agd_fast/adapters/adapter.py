@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from itertools import chain
 
-import torch
 from torch import Tensor, nn
 
-from agd_fast.adapters.base import Context, Part, Prepared, SiteAdapter, with_tokens
+from agd_fast.adapters.base import Ahead, Context, Part, Prepared, SiteAdapter, with_tokens
 from agd_fast.adapters.config import AdapterConfig
 from agd_fast.adapters.cross_attention import CrossAttention
 from agd_fast.adapters.gated_lora import GatedLora
@@ -53,13 +52,13 @@ class Adapter(nn.Module):
         masks: Mapping[str, Tensor] | None = None,
         *,
         gate: Tensor | None = None,
-        ahead: torch.dtype | None = None,
+        ahead: Ahead | None = None,
     ) -> Prepared:
         """ω [B], e_t [B, D_t], e_c [B, D_c] or [B, L, D_c] → one entry a site, in the adapter's own dtype.
 
         masks: [B, L] bool by condition, True at the tokens that count; a condition without one counts whole.
         gate: [1] or [B], what all that the adapter gives is multiplied by; 0 is the base.
-        ahead: the dtype of the tokens, where the entries are made before the first step rather than in it.
+        ahead: where the entries are made before the first step rather than in it.
         Nothing in it sees x_t: it can be computed for a whole schedule before the first step.
         Raises: ValueError when a mask does not belong to its condition.
         """

@@ -17,14 +17,24 @@ Prepared = tuple[Any, ...]  # one entry a site
 
 
 @dataclass(frozen=True)
+class Ahead:
+    """How entries are made before the first step: what does not move with t is kept apart from what does.
+
+    dtype: of the tokens that they will meet. absorb: whether projections go into entries where that saves products at each token.
+    """
+
+    dtype: torch.dtype
+    absorb: bool = True
+
+
+@dataclass(frozen=True)
 class Context:
     """What a part may see: (ω, t, c), never x_t.
 
     omega: ω [B]. time: e_t [B, D_t]. conditions: e_c [B, D_c] or [B, L, D_c] by argument.
     masks: [B, L] bool by argument, True at the tokens that count; an argument without one counts whole.
     gain: the factor of all that the adapter gives [B], such as (ω − 1); None where there is none.
-    ahead: the dtype of the tokens that entries will meet, where they are made before the first step: what does not move with t is
-        then kept apart, and projections go into entries where that saves products at every token. None makes them in the step.
+    ahead: how entries are made before the first step; None where they are made in it.
     tokens: the adapter's own embeddings of these, [B, S, d] each; token_masks: [B, S] bool or None for each.
     """
 
@@ -33,7 +43,7 @@ class Context:
     conditions: Mapping[str, Tensor]
     masks: Mapping[str, Tensor] = field(default_factory=dict)
     gain: Tensor | None = None
-    ahead: torch.dtype | None = None
+    ahead: Ahead | None = None
     tokens: tuple[Tensor, ...] = ()
     token_masks: tuple[Tensor | None, ...] = ()
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from agd_fast import ops
-from agd_fast.adapters.base import Context, Part, Prepared, SiteAdapter
+from agd_fast.adapters.base import Ahead, Context, Part, Prepared, SiteAdapter
 from agd_fast.adapters.config import AdapterConfig
 from agd_fast.spec import Layout, ResolvedSite
 
@@ -64,15 +64,15 @@ class CrossAttentionSite(SiteAdapter):
         delta = F.linear(attended, self.out.weight.to(dtype), self.out.bias.to(dtype)).to(output.dtype)
         return output + delta if gain is None else torch.addcmul(output, delta, gain.to(output.dtype))
 
-    def entry(
-        self, rows: list[Tensor], gain: Tensor | None, mask: Tensor | None, ahead: torch.dtype | None
-    ) -> Attended | Absorbed:
+    def entry(self, rows: list[Tensor], gain: Tensor | None, mask: Tensor | None, ahead: Ahead | None) -> Attended | Absorbed:
         """What this site needs of the tokens in a row, [B, S_i, d] each."""
         if ahead is None:
             rows = [torch.cat(rows, dim=1)]
-        elif self.heads * sum(row.shape[1] for row in rows) < self.key.out_features:  # fewer products at every token
-            return self._absorbed(rows, gain, mask, ahead)
-        keys, values = ([linear(row).to(ahead) for row in rows] for linear in (self.key, self.value))
+        elif ahead.absorb and self.heads * sum(row.shape[1] for row in rows) < self.key.out_features:
+            return self._absorbed(rows, gain, mask, ahead.dtype)  # fewer products at every token
+        keys, values = ([linear(row) for row in rows] for linear in (self.key, self.value))
+        if ahead is not None:
+            keys, values = ([row.to(ahead.dtype) for row in pieces] for pieces in (keys, values))
         return Attended(_joined(keys), _joined(values), gain, None if mask is None else mask[:, None, None])
 
     def _absorbed(self, rows: list[Tensor], gain: Tensor | None, mask: Tensor | None, dtype: torch.dtype) -> Absorbed:

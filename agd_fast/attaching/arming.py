@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -11,10 +10,12 @@ import torch
 from torch import Tensor
 
 from agd_fast.adapters import AdapterConfig
+from agd_fast.adapters.base import Ahead
 from agd_fast.attaching.attachment import Attachment, attachment_of, require_attachment
 from agd_fast.attaching.find import components_of, uncompiled
 from agd_fast.attaching.scope import Scope, in_scope, scope_of
 from agd_fast.spec import DenoiserSpec, device_of
+from agd_fast.warning import warn
 
 GuidanceScale = float | Sequence[float] | Tensor
 
@@ -41,7 +42,7 @@ def guided(model: Any, guidance_scale: GuidanceScale) -> Iterator[None]:
 
 @contextmanager
 def armed(
-    attachment: Attachment, omega: Tensor | None, gate: Tensor | None = None, *, ahead: torch.dtype | None = None
+    attachment: Attachment, omega: Tensor | None, gate: Tensor | None = None, *, ahead: Ahead | None = None
 ) -> Iterator[None]:
     """Arm with ω [1] or [B] as it is, or disarm with None: no conversion, no check, no host sync.
 
@@ -81,15 +82,14 @@ def to_omega(guidance_scale: GuidanceScale, spec: DenoiserSpec) -> Tensor:
     return scale.reshape(-1) + spec.omega_offset
 
 
-def warn_outside(omega: Tensor, config: AdapterConfig, stacklevel: int = 4) -> None:
+def warn_outside(omega: Tensor, config: AdapterConfig) -> None:
     low, high = config.guidance_range
     outside = (omega < low - 1e-6) | (omega > high + 1e-6)
     if config.identity_at_one:
         outside &= omega != 1
     if outside.any():
         lowest, highest = float(omega.min()), float(omega.max())
-        warnings.warn(
+        warn(
             f"guidance scale ω from {lowest:g} to {highest:g} lies outside [{low:g}, {high:g}], "
             "the range this adapter was trained on; far outside, samples break: distil with a wider guidance_range",
-            stacklevel=stacklevel,
         )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from agd_fast.adapters import Adapter
-from agd_fast.adapters.base import Prepared, SiteAdapter
+from agd_fast.adapters.base import Ahead, Prepared, SiteAdapter
 from agd_fast.attaching.find import bring, bring_embedders, denoiser_of
 from agd_fast.conditioning import embed_conditions, embed_time
 from agd_fast.spec import Condition, DenoiserSpec, config_value
@@ -43,7 +43,7 @@ class Attachment:
         self.enabled = True
         self.omega: Tensor | None = None  # [1] or [B] float32 while armed
         self.gate: Tensor | None = None  # [1], what the adapter is multiplied by; None is 1
-        self.ahead: torch.dtype | None = None  # of the tokens, where entries are made before the first step, as the engine does
+        self.ahead: Ahead | None = None  # where entries are made before the first step, as the engine does
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "enabled": True, "omega": None, "gate": None, "ahead": None}

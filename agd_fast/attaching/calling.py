@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
@@ -18,6 +17,7 @@ from agd_fast.attaching.find import components_of, uncompiled
 from agd_fast.attaching.scope import Guidance, optimized, scope_of, scoped
 from agd_fast.attaching.steps import around_step, before_forward, timesteps_of
 from agd_fast.spec import DenoiserSpec, device_of
+from agd_fast.warning import warn
 
 Negative = Literal["warn", "cfg"]
 Interval = tuple[float, float]
@@ -70,16 +70,14 @@ def _call(
     if _has_negative(arguments, (None, "", spec.pipeline.negative_prompt, first.adapter.config.negative_prompt)):
         if negative == "cfg":
             return _two_pass(pipe, call, arguments, spec)
-        warnings.warn(
+        warn(
             "the negative prompt is left out: this adapter was trained for the unconditional prediction; "
             "negative='cfg' runs the base with two passes instead",
-            stacklevel=3,
         )
     if others := sorted(name for name in _OF_THE_RULE if arguments.get(name)):
-        warnings.warn(
+        warn(
             f"without effect: {', '.join(others)}. It belongs to the pipeline's own guidance, which one pass has as it was "
             "distilled (agd_fast.distill(..., call=...))",
-            stacklevel=3,
         )
     if first.omega is not None:
         return _call_inside_guided(pipe, call, arguments, spec, guidance_interval)
@@ -168,7 +166,8 @@ def _arm(stack: ExitStack, pipe: Any, omegas: Mapping[str, Scale], spec: Denoise
         scale = omegas[name]
         omega = scale(0.0) if callable(scale) else scale
         placed.append(_Placed(component, scale))
-        warn_outside(omega, placed[-1].attachment.adapter.config, stacklevel=7)
+        if not callable(scale):
+            warn_outside(omega, placed[-1].attachment.adapter.config)
         stack.enter_context(armed(placed[-1].attachment, omega.to(device_of(component))))
     steps = _Steps(pipe, placed, interval)
     for component in components.values():
@@ -189,7 +188,8 @@ class _Placed:
         scale = self.scale
         rows = [scale(fraction) for fraction in fractions] if callable(scale) else [scale] * len(fractions)
         omegas = torch.stack(rows)
-        warn_outside(omegas, self.attachment.adapter.config, stacklevel=8)
+        if callable(scale):
+            warn_outside(omegas, self.attachment.adapter.config)
         device = device_of(self.component)
         self.guidance = Guidance(omegas.to(device), torch.tensor(gates).to(device))
         if (scope := scope_of(uncompiled(self.component))) is not None:

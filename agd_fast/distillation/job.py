@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -24,6 +23,7 @@ from agd_fast.freezing import frozen
 from agd_fast.storage import load, save
 from agd_fast.teacher import Conditions, Teacher
 from agd_fast.trajectories import Source, Trajectories, collect
+from agd_fast.warning import warn
 
 RESULT_NAME, PICTURE_NAME, VALIDATION_NAME = "distill.json", "samples.png", "validation"
 
@@ -197,7 +197,7 @@ def _require_fit(states: Trajectories, teacher: Teacher, guidance_range: tuple[f
     if differing := differences(expected, found):
         raise ValueError(f"{where} holds trajectories that do not fit this run ({differing})")
     if plan["model"]["hash"] != fingerprint(teacher.denoiser.state_dict()):
-        warnings.warn(f"{where} was collected from other weights than this {expected['model.class']} has", stacklevel=5)
+        warn(f"{where} was collected from other weights than this {expected['model.class']} has")
 
 
 def _write(job: Job, result: DistillResult, about: dict[str, Any]) -> None:

@@ -64,6 +64,12 @@ def value_of(node: fx.Node) -> Any:
     return node.meta.get("val")
 
 
+def kind_of(node: fx.Node) -> Any:
+    """dtype, device, shape and strides of a tensor."""
+    value = value_of(node)
+    return (value.dtype, value.device, value.shape, value.stride()) if isinstance(value, Tensor) else value
+
+
 def add_call(graph: fx.Graph, target: Any, *args: Any) -> fx.Node:
     """A further call of an operator at the graph's insertion point; lists of nodes may be among `args`."""
     node = graph.call_function(target, args)
@@ -104,17 +110,11 @@ def _drop_casts(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         if schema_name(node) not in _CASTS or not isinstance(node.args[0], fx.Node):
             continue
-        before, after = value_of(node.args[0]), value_of(node)
         if schema_name(node) == "aten::dropout" and node.args[2]:
             raise NotCapturableError("its forward draws random numbers (dropout)")
-        same = isinstance(before, Tensor) and isinstance(after, Tensor)
-        if same and not node.kwargs.get("copy") and _kind(before) == _kind(after):
+        if not node.kwargs.get("copy") and kind_of(node) == kind_of(node.args[0]):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
-
-
-def _kind(tensor: Tensor) -> Any:
-    return tensor.dtype, tensor.device, tensor.shape, tensor.stride()
 
 
 def _first_line(error: Exception) -> str:

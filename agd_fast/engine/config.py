@@ -13,6 +13,9 @@ class EngineConfig:
 
     compile: torch.compile(fullgraph=True) of what is left of a step; None does it on CUDA. mode: of torch.compile.
     graph: one CUDA graph a step; None does it on CUDA.
+    hoist: compute what does not move with x_t before the first step. fold: leave out operations that change nothing, and let
+        norms take scales and shifts that do not move with x_t. absorb: put the projections of cross-attention adapters into their
+        keys and values where that is cheaper. These three can be switched off to measure what each gives.
     max_table_bytes: of the table that holds what depends on the step alone; where all steps of a schedule need more, it is
         computed in each step instead.
     """
@@ -20,6 +23,9 @@ class EngineConfig:
     compile: bool | None = None
     mode: str | None = None
     graph: bool | None = None
+    hoist: bool = True
+    fold: bool = True
+    absorb: bool = True
     max_table_bytes: int = 2**30
 
     def __post_init__(self) -> None:

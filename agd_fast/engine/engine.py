@@ -6,7 +6,6 @@ it always did and is captured; from then on the captured program runs. Where it 
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -19,17 +18,19 @@ from agd_fast.attaching.attachment import Attachment, attachment_of
 from agd_fast.attaching.scope import Scope, scope_of
 from agd_fast.engine.capture import NotCapturableError, capture
 from agd_fast.engine.config import EngineConfig
-from agd_fast.engine.fingerprint import fingerprint, obstacle, same, version
+from agd_fast.engine.fingerprint import Fingerprint, obstacle, version
 from agd_fast.engine.levels import Level
 from agd_fast.engine.program import Prepared, Program
 from agd_fast.engine.request import Request
 from agd_fast.engine.timesteps import arguments_of
 from agd_fast.spec import DenoiserSpec, device_of, forward_parameters
+from agd_fast.warning import warn
 
 PROGRAMS = 16  # kept at once: shapes, armed or not
 VALUES = 2  # that a static argument may have in one scope: conditional and unconditional forwards one after another
 AGREEMENT = {torch.float16: 0.05, torch.bfloat16: 0.1}  # of a captured program with the model, relative; other dtypes: EXACT
-EXACT = 1e-3
+EXACT = 1e-2
+_AUTOCAST = ("cuda", "cpu")
 
 
 @dataclass(eq=False)
@@ -60,12 +61,12 @@ class Engine:
         self.refused: dict[Any, str] = {}  # why calls with a key are plain
         self.obstacle = ""  # why all calls are, for the model as it is
         self.ahead_bytes = 0  # of the last scope
-        self._model: list[Any] = []
+        self._model: Fingerprint | None = None
         self._told: set[str] = set()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         scope = scope_of(self.denoiser)
-        if scope is None or torch.is_grad_enabled() or torch.is_autocast_enabled() or self.denoiser.training:
+        if scope is None or torch.is_grad_enabled() or self.denoiser.training or any(map(torch.is_autocast_enabled, _AUTOCAST)):
             return self._plain(args, kwargs)
         attachment = attachment_of(self.denoiser)
         self._look(scope, attachment)
@@ -100,7 +101,7 @@ class Engine:
     def _request(self, scope: Scope, attachment: Attachment | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Request:
         sample, time = (self._argument(name, args, kwargs) for name in (self.spec.sample, self.spec.timestep))
         guidance = scope.guidance if attachment is not None and attachment.enabled else None
-        return Request(self.denoiser._call_impl, args, kwargs, sample, time, attachment, guidance)
+        return Request(self.denoiser._call_impl, args, kwargs, sample, time, attachment, guidance, self.config)
 
     def _argument(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         position = self.positions.get(name, len(args))
@@ -112,9 +113,9 @@ class Engine:
         if scope.looked and not scope.watched:
             return
         scope.looked = True
-        found = fingerprint([self.denoiser, *([attachment.adapter] if attachment else [])])
-        if not same(found, self._model):
-            self._model = found
+        roots = [self.denoiser, *([attachment.adapter] if attachment else [])]
+        if self._model is None or not self._model.holds(roots):
+            self._model = Fingerprint(roots)
             self.captured.clear()
             self.refused.clear()
             scope.store.clear()
@@ -180,7 +181,7 @@ class Engine:
     def _tell(self, reason: str) -> None:
         if reason not in self._told:
             self._told.add(reason)
-            warnings.warn(f"{type(self.denoiser).__name__} runs as it is, not optimized: {reason}", stacklevel=2)
+            warn(f"{type(self.denoiser).__name__} runs as it is, not optimized: {reason}")
 
 
 def _moves(known: Sequence[Tensor], found: Tensor) -> bool:

@@ -1,16 +1,16 @@
 """Everything of a model that its captured forward took for granted, so that a change of it is seen.
 
-Weights by identity, version, dtype and device; modules, hooks and processors by identity; flags and scales (those of LoRA among
-them) by value. A write through `tensor.data` has no version: between runs nothing depends on it, as nothing computed ahead
-outlives a run; inside a run torch itself cannot tell.
+Weights by identity, version, dtype, device and address; modules, hooks and processors by identity; flags and scales (those of
+LoRA among them) by value. A write through `tensor.data` has no version: between runs nothing depends on it, as nothing computed
+ahead outlives a run; inside a run torch itself cannot tell.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from agd_fast.attaching.attachment import ROOT, SITES
@@ -19,31 +19,64 @@ from agd_fast.attaching.scope import SCOPE
 
 _OUR_HOOKS = (change_argument, change_output, finish_forward, prepare_forward)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-_SKIPPED = {ROOT, SITES, SCOPE, "_modules", "_compiled_call_impl", *_HOOKS}
+_OURS = (ROOT, SITES, SCOPE)
+_OF_CALLS = (SCOPE, "_compiled_call_impl")  # what calls of an optimized denoiser change on it themselves
+_OF_NO_FORWARD = ("_backward", "_state_dict", "_load_state_dict", "_forward_hooks_", "_forward_pre_hooks_", "_non_persistent")
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 DEPTH = 3  # of containers and objects inside attributes
 
 
-def fingerprint(roots: Iterable[nn.Module]) -> list[Any]:
-    """What `same` compares; it keeps what it names alive, so that no identity is taken by something else."""
-    found: list[Any] = []
-    for root in roots:
-        for module in root.modules():
-            found += (module, type(module))
-            for name, value in vars(module).items():
-                if name in _HOOKS:
-                    found += value.values()
-                elif name not in _SKIPPED and not name.startswith(
-                    ("_backward", "_state_dict", "_load_state_dict", "_non_persistent")
-                ):
-                    _add(found, value, DEPTH)
-    return found
+class Fingerprint:
+    """A model as it is now. It keeps alive what it names, so that no identity is taken by something else."""
 
+    def __init__(self, roots: Iterable[nn.Module]) -> None:
+        self.roots = list(roots)
+        self.types: list[tuple[nn.Module, type]] = []
+        self.tensors: list[tuple[Tensor, Any]] = []
+        self.containers: list[tuple[Callable[[], Iterable[Any]], list[Any], list[int]]] = []  # what is in each, and identities
+        for root in self.roots:
+            for module in root.modules():
+                self.types.append((module, type(module)))
+                self._take_attributes(module, is_root=module is root)
 
-def same(one: list[Any], other: list[Any]) -> bool:
-    return len(one) == len(other) and all(
-        a is b or (type(a) is type(b) and _equal(a, b)) for a, b in zip(one, other, strict=True)
-    )
+    def holds(self, roots: Iterable[nn.Module]) -> bool:
+        """Whether the model is these roots, and as it was."""
+        if list(map(id, roots)) != list(map(id, self.roots)):
+            return False
+        if any(type(module) is not kind for module, kind in self.types):
+            return False
+        if any(_state(tensor) != state for tensor, state in self.tensors):
+            return False
+        for contents, values, identities in self.containers:
+            if [*map(id, contents())] != identities:
+                found = list(contents())
+                if len(found) != len(values) or not all(map(_equal, found, values)):
+                    return False
+                values[:], identities[:] = found, map(id, found)
+        return True
+
+    def _take_attributes(self, module: nn.Module, is_root: bool) -> None:
+        attributes = vars(module)
+        self._take_contents(partial(_without_calls, attributes) if is_root else attributes.values)
+        for name, value in attributes.items():
+            if name not in (*_OURS, *_OF_CALLS) and not name.startswith(_OF_NO_FORWARD):
+                self._take(value, DEPTH)
+
+    def _take(self, value: Any, depth: int) -> None:
+        if isinstance(value, Tensor):
+            self.tensors.append((value, _state(value)))
+        elif isinstance(value, (nn.Module, *_PLAIN)) or not depth:
+            return  # a module is looked at by itself; what is plain, in what holds it
+        elif isinstance(value, (Mapping, list, tuple, set, frozenset)):
+            self._take_contents(value.values if isinstance(value, Mapping) else partial(iter, value))
+            for inner in value.values() if isinstance(value, Mapping) else value:
+                self._take(inner, depth - 1)
+        elif isinstance(getattr(value, "__dict__", None), dict):
+            self._take(value.__dict__, depth)
+
+    def _take_contents(self, contents: Callable[[], Iterable[Any]]) -> None:
+        values = list(contents())
+        self.containers.append((contents, values, list(map(id, values))))
 
 
 def obstacle(root: nn.Module) -> str:
@@ -59,35 +92,10 @@ def obstacle(root: nn.Module) -> str:
         hooks = [hook for kind in _HOOKS for hook in getattr(module, kind).values() if hook not in _OUR_HOOKS]
         if hooks:
             return f"{where} has a hook that is not ours ({getattr(hooks[0], '__qualname__', hooks[0])})"
-    tensors = (*root.named_parameters(), *root.named_buffers())
-    for name, tensor in tensors:
+    for name, tensor in (*root.named_parameters(), *root.named_buffers()):
         if tensor.is_inference():
             return f"{name} was made in torch.inference_mode, so that changes of it cannot be seen"
     return ""
-
-
-def _add(found: list[Any], value: Any, depth: int) -> None:
-    if isinstance(value, _PLAIN):
-        found.append(value)
-    elif isinstance(value, Tensor):
-        found += (value, version(value), value.dtype, value.device, tuple(value.shape))
-    elif isinstance(value, nn.Module):
-        found.append(value)
-    elif depth:
-        children = list(_children(value))
-        found.append(len(children) if isinstance(value, (Mapping, list, tuple, set, frozenset)) else value)
-        for child in children:
-            _add(found, child, depth - 1)
-
-
-def _children(value: Any) -> Iterator[Any]:
-    if isinstance(value, Mapping):
-        for key, inner in value.items():
-            yield from (key, inner)
-    elif isinstance(value, (list, tuple, set, frozenset)):
-        yield from value
-    else:
-        yield from getattr(value, "__dict__", {}).values()
 
 
 def version(tensor: Tensor) -> int | None:
@@ -95,7 +103,22 @@ def version(tensor: Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
 
 
+def _state(tensor: Tensor) -> Any:
+    return version(tensor), tensor.dtype, tensor.device, tensor.shape, tensor.data_ptr()
+
+
+def _without_calls(attributes: Mapping[str, Any]) -> list[Any]:
+    return [value for name, value in attributes.items() if name not in _OF_CALLS]
+
+
 def _equal(one: Any, other: Any) -> bool:
-    if isinstance(one, float):
-        return one == other or (one != one and other != other)
-    return isinstance(one, (*_PLAIN, tuple, torch.device)) and one == other
+    """Whether both are the same object, or plain values, or containers of these, that are equal."""
+    if one is other:
+        return True
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, Mapping):
+        return one.keys() == other.keys() and all(_equal(one[name], other[name]) for name in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(_equal, one, other))
+    return isinstance(one, (*_PLAIN, set, frozenset)) and (one == other or (one != one and other != other))

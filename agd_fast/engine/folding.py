@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from agd_fast.engine.capture import add_call, schema_name, value_of
+from agd_fast.engine.capture import add_call, kind_of, schema_name, value_of
 from agd_fast.engine.levels import Level, in_place_groups
 
 aten = torch.ops.aten
@@ -24,13 +24,14 @@ _NEUTRAL = {"aten::div": 1, "aten::mul": 1, "aten::add": 0, "aten::sub": 0}
 
 
 def drop_identities(graph: fx.Graph) -> None:
-    """x / 1, x · 1, x + 0, x − 0 in the same dtype are x."""
+    """x / 1, x · 1, x + 0, x − 0 in the same dtype and layout are x."""
+    written = in_place_groups(graph)
     for node in list(graph.nodes):
         neutral = _NEUTRAL.get(schema_name(node))
         if neutral is None or len(node.args) != 2 or node.kwargs or isinstance(node.args[1], fx.Node):
             continue
         x = node.args[0]
-        if node.args[1] == neutral and isinstance(x, fx.Node) and value_of(x).dtype == value_of(node).dtype:
+        if node.args[1] == neutral and isinstance(x, fx.Node) and node not in written and kind_of(x) == kind_of(node):
             node.replace_all_uses_with(x)
             graph.erase_node(node)
 
@@ -123,6 +124,8 @@ class _Norm:
             norm = self._call(self.node.target, x, arguments[1], weight, bias, *arguments[4:])
             if self.grouped:
                 norm = self._call(aten.view.default, norm, list(self.value.shape))
+        if kind_of(norm) != kind_of(self.end):  # what follows may be a view of that layout
+            return
         self.end.replace_all_uses_with(norm)
 
     def _folded(self, weight: Any, bias: Any) -> tuple[fx.Node, fx.Node | None]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +12,12 @@ from torch import Tensor
 WARMUP = 3  # runs before the recording: compilation, autotuning and workspaces must be done with
 
 Step = Callable[[Sequence[Tensor], Sequence[Tensor]], list[Tensor]]
+
+
+@functools.cache
+def _pool() -> Any:
+    """The memory that all graphs work in: they never run at the same time, and what they give is copied out at once."""
+    return torch.cuda.graph_pool_handle()
 
 
 class GraphedStep:
@@ -26,7 +34,7 @@ class GraphedStep:
                 step(self.moving, self.kept)
         current.wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        with torch.cuda.graph(self.graph, pool=_pool()):
             self.outputs = step(self.moving, self.kept)
 
     def fits(self, kept: Sequence[Tensor]) -> bool:

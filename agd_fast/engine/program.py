@@ -46,10 +46,13 @@ class Program:
         placeholders = [node for node in self.graph.nodes if node.op == "placeholder"]
         self.constants: Values = dict(zip(placeholders[len(self.inputs) :], captured.constants, strict=True))
         self.device = _device([node for node, level in self._leveled if level == Level.MOVING])
-        drop_identities(self.graph)
-        fold_into_norms(self.graph, levels_of(self.graph, dict(self._leveled)))
+        if config.fold:
+            drop_identities(self.graph)
+            fold_into_norms(self.graph, levels_of(self.graph, dict(self._leveled)))
         self.kept = join_equal_cats(self.graph, levels_of(self.graph, dict(self._leveled)))
         self.graph.eliminate_dead_code()
+        if not config.hoist:
+            self.kept = frozenset(self.graph.nodes)
         self._cut()
 
     def _cut(self) -> None:

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from agd_fast.adapters.base import Ahead
 from agd_fast.attaching.arming import armed
 from agd_fast.attaching.attachment import Attachment
 from agd_fast.attaching.scope import Guidance
+from agd_fast.engine.config import EngineConfig
 from agd_fast.engine.levels import Level
 
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
@@ -35,6 +37,7 @@ class Request:
     time: Any
     attachment: Attachment | None
     guidance: Guidance | None
+    config: EngineConfig
 
     def __post_init__(self) -> None:
         self.leaves, self.tree = pytree.tree_flatten((self.args, self.kwargs))
@@ -75,7 +78,8 @@ class Request:
         if self.attachment is None:
             return pytree.tree_leaves(self.call(*args, **kwargs))
         omega, gate = (*own, None, None)[:2]
-        with armed(self.attachment, omega, gate, ahead=self.samples[0].dtype):
+        ahead = Ahead(self.samples[0].dtype, self.config.absorb) if self.config.hoist else None
+        with armed(self.attachment, omega, gate, ahead=ahead):
             return pytree.tree_leaves(self.call(*args, **kwargs))
 
     def steps(self, times: Tensor) -> Mapping[int, Tensor]:

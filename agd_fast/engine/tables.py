@@ -46,7 +46,7 @@ class RowLayout:
         ]
 
     def empty_rows(self, device: torch.device, count: int | None = None) -> dict[torch.dtype, Tensor]:
-        """One row for each dtype, [length], or `count` of them, [count, length]; NaN where nobody writes."""
+        """One row for each dtype, [length], or `count` of them, [count, length]; 0 where nobody writes."""
         return {
             dtype: torch.zeros(length if count is None else (count, length), dtype=dtype, device=device)
             for dtype, length in self.offsets[1].items()

@@ -1,0 +1,16 @@
+"""Warnings that point at the caller's own line, however deep in here they arise."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+
+_INSIDE = ("agd_fast", "torch", "diffusers", "contextlib", "functools")
+
+
+def warn(message: str) -> None:
+    """A UserWarning at the innermost line that is neither this library's nor one that it runs through."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _INSIDE:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)
