@@ -162,9 +162,7 @@ def sample(
     guidance: Annotated[float, typer.Option(help="Guidance scale.")] = 4.0,
     steps: StepsOption = 25,
     compare: Annotated[bool, typer.Option("--compare", help="Also show unguided and two-pass CFG from the same noise.")] = False,
-    optimize: Annotated[
-        bool, typer.Option("--optimize", help="Sample with the engine.")
-    ] = False,
+    optimize: Annotated[bool, typer.Option("--optimize", help="Sample with the engine.")] = False,
     seed: SeedOption = 0,
     quiet: QuietOption = False,
 ) -> None:

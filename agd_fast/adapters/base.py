@@ -103,8 +103,9 @@ def _mean(token: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def gained(delta: Tensor, context: Context) -> Tensor:
-    """δ [B, C] times the context's gain, where there is one."""
-    return delta if context.gain is None else delta * context.gain[:, None]
+    """δ [B, C] times the context's gain, where there is one; made ahead, in the dtype of the tokens."""
+    delta = delta if context.gain is None else delta * context.gain[:, None]
+    return delta if context.ahead is None else delta.to(context.ahead.dtype)
 
 
 def broadcast(delta: Tensor, output: Tensor, channel_dim: int) -> Tensor:

@@ -5,7 +5,7 @@ Of all kinds this one sees every token through a map of its own; only the gates 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,12 @@ from torch.nn import functional as F
 from agd_fast.adapters.base import Context, Part, Prepared, SiteAdapter, broadcast, gained, pooled
 from agd_fast.adapters.config import AdapterConfig
 from agd_fast.spec import Layout, ResolvedSite
+
+
+class ScaledUp(NamedTuple):
+    """U·diag(s) of one sample, [C, r]: made before the first step, it saves the scaling in it."""
+
+    weight: Tensor
 
 
 class GatedLoraSite(SiteAdapter):
@@ -26,14 +32,15 @@ class GatedLoraSite(SiteAdapter):
         nn.init.zeros_(self.up.weight)
 
     def forward(self, hidden: Tensor, output: Tensor, prepared: Any) -> Tensor:
-        down, up = self.down.weight.to(hidden.dtype), self.up.weight.to(hidden.dtype)
+        up, gates = (prepared.weight, None) if isinstance(prepared, ScaledUp) else (self.up.weight, prepared)
+        down, up = self.down.weight.to(hidden.dtype), up.to(hidden.dtype)
         if self.site.channel_dim == 1 and hidden.is_contiguous() and output.is_contiguous() and hidden.dtype == output.dtype:
             low = torch.bmm(down.expand(len(hidden), -1, -1), hidden.flatten(2))  # [B, r, H·W]
-            low = low * broadcast(prepared, low, 1)
+            low = low if gates is None else low * broadcast(gates, low, 1)
             return torch.baddbmm(output.flatten(2), up.expand(len(hidden), -1, -1), low).view_as(output)
         low = F.linear(hidden.movedim(self.site.channel_dim, -1), down)  # [B, ..., r]
-        delta = F.linear(low * broadcast(prepared, low, -1), up)
-        return output + delta.movedim(-1, self.site.channel_dim).to(output.dtype)
+        low = low if gates is None else low * broadcast(gates, low, -1)
+        return output + F.linear(low, up).movedim(-1, self.site.channel_dim).to(output.dtype)
 
 
 class GatedLora(Part):
@@ -45,5 +52,8 @@ class GatedLora(Part):
         self.gates = nn.Linear(self.hidden, config.rank * len(sites))  # of all sites, in one matrix
 
     def forward(self, context: Context) -> Prepared:
-        gates = 1 + self.gates(F.silu(pooled(context)))  # [B, r·sites]
-        return gained(gates, context).split(self.rank, dim=-1)
+        """s [B, r] a site, or ScaledUp."""
+        gates = gained(1 + self.gates(F.silu(pooled(context))), context).split(self.rank, dim=-1)  # [B, r·sites]
+        if context.ahead is None or len(context.omega) > 1:
+            return gates
+        return tuple(ScaledUp(site.up.weight * gate) for site, gate in zip(self.sites, gates, strict=True))  # type: ignore

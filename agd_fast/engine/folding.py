@@ -1,4 +1,4 @@
-"""Operations that need not run: those that change nothing, and rows that a norm can take as its own weight and bias.
+"""Operations that need not run: those that change nothing, those that run twice, and rows that a norm can take as its own.
 
 A norm followed by a scale and a shift that do not depend on x_t (adaLN, and modulation adapters on norms) is a norm with
 another γ and β. Layer norms have one γ for all samples of a batch, so theirs are folded where the batch is one sample; group
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from agd_fast.engine.capture import add_call, kind_of, schema_name, value_of
-from agd_fast.engine.levels import Level, in_place_groups
+from agd_fast.engine.levels import Level, in_place_groups, is_random
 
 aten = torch.ops.aten
 
@@ -34,6 +34,28 @@ def drop_identities(graph: fx.Graph) -> None:
         if node.args[1] == neutral and isinstance(x, fx.Node) and node not in written and kind_of(x) == kind_of(node):
             node.replace_all_uses_with(x)
             graph.erase_node(node)
+
+
+def share_equals(graph: fx.Graph) -> None:
+    """Operations on the same arguments are one: DiT's blocks take the sines of t each for itself."""
+    written = in_place_groups(graph)
+    found: dict[Any, fx.Node] = {}
+    for node in list(graph.nodes):
+        if node.op != "call_function" or node in written or is_random(node):
+            continue
+        key = (node.target, _hashable(node.args), _hashable(node.kwargs))
+        if found.setdefault(key, node) is not node:
+            node.replace_all_uses_with(found[key])
+            graph.erase_node(node)
+
+
+def _hashable(value: Any) -> Any:
+    """With the type of what is no tensor: 1, 1.0 and True are not the same argument."""
+    if isinstance(value, Mapping):
+        return tuple((name, _hashable(inner)) for name, inner in value.items())
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_hashable, value))
+    return value if isinstance(value, fx.Node) else (type(value), repr(value))
 
 
 def fold_into_norms(graph: fx.Graph, level: Mapping[fx.Node, Level]) -> None:
@@ -128,34 +150,28 @@ class _Norm:
             return
         self.end.replace_all_uses_with(norm)
 
-    def _folded(self, weight: Any, bias: Any) -> tuple[fx.Node, fx.Node | None]:
-        """The norm's own weight and bias after all operations, computed in float32 and rounded once."""
-        shape = [math.prod(self.channels)] if self.grouped else list(self.channels)
-        w, b = (self._wide(own, self.channels[1:] if self.grouped else self.channels) for own in (weight, bias))
+    def _folded(self, weight: Any, bias: Any) -> tuple[Any, Any]:
+        """The norm's own weight and bias after all operations."""
+        w, b = weight, bias
         for kind, row in self.operations:
-            row = self._wide(row, self.channels)
+            row = self._call(aten.view.default, row, list(self.channels))
             if kind == "shift":
                 b = row if b is None else self._call(aten.add.Tensor, b, row)
-                continue
-            factor = self._call(aten.add.Scalar, row, 1) if kind == "one_plus" else row
-            w = factor if w is None else self._call(aten.mul.Tensor, w, factor)
-            b = None if b is None else self._call(aten.mul.Tensor, b, factor)
-        return self._rounded(w, shape), None if b is None else self._rounded(b, shape)
+            elif kind == "scale":
+                w = row if w is None else self._call(aten.mul.Tensor, w, row)
+                b = None if b is None else self._call(aten.mul.Tensor, b, row)
+            else:
+                w = self._call(aten.add.Scalar, row, 1) if w is None else self._call(aten.addcmul.default, w, w, row)
+                b = None if b is None else self._call(aten.addcmul.default, b, b, row)
+        return self._flat(w), self._flat(b)
 
-    def _wide(self, row: Any, shape: tuple[int, ...]) -> Any:
-        if row is None:
-            return None
-        if tuple(value_of(row).shape) != shape:
-            row = self._call(aten.view.default, row, list(shape))
-        wide = torch.promote_types(value_of(row).dtype, torch.float32)
-        return row if value_of(row).dtype == wide else self._call(aten.to.dtype, row, wide)
-
-    def _rounded(self, row: fx.Node, shape: list[int]) -> fx.Node:
-        if tuple(value_of(row).shape) != tuple(self.channels):  # a static weight alone, for all samples
+    def _flat(self, row: Any) -> Any:
+        """A row in the shape that the norm takes."""
+        if row is None or not self.grouped:
+            return row
+        if tuple(value_of(row).shape) != self.channels:  # the norm's own, the same for all samples
             row = self._call(aten.expand.default, row, list(self.channels))
-        if value_of(row).dtype != self.value.dtype:
-            row = self._call(aten.to.dtype, row, self.value.dtype)
-        return self._call(aten.reshape.default, row, shape)
+        return self._call(aten.reshape.default, row, [math.prod(self.channels)])
 
     def _call(self, target: Any, *args: Any) -> fx.Node:
         return add_call(self.graph, target, *args)

@@ -39,7 +39,7 @@ def levels_of(graph: fx.Graph, placeholders: Mapping[fx.Node, Level]) -> dict[fx
             else:
                 found = [level[one] for one in node.all_input_nodes]
                 level[node] = max(found, default=Level.STATIC)
-                if node.op == "output" or _random(node):
+                if node.op == "output" or is_random(node):
                     level[node] = Level.MOVING
             if owners.get(node) in written:
                 group = owners[node]
@@ -108,5 +108,6 @@ def _writes(node: fx.Node) -> bool:
     return schema is not None and schema.is_mutable
 
 
-def _random(node: fx.Node) -> bool:
+def is_random(node: fx.Node) -> bool:
+    """Whether it draws random numbers."""
     return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())

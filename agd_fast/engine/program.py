@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from agd_fast.engine.capture import Captured
 from agd_fast.engine.config import EngineConfig
-from agd_fast.engine.folding import drop_identities, fold_into_norms
+from agd_fast.engine.folding import drop_identities, fold_into_norms, share_equals
 from agd_fast.engine.graphs import GraphedStep
 from agd_fast.engine.joining import join_equal_cats
 from agd_fast.engine.levels import Level, levels_of
@@ -48,6 +48,7 @@ class Program:
         self.device = _device([node for node, level in self._leveled if level == Level.MOVING])
         if config.fold:
             drop_identities(self.graph)
+            share_equals(self.graph)
             fold_into_norms(self.graph, levels_of(self.graph, dict(self._leveled)))
         self.kept = join_equal_cats(self.graph, levels_of(self.graph, dict(self._leveled)))
         self.graph.eliminate_dead_code()
