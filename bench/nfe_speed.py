@@ -1,101 +1,109 @@
-"""Sampling speed: unguided, two-pass CFG and one-pass AGD, interleaved, on whatever device is there.
+"""Sampling speed: unguided, CFG and AGD, plain and optimized, interleaved, on whatever device is there.
 
 python bench/nfe_speed.py                                 # the digits teacher that ships
 python bench/nfe_speed.py --batch 1 16 64 --json out.json
 python bench/nfe_speed.py --teacher bench/teachers/digits-unet
+python bench/nfe_speed.py --model sdxl-1024 --batch 1 4 --dtype bf16 --json out.json    # random weights, nothing to download
+python bench/nfe_speed.py --model sdxl-1024 --device meta                               # FLOPs and launches, without a GPU
 """
 
 from __future__ import annotations
 
 import argparse
 import subprocess
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
-from rich.console import Console
-from torch.utils.flop_counter import FlopCounterMode
 
-import agd_fast as agd
 from agd_fast.environment import environment
-from agd_fast.evaluation.evaluate import ARMS, arm_sampler, count_evaluations
-from agd_fast.evaluation.speed import time_interleaved
 from agd_fast.files import write_json
-from agd_fast.reporting.tables import rich_table
-from agd_fast.teacher import Conditions
 from quality.teachers import TEACHERS, load_teacher
+from speed.architectures import ARCHITECTURES, find_architecture
+from speed.arms import ARMS, require_arms
+from speed.digits import measure_teacher
+from speed.hardware import gpu_state
+from speed.measure import Row
+from speed.models import Settings, measure_model
+from speed.reference import ReferenceAdapters
 
-HEADER = ("batch", "arm", "NFE", "MFLOP / step", "ms / image", "p20", "p80", "× unguided", "CFG / this")
-
-
-def measure(
-    teacher: agd.Teacher, table: Conditions, batch: int, steps: int, rounds: int, guidance_scale: float
-) -> list[dict[str, Any]]:
-    rows = torch.arange(batch) % len(next(iter(table.values())))
-    conditions = {name: value[rows].to(teacher.device) for name, value in table.items()}
-    noise = torch.randn(batch, *teacher.sample_shape, generator=torch.Generator().manual_seed(0))
-    runs = {name: arm_sampler(teacher, name, None, noise, guidance_scale, steps, batch, conditions=conditions) for name in ARMS}
-    evaluations, flops = {}, {}
-    for name, run in runs.items():
-        with count_evaluations(teacher.denoiser) as count, FlopCounterMode(display=False) as counter:
-            run()
-        evaluations[name], flops[name] = count[0] / batch, counter.get_total_flops() / steps
-    timing = time_interleaved(runs, rounds=rounds, device=teacher.device, progress=True)
-    return [
-        {
-            "model": teacher.name,
-            "batch": batch,
-            "steps": steps,
-            "dtype": str(teacher.dtype).removeprefix("torch."),
-            "arm": name,
-            "nfe": evaluations[name],
-            "flops_per_step": flops[name],
-            "ms_per_image": time.median / batch * 1e3,
-            "ms_per_image_p20": time.p20 / batch * 1e3,
-            "ms_per_image_p80": time.p80 / batch * 1e3,
-            "ratio_to_unguided": time.median / timing["unguided"].median,
-            "speedup_over_cfg": timing["cfg"].median / time.median,
-            "seconds": asdict(time),
-        }
-        for name, time in timing.items()
-    ]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DEFAULT_ARMS = tuple(name for name in ARMS if name != "cfg_compiled")  # of the digits: compiling takes longer than all the rest
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--teacher", type=Path, default=TEACHERS / "digits-dit", help="folder of a finished teacher")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 16, 64])
-    parser.add_argument("--steps", type=int, default=25)
-    parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--kind", help="of adapter, several joined by '+'; default: the backbone's")
-    parser.add_argument("--guidance-scale", type=float, default=4.0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    parser = _parser()
     args = parser.parse_args()
-    bench = load_teacher(args.teacher, device=args.device)
-    adapter = agd.attach(bench.teacher, agd.AdapterConfig(kind=args.kind)).config
-    settings = (args.steps, args.rounds, args.guidance_scale)
-    rows = [row for batch in args.batch for row in measure(bench.teacher, bench.table, batch, *settings)]
-    cells = [
-        (
-            str(row["batch"]),
-            row["arm"],
-            f"{row['nfe']:g}",
-            f"{row['flops_per_step'] / 1e6:.2f}",
-            f"{row['ms_per_image']:.3f}",
-            f"{row['ms_per_image_p20']:.3f}",
-            f"{row['ms_per_image_p80']:.3f}",
-            f"{row['ratio_to_unguided']:.3f}",
-            f"{row['speedup_over_cfg']:.3f}",
-        )
-        for row in rows
-    ]
-    what = f"{bench.teacher.name}, {adapter.kind} adapter"
-    title = f"{what}, {args.steps} steps, {args.rounds} interleaved rounds, {environment()['device']}"
-    Console().print(rich_table(title, HEADER, cells))
+    try:
+        names, settings = args.model or [], _settings(args)
+        for name in names:
+            find_architecture(name)
+    except (ValueError, FileNotFoundError) as error:
+        parser.error(str(error))
+    if names:
+        rows = [row for name in names for row in measure_model(name, args.batch or [1], settings)]
+    else:
+        rows = _digits(args.teacher, args.batch or [1, 16, 64], settings)
+    _report(rows, settings, args)
+
+
+def _parser() -> argparse.ArgumentParser:
+    arms = "; ".join(f"{name}: {what}" for name, what in ARMS.items())
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", nargs="+", metavar="MODEL", help=f"one or several of {', '.join(ARCHITECTURES)}")
+    parser.add_argument("--teacher", type=Path, default=TEACHERS / "digits-dit", help="folder of a finished teacher")
+    parser.add_argument("--batch", type=int, nargs="+", help="default: 1 for a model, 1 16 64 for a teacher")
+    parser.add_argument("--steps", type=int, help="of the schedule; default: 30 for a model, 25 for a teacher")
+    parser.add_argument("--rounds", type=int, help="that are timed; default: 10 for a model, 30 for a teacher")
+    parser.add_argument("--kind", help="of adapter, several joined by '+'; default: the backbone's")
+    parser.add_argument("--arms", nargs="+", metavar="ARM", help=f"default: all; for a teacher all but cfg_compiled. {arms}")
+    parser.add_argument("--guidance-scale", type=float, default=4.0)
+    parser.add_argument("--dtype", choices=DTYPES, help="default: bf16 for a model, fp32 for a teacher")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="meta: count only")
+    parser.add_argument("--reference-repo", type=Path, help="clone of github.com/cristianpjensen/agd, for agd_naive on a model")
+    parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    parser.add_argument("--plot", type=Path, help="of a picture; default: beside the JSON")
+    return parser
+
+
+def _settings(args: argparse.Namespace) -> Settings:
+    """Raises: ValueError, FileNotFoundError for what does not go together or is not there."""
+    require_arms(args.arms or ())
+    if not args.model and (args.device == "meta" or args.reference_repo):
+        found = "--device meta" if args.device == "meta" else "--reference-repo"
+        raise ValueError(f"{found} goes with --model; expected one or several of {', '.join(ARCHITECTURES)}, found none")
+    return Settings(
+        arms=args.arms or (tuple(ARMS) if args.model else DEFAULT_ARMS),
+        steps=args.steps or (30 if args.model else 25),
+        rounds=args.rounds or (10 if args.model else 30),
+        dtype=DTYPES[args.dtype or ("bf16" if args.model else "fp32")],
+        device=torch.device(args.device),
+        guidance_scale=args.guidance_scale,
+        kind=args.kind,
+        reference=ReferenceAdapters(args.reference_repo) if args.reference_repo else None,
+    )
+
+
+def _digits(directory: Path, batches: list[int], settings: Settings) -> list[Row]:
+    bench = load_teacher(directory, device=settings.device)
+    bench.teacher.denoiser.to(settings.dtype)
+    return [row for batch in batches for row in measure_teacher(bench.teacher, bench.table, batch, settings)]
+
+
+def _report(rows: list[Row], settings: Settings, args: argparse.Namespace) -> None:
+    from speed.report import print_rows, save_bars  # needs matplotlib
+
+    where = {**environment(), **({"device": "meta"} if settings.device.type == "meta" else gpu_state())}
+    device = "counted" if settings.device.type == "meta" else f"{settings.rounds} interleaved rounds, {where['device']}"
+    for model in dict.fromkeys(row["model"] for row in rows):
+        own = [row for row in rows if row["model"] == model]
+        kinds = [f"{row['adapter']['kind']} adapter" for row in own if row["adapter"] and row["arm"] != "agd_naive"]
+        title = ", ".join([model, own[0]["dtype"], *kinds[:1], f"{settings.steps} steps", device])
+        print_rows(own, title)
+        path = args.plot or (args.json.with_suffix(".png") if args.json else None)
+        if path:
+            save_bars(path if len(rows) == len(own) else path.with_stem(f"{path.stem}-{model}"), own, title)
     if args.json:
-        write_json(args.json, {"environment": environment(), "commit": commit(), "adapter": adapter.to_dict(), "rows": rows})
+        write_json(args.json, {"environment": where, "commit": commit(), "rows": rows})
 
 
 def commit() -> str:

@@ -1,9 +1,12 @@
 """Every script in bench/ runs from end to end at a reduced size."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 BENCH = Path(__file__).parents[1] / "bench"
 
@@ -18,10 +21,37 @@ def test_nfe_speed(tmp_path):
     run("nfe_speed.py", "--batch", 1, 3, "--steps", 2, "--rounds", 2, "--json", path)
     content = json.loads(path.read_text())
     nfe = {(row["batch"], row["arm"]): row["nfe"] for row in content["rows"]}
-    assert nfe == {(b, arm): 4 if arm == "cfg" else 2 for b in (1, 3) for arm in ("unguided", "cfg", "agd")}
+    arms = ("unguided", "cfg", "unguided_engine", "cfg_engine", "agd_naive", "agd", "agd_hoisted", "agd_engine")
+    assert nfe == {(b, arm): 4 if arm.startswith("cfg") else 2 for b in (1, 3) for arm in arms}
     flops = {row["arm"]: row["flops_per_step"] for row in content["rows"] if row["batch"] == 3}
     assert flops["cfg"] == 2 * flops["unguided"] and flops["unguided"] < flops["agd"] < 1.05 * flops["unguided"]
-    assert all(row["ms_per_image"] > 0 for row in content["rows"]) and content["commit"]
+    assert all(row["ms_per_image"] > 0 and row["note"] is None for row in content["rows"]) and content["commit"]
+    assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_nfe_speed_of_a_model_without_a_gpu(tmp_path):
+    path, plot = tmp_path / "counts.json", tmp_path / "bars.png"
+    run("nfe_speed.py", "--model", "dit-xl2-256", "--device", "meta", "--arms", "unguided", "--json", path, "--plot", plot)
+    content = json.loads(path.read_text())
+    assert [(row["arm"], row["launches_per_step"], row["ms_per_step"]) for row in content["rows"]] == [("unguided", 1148, None)]
+    assert content["environment"]["device"] == "meta" and plot.is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--model", "sdxl"], "expected a model of dit-xl2-256, .*found 'sdxl'"),
+        (["--arms", "cfg", "agb"], "expected arms of unguided, cfg, .*found 'agb'"),
+        (["--device", "meta"], "--device meta goes with --model; expected one or several of dit-xl2-256"),
+        (
+            ["--model", "sdxl-1024", "--reference-repo", "nowhere"],
+            "expected a clone of github.com/cristianpjensen/agd at nowhere",
+        ),
+    ],
+)
+def test_nfe_speed_says_what_there_is(arguments, expected):
+    done = subprocess.run([sys.executable, BENCH / "nfe_speed.py", *arguments], capture_output=True, text=True)
+    assert done.returncode == 2 and re.search(expected, " ".join(done.stderr.split()))
 
 
 def test_digits_bars(tmp_path):

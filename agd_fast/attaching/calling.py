@@ -15,7 +15,8 @@ from agd_fast.attaching.arming import armed, disabled, to_omega, warn_outside
 from agd_fast.attaching.attachment import attachment_of, require_attachment
 from agd_fast.attaching.find import components_of, uncompiled
 from agd_fast.attaching.scope import Guidance, optimized, scope_of, scoped
-from agd_fast.attaching.steps import around_step, before_forward, timesteps_of
+from agd_fast.attaching.steps import around_step, before_forward, number_of_steps
+from agd_fast.attaching.timesteps import position_of
 from agd_fast.spec import DenoiserSpec, device_of
 from agd_fast.warning import warn
 
@@ -46,7 +47,7 @@ def call_pipeline(
     Raises: ValueError for scales that do not go with the prompts; RuntimeError when the pipeline calls a denoiser twice a step.
     """
     watched = any(kwargs.get(name) is not None for name in ("callback_on_step_end", "callback"))
-    with scoped(pipe, lambda: timesteps_of(pipe), watched=watched), _counting_versions(pipe):
+    with scoped(pipe, lambda: pipe.scheduler.timesteps, watched=watched), _counting_versions(pipe):
         vars(pipe).pop("_num_timesteps", None)  # of the last call
         return _call(pipe, call, args, kwargs, guidance_interval, negative)
 
@@ -183,15 +184,16 @@ class _Placed:
         self.attachment = require_attachment(component)
         self.guidance: Guidance | None = None
 
-    def plan(self, fractions: list[float], gates: list[float]) -> None:
-        """Lay out ω and the adapter's factor for all steps."""
+    def plan(self, first: int, fractions: list[float], gates: list[float]) -> None:
+        """Lay out ω and the adapter's factor for all steps. first: the scheduler's timestep that the first of them is at."""
         scale = self.scale
         rows = [scale(fraction) for fraction in fractions] if callable(scale) else [scale] * len(fractions)
         omegas = torch.stack(rows)
         if callable(scale):
             warn_outside(omegas, self.attachment.adapter.config)
         device = device_of(self.component)
-        self.guidance = Guidance(omegas.to(device), torch.tensor(gates).to(device))
+        numbers = torch.arange(len(omegas), dtype=torch.float32)
+        self.guidance = Guidance(omegas.to(device), torch.tensor(gates).to(device), numbers.to(device), first)
         if (scope := scope_of(uncompiled(self.component))) is not None:
             scope.guidance = self.guidance
 
@@ -220,19 +222,23 @@ class _Steps:
         self.called = True
         if self.varies:
             if not self.firsts:
-                self._plan()
+                self._plan(args, kwargs)
             step = self.firsts[min(self.done, len(self.firsts) - 1)]
             for one in self.placed:
                 one.at(step, self.acts[step])
 
-    def _plan(self) -> None:
-        times = timesteps_of(self.pipe).tolist()
+    def _plan(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        total, times = number_of_steps(self.pipe), self.pipe.scheduler.timesteps
+        attachment = self.placed[0].attachment
+        first = position_of(times, attachment.spec, torch.as_tensor(attachment.argument(attachment.spec.timestep, args, kwargs)))
+        first = len(times) - total if first is None else first  # as image-to-image does it, which makes the last steps
+        times = times[first : first + total].tolist()
         self.firsts = [times.index(time) for time in times]
         total = len(times)
         start, stop = self.interval or (0.0, 1.0)
         self.acts = [int(start * total) <= step < int(stop * total) for step in range(total)]
         for one in self.placed:
-            one.plan([first / total for first in self.firsts], [float(self.acts[first]) for first in self.firsts])
+            one.plan(first, [same / total for same in self.firsts], [float(self.acts[same]) for same in self.firsts])
 
     def step(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self.called = False

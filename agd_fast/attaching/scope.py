@@ -19,16 +19,27 @@ SCOPE = "_agd_scope"
 
 @dataclass(eq=False)
 class Guidance:
-    """ω and the adapter's factor at every step: [T, B] and [T] float32 on the denoiser's device. step: the one under way."""
+    """ω and the adapter's factor at every step: [T, B] and [T] float32 on the denoiser's device.
+
+    first: which of the scheduler's timesteps the first step is at. numbers: 0 … T − 1 [T] float32, on that device too.
+    step: the one under way.
+    """
 
     omegas: Tensor
     gates: Tensor
+    numbers: Tensor
+    first: int
     step: int = 0
 
     @property
     def now(self) -> tuple[Tensor, Tensor]:
         """ω [B] and the factor [1] of the step."""
         return self.omegas[self.step], self.gates[self.step : self.step + 1]
+
+    @property
+    def number(self) -> Tensor:
+        """[1], that of the step."""
+        return self.numbers[self.step : self.step + 1]
 
 
 @dataclass(eq=False)
@@ -42,6 +53,9 @@ class Scope:
     guidance: Guidance | None = None
     looked: bool = False
     store: dict[Any, Any] = field(default_factory=dict)
+
+    def __reduce__(self) -> Any:
+        return type(None), ()  # copies of a denoiser are outside of it
 
 
 @contextmanager

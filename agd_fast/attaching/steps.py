@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 
 @contextmanager
@@ -49,7 +49,6 @@ def around_step(scheduler: Any, action: Callable[..., Any]) -> Iterator[None]:
             del scheduler.step
 
 
-def timesteps_of(pipe: Any) -> Tensor:
-    """The timesteps [T] of the call that is under way: img2img makes but the last of its schedule."""
-    times = pipe.scheduler.timesteps
-    return times[-(getattr(pipe, "_num_timesteps", None) or len(times)) :]
+def number_of_steps(pipe: Any) -> int:
+    """Denoising steps of the call that is under way: img2img makes fewer than the schedule has."""
+    return getattr(pipe, "_num_timesteps", None) or len(pipe.scheduler.timesteps)

@@ -7,7 +7,7 @@ it always did and is captured; from then on the captured program runs. Where it 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,7 +22,6 @@ from agd_fast.engine.fingerprint import Fingerprint, obstacle, version
 from agd_fast.engine.levels import Level
 from agd_fast.engine.program import Prepared, Program
 from agd_fast.engine.request import Request
-from agd_fast.engine.timesteps import arguments_of
 from agd_fast.spec import DenoiserSpec, device_of, forward_parameters
 from agd_fast.warning import warn
 
@@ -35,12 +34,10 @@ _AUTOCAST = ("cuda", "cpu")
 
 @dataclass(eq=False)
 class _Run:
-    """What was prepared for one set of static inputs. seen: the timesteps that its table was checked with."""
+    """What was prepared for one set of static inputs, with their versions."""
 
     static: list[tuple[Tensor, int | None]]
     prepared: Prepared
-    seen: list[Tensor] = field(default_factory=list)
-    times: Tensor | None = None
 
 
 @dataclass(eq=False)
@@ -80,7 +77,8 @@ class Engine:
         found = self.captured.get(request.key)
         if found is None:
             return self._record(request)
-        results = found.program.run(request.inputs, self._prepared(found.program, request, scope))
+        number = None if request.guidance is None else request.guidance.number
+        results = found.program.run(request.inputs, self._prepared(found.program, request, scope), number)
         return pytree.tree_unflatten(results, found.output)
 
     def info(self) -> dict[str, Any]:
@@ -152,8 +150,6 @@ class Engine:
         inputs = [request.inputs[index] for index in static]
         for run in runs:
             if all(one is kept and version(one) == count for one, (kept, count) in zip(inputs, run.static, strict=True)):
-                if run.prepared.table is not None and len(run.seen) < 2:
-                    self._tabulate(run, program, request, scope)  # one timestep does not tell how a pipeline rounds; two do
                 return run.prepared
         known = [[kept for kept, _ in run.static] for run in runs]
         moving = [index for place, index in enumerate(static) if _moves([one[place] for one in known], inputs[place])]
@@ -162,21 +158,14 @@ class Engine:
                 program.let_move(index)
             runs.clear()
             return self._prepared(program, request, scope)
-        run = _Run([(tensor, version(tensor)) for tensor in inputs], program.prepare(request.inputs))
-        self._tabulate(run, program, request, scope)
+        prepared = program.prepare(request.inputs)
+        rows = None if scope.timesteps is None else request.rows(scope.timesteps(), self.spec)
+        if rows is not None:
+            prepared = program.tabulated(prepared, request.inputs, rows, request.steps(rows))
+        run = _Run([(tensor, version(tensor)) for tensor in inputs], prepared)
         runs[:] = [*runs[-VALUES + 1 :], run]
         self.ahead_bytes = sum(one.prepared.bytes for one in runs)
         return run.prepared
-
-    def _tabulate(self, run: _Run, program: Program, request: Request, scope: Scope) -> None:
-        """Fill the table of the schedule, where there is one and it gives the timesteps seen so far."""
-        run.seen.append(request.inputs[request.timestep].clone())
-        times = None if scope.timesteps is None else arguments_of(scope.timesteps(), self.spec, run.seen)
-        if times is None:
-            run.prepared = replace(run.prepared, table=None)
-        elif run.times is None or not torch.equal(times, run.times):
-            run.prepared = program.tabulated(run.prepared, request.inputs, times, request.steps(times))
-        run.times = times
 
     def _tell(self, reason: str) -> None:
         if reason not in self._told:

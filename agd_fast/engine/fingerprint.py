@@ -67,9 +67,9 @@ class Fingerprint:
             self.tensors.append((value, _state(value)))
         elif isinstance(value, (nn.Module, *_PLAIN)) or not depth:
             return  # a module is looked at by itself; what is plain, in what holds it
-        elif isinstance(value, (Mapping, list, tuple, set, frozenset)):
-            self._take_contents(value.values if isinstance(value, Mapping) else partial(iter, value))
-            for inner in value.values() if isinstance(value, Mapping) else value:
+        elif isinstance(value, (dict, list, tuple, set, frozenset)):
+            self._take_contents(value.values if isinstance(value, dict) else partial(iter, value))
+            for inner in value.values() if isinstance(value, dict) else value:
                 self._take(inner, depth - 1)
         elif isinstance(getattr(value, "__dict__", None), dict):
             self._take(value.__dict__, depth)

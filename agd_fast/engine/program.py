@@ -16,7 +16,7 @@ from agd_fast.engine.graphs import GraphedStep
 from agd_fast.engine.joining import join_equal_cats
 from agd_fast.engine.levels import Level, levels_of
 from agd_fast.engine.partition import partition
-from agd_fast.engine.tables import RowLayout, Table, fill_table
+from agd_fast.engine.tables import RowLayout, Rows, Table, fill_table
 
 Values = dict[fx.Node, Tensor]
 
@@ -84,12 +84,12 @@ class Program:
         borrowed = {node: tensor for node, tensor in static.items() if tensor.untyped_storage()._cdata in own}
         return Prepared({node: tensor for node, tensor in static.items() if node not in borrowed}, borrowed, None)
 
-    def tabulated(self, prepared: Prepared, inputs: Sequence[Tensor], times: Tensor, steps: Mapping[int, Tensor]) -> Prepared:
+    def tabulated(self, prepared: Prepared, inputs: Sequence[Tensor], rows: Rows, steps: Mapping[int, Tensor]) -> Prepared:
         """`prepared` with a table of all steps, unless that is larger than the config allows.
 
-        times: t [T] on the CPU. steps: values [T, …] of the inputs that move with the step, by index.
+        steps: values [R, …] of the inputs that move with the step, by index.
         """
-        if not self.places or (len(times) + 1) * self.layout.row_bytes > self.config.max_table_bytes:
+        if not self.places or (len(rows.times) + 1) * self.layout.row_bytes > self.config.max_table_bytes:
             return replace(prepared, table=None)
         moving = {self.inputs[index]: values for index, values in steps.items()}
         values = {**self._given(inputs), **prepared.static, **prepared.borrowed, **moving}
@@ -99,27 +99,28 @@ class Program:
             [values[node] for node in nodes],
             tuple(0 if node in moving else None for node in nodes),
         )
-        return replace(prepared, table=fill_table(self.layout, columns, times))
+        return replace(prepared, table=fill_table(self.layout, columns, rows))
 
     def _given(self, inputs: Sequence[Tensor]) -> Values:
         return {**self.constants, **{self.inputs[index]: inputs[index] for index in self.of_level(Level.STATIC)}}
 
-    def run(self, inputs: Sequence[Tensor], prepared: Prepared) -> list[Tensor]:
-        """The forward's outputs."""
+    def run(self, inputs: Sequence[Tensor], prepared: Prepared, number: Tensor | None = None) -> list[Tensor]:
+        """The forward's outputs. number: of the step [1], where ω changes with it."""
         if not self.config.graphs(self.device):
-            return self.step(inputs, prepared)
+            return self.step(inputs, prepared, number)
         moving = [tensor for tensor, level in zip(inputs, self.levels, strict=True) if level != Level.STATIC]
+        moving += [] if number is None else [number]
         kept = self._kept(inputs, prepared)
         if self.graphed is None or not self.graphed.fits(kept):
             self.graphed = None  # its memory first
             self.graphed = GraphedStep(lambda moving, kept: self.step(*self._taken(moving, kept, prepared)), moving, kept)
         return self.graphed(moving, kept)
 
-    def step(self, inputs: Sequence[Tensor], prepared: Prepared) -> list[Tensor]:
+    def step(self, inputs: Sequence[Tensor], prepared: Prepared, number: Tensor | None = None) -> list[Tensor]:
         """`run`, operation by operation."""
         values = {**self.constants, **prepared.static, **prepared.borrowed, **dict(zip(self.inputs, inputs, strict=True))}
         if prepared.table is not None:
-            prepared.table.copy_row(inputs[self.timestep], self.rows)
+            prepared.table.copy_row(inputs[self.timestep], number, self.rows)
         elif self.places:
             for place, found in zip(self.places, self.parts.step(values), strict=True):
                 place.copy_(found)
@@ -134,15 +135,17 @@ class Program:
             *([] if table is None else [*table.rows.values(), *table.index]),
         ]
 
-    def _taken(self, moving: Sequence[Tensor], kept: Sequence[Tensor], prepared: Prepared) -> tuple[list[Tensor], Prepared]:
+    def _taken(
+        self, moving: Sequence[Tensor], kept: Sequence[Tensor], prepared: Prepared
+    ) -> tuple[list[Tensor], Prepared, Tensor | None]:
         """What `_kept` gave, in other memory, in its places."""
         own, rest = iter(kept), iter(moving)
         inputs = [next(own if level == Level.STATIC else rest) for level in self.levels]
         static = {node: next(own) for node in prepared.static}
         table = prepared.table
         if table is not None:
-            table = Table({dtype: next(own) for dtype in table.rows}, (next(own), next(own)))
-        return inputs, Prepared(static, prepared.borrowed, table)
+            table = Table({dtype: next(own) for dtype in table.rows}, tuple(own))
+        return inputs, Prepared(static, prepared.borrowed, table), next(rest, None)
 
     @property
     def _leveled(self) -> list[tuple[fx.Node, Level]]:

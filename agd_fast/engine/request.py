@@ -14,8 +14,11 @@ from agd_fast.adapters.base import Ahead
 from agd_fast.attaching.arming import armed
 from agd_fast.attaching.attachment import Attachment
 from agd_fast.attaching.scope import Guidance
+from agd_fast.attaching.timesteps import ways_to_pass
 from agd_fast.engine.config import EngineConfig
 from agd_fast.engine.levels import Level
+from agd_fast.engine.tables import Rows
+from agd_fast.spec import DenoiserSpec
 
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
 
@@ -82,10 +85,24 @@ class Request:
         with armed(self.attachment, omega, gate, ahead=ahead):
             return pytree.tree_leaves(self.call(*args, **kwargs))
 
-    def steps(self, times: Tensor) -> Mapping[int, Tensor]:
-        """Values [T, …] of the inputs that move with the step, by index. times: t [T] on the CPU, as the denoiser is given it."""
+    def rows(self, timesteps: Tensor, spec: DenoiserSpec) -> Rows | None:
+        """All that a step can be; None where t is none of the scheduler's timesteps [T]. Waits for the device."""
+        t, guidance = self.inputs[self.timestep], self.guidance
+        ways = [way.tolist() for way in ways_to_pass(timesteps, spec, t)]
+        if not ways:
+            return None
+        steps = range(len(timesteps)) if guidance is None else range(guidance.first, guidance.first + len(guidance.gates))
+        pairs = [(way[step], step - steps.start) for step in steps for way in ways]
+        if guidance is None:  # steps at the same t are the same
+            pairs = [(time, 0) for time, _ in pairs]
+        times, numbers = zip(*dict.fromkeys(pairs), strict=True)
+        return Rows(torch.tensor(times, dtype=t.dtype), torch.tensor(numbers), guidance is not None)
+
+    def steps(self, rows: Rows) -> Mapping[int, Tensor]:
+        """Values [R, …] of the inputs that move with the step, by index."""
         t = self.inputs[self.timestep]
-        found = {self.timestep: times.to(t.device).view(-1, *[1] * t.ndim).expand(-1, *t.shape)}
+        found = {self.timestep: rows.times.to(t.device).view(-1, *[1] * t.ndim).expand(-1, *t.shape)}
         if self.guidance is not None:
-            found |= {0: self.guidance.omegas, 1: self.guidance.gates[:, None]}
+            numbers = rows.numbers.to(self.guidance.gates.device)
+            found |= {0: self.guidance.omegas[numbers], 1: self.guidance.gates[numbers, None]}
         return found

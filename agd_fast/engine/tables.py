@@ -54,50 +54,66 @@ class RowLayout:
 
 
 @dataclass(frozen=True)
-class Table:
-    """rows: [T + 1, length] by dtype; the last row answers for all timesteps that are not in the schedule: it is NaN.
+class Rows:
+    """What the rows of a table are for. times: t [R] as the denoiser is given it. numbers: of the step [R]. numbered: whether a
+    row is found by both; else by t alone."""
 
-    index: weights that find a row, see `find`.
+    times: Tensor
+    numbers: Tensor
+    numbered: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """rows: [R + 1, length] by dtype; the last row answers for all steps that there is no other for: it is NaN.
+
+    index: what finds a row, see `find`.
     """
 
     rows: dict[torch.dtype, Tensor]
-    index: tuple[Tensor, Tensor]
+    index: tuple[Tensor, ...]
 
     @property
     def bytes(self) -> int:
         return sum(rows.nbytes for rows in self.rows.values())
 
-    def copy_row(self, timestep: Tensor, rows: dict[torch.dtype, Tensor]) -> None:
-        """Write the row of a timestep, [...] with one value, to `rows`. No host sync."""
-        found = find(self.index, timestep)
+    def copy_row(self, timestep: Tensor, number: Tensor | None, rows: dict[torch.dtype, Tensor]) -> None:
+        """Write the row of a timestep, [...] with one value, and of a step's number [1] to `rows`. No host sync."""
+        found = find(self.index, timestep, number)
         for dtype, table in self.rows.items():
             torch.index_select(table, 0, found, out=rows[dtype][None])
 
 
-def fill_table(layout: RowLayout, columns: Sequence[Tensor], timesteps: Tensor) -> Table:
-    """The table of columns [T, …], one a tensor of the layout, for timesteps [T] on the CPU, as the denoiser is given them."""
-    count, device = len(timesteps), columns[0].device
-    rows = layout.empty_rows(device, count + 1)
+def fill_table(layout: RowLayout, columns: Sequence[Tensor], rows: Rows) -> Table:
+    """The table of columns [R, …], one a tensor of the layout."""
+    count, device = len(rows.times), columns[0].device
+    filled = layout.empty_rows(device, count + 1)
     starts, _ = layout.offsets
     for column, start, dtype in zip(columns, starts, layout.dtypes, strict=True):
-        rows[dtype][:count, start : start + column[0].numel()] = column.reshape(count, -1)
-    for dtype, row in rows.items():
+        filled[dtype][:count, start : start + column[0].numel()] = column.reshape(count, -1)
+    for dtype, row in filled.items():
         row[count] = float("nan") if dtype.is_floating_point or dtype.is_complex else 0
-    a, b = _index(timesteps)
-    return Table(rows, (a.to(device), b.to(device)))
+    return Table(filled, tuple(part.to(device) for part in _index(rows)))
 
 
-def _index(timesteps: Tensor) -> tuple[Tensor, Tensor]:
-    """(a, b) [T + 1] such that |a + b·t| is smallest at the row of t: its distance, and for the last row a quarter of the
-    smallest gap between timesteps."""
-    times = timesteps.float()
-    gaps = times.unique().diff()
-    nearest = gaps.min() / 4 if len(gaps) else times.abs().max() * 1e-3 + 1e-6
-    a = torch.cat([times, nearest.reshape(1)])
-    return a, torch.cat([-torch.ones_like(times), torch.zeros_like(times[:1])])
+def _index(rows: Rows) -> tuple[Tensor, ...]:
+    """(a, b) [R + 1], and (c, d) where rows are numbered: |a + b·t| + |c + d·number| is 0 at the row of both. Of the last row it
+    is less than at any other, whatever t and number are."""
+    times = rows.times.float()
+    a = torch.cat([times, torch.tensor([torch.finfo(torch.float32).tiny])])
+    b = torch.cat([-torch.ones_like(times), torch.zeros(1)])
+    if not rows.numbered:
+        return a, b
+    return a, b, torch.cat([rows.numbers.float(), torch.zeros(1)]), b
 
 
-def find(index: tuple[Tensor, Tensor], timestep: Tensor) -> Tensor:
-    """[1], the row of a timestep; the first of several with the same."""
-    a, b = index
-    return torch.addcmul(a, b, timestep.reshape(-1)[:1].float()).abs().argmin().reshape(1)
+def find(index: tuple[Tensor, ...], timestep: Tensor, number: Tensor | None = None) -> Tensor:
+    """[1], the row of a timestep, which all samples share, and, where rows are numbered, of a step's number [1]."""
+    a, b, *numbered = index
+    distance = torch.addcmul(a[:, None], b[:, None], timestep.reshape(1, -1).float()).abs()  # [R + 1, B]
+    distance = distance.flatten() if timestep.numel() == 1 else distance.amax(dim=1)
+    if numbered:
+        assert number is not None
+        c, d = numbered
+        distance = distance + torch.addcmul(c, d, number).abs()
+    return distance.argmin().reshape(1)

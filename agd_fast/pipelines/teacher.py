@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from agd_fast.attaching import components_of, disabled, own_call, spec_of
-from agd_fast.attaching.steps import timesteps_of
+from agd_fast.attaching.steps import number_of_steps
 from agd_fast.files import fingerprint
 from agd_fast.freezing import frozen
 from agd_fast.guiders.teaching import guided_by, name_of_guider, require_teachable
@@ -189,7 +189,7 @@ class PipelineTeacher(Teacher):
     def _ask_guider(self, step: Step, omega: float) -> Tensor:
         assert step.unconditional is not None
         calls = {"cond": step.conditional, "uncond": step.unconditional}
-        total = len(timesteps_of(self.pipe))
+        total = number_of_steps(self.pipe)
         with disabled(self.pipe):
             return guided_by(
                 self._guider,

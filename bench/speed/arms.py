@@ -1,0 +1,235 @@
+"""The ways to make one step of sampling that are compared, on a denoiser that is called in a bare loop."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import agd_fast as agd
+from agd_fast import AdapterConfig
+from agd_fast.attaching import scoped
+from agd_fast.engine import engine_of
+from agd_fast.engine.graphs import GraphedStep
+from agd_fast.families import find_spec
+from agd_fast.spec import nest
+from speed.architectures import Architecture, build
+from speed.counting import Counts, counting
+from speed.reference import ReferenceAdapters
+
+ARMS = {
+    "unguided": "the base in one pass, eager diffusers",
+    "cfg": "the base in a doubled batch, eager diffusers",
+    "cfg_compiled": "the same through torch.compile(fullgraph=True) and, on CUDA, a CUDA graph of the whole step",
+    "unguided_engine": "the base in one pass, optimized",
+    "cfg_engine": "the base in a doubled batch, optimized",
+    "agd_naive": "the reference's adapters: embedders at every block, all of it in every step",
+    "agd": "our adapter, not optimized",
+    "agd_hoisted": "our adapter, optimized, with neither compilation nor CUDA graph",
+    "agd_engine": "our adapter, optimized",
+}
+UNFUSED = agd.EngineConfig(compile=False, graph=False)  # runs operation by operation: what can be counted
+
+Step = Callable[[Tensor, Tensor], Tensor]  # x_t [B, ...], t [1] → prediction [B, ...]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to make a step.
+
+    denoiser: what the step calls, uncompiled. scope: what holds during one run of the schedule. passes: evaluations a sample and
+    step. weight_bytes: of all parameters that a step reads. adapter: how ours was configured, where there is one.
+    """
+
+    denoiser: nn.Module
+    step: Step
+    passes: int
+    weight_bytes: int
+    scope: Callable[[], AbstractContextManager[Any]] = nullcontext
+    adapter: AdapterConfig | None = None
+
+
+class Workbench:
+    """A denoiser with random weights and one batch of inputs, and its arms.
+
+    kind: of our adapter; None takes the backbone's. omega: the guidance scale. reference: the paper's own code.
+    counted: whether arms are made to be counted, so that nothing is compiled.
+    """
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        batch: int,
+        steps: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        kind: str | None = None,
+        omega: float = 5.0,
+        reference: ReferenceAdapters | None = None,
+        counted: bool = False,
+        denoiser: nn.Module | None = None,
+    ) -> None:
+        self.architecture, self.batch, self.device, self.dtype = architecture, batch, device, dtype
+        self.kind, self.omega, self.reference, self.counted = kind, omega, reference, counted
+        self.denoiser = build(architecture, device, dtype) if denoiser is None else denoiser
+        self.spec = find_spec(self.denoiser)
+        self.x = torch.randn(batch, *architecture.sample, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+        self.schedule = architecture.timesteps(steps)
+        unit = architecture.time_unit
+        self.times = (self.schedule if unit == 1 else self.schedule.to(dtype) / unit).to(device)[:, None]  # [T, 1]
+        self.cond = architecture.inputs(batch, device, dtype, seed=1)
+        null = architecture.inputs(batch, device, dtype, seed=0)
+        self.doubled = {name: torch.cat([null[name], value]) for name, value in self.cond.items()}
+
+    def arm(self, name: str) -> Arm:
+        """Raises: ValueError for an arm that there is not."""
+        require_arms([name])
+        denoiser = shared_copy(self.denoiser)
+        if name.startswith("agd"):
+            return self._adapted(name, denoiser)
+        passes = 2 if name.startswith("cfg") else 1
+        scope: Callable[[], AbstractContextManager[Any]] = nullcontext
+        if name.endswith("_engine"):
+            agd.optimize(denoiser, UNFUSED if self.counted else agd.EngineConfig())
+            scope = self._scope(denoiser)
+        call: Any = denoiser
+        if name == "cfg_compiled" and not self.counted:
+            call = torch.compile(denoiser, fullgraph=True, dynamic=False)
+        step = self._cfg(call) if passes == 2 else self._plain(call)
+        if name == "cfg_compiled" and self.device.type == "cuda":
+            step = _graphed(step, self.x, self.times[0])
+        return Arm(denoiser, step, passes, weight_bytes(denoiser), scope)
+
+    def run(self, arm: Arm) -> Tensor:
+        """One run of the whole schedule, on the same x_t at every step; the last prediction."""
+        with torch.no_grad(), arm.scope():
+            for time in self.times:
+                prediction = arm.step(self.x, time)
+        return prediction
+
+    def count(self, arm: Arm) -> Counts:
+        """Of one run of the schedule. Its first two steps hold what is computed ahead; the others are like the third."""
+        with torch.no_grad():
+            if engine_of(arm.denoiser) is not None:
+                with arm.scope():
+                    arm.step(self.x, self.times[0])  # where the engine captures
+            with ExitStack() as stack:
+                with counting(self.device.type) as total:
+                    stack.enter_context(arm.scope())
+                for time in self.times[:3]:
+                    with counting(self.device.type) as last:
+                        arm.step(self.x, time)
+                    total = total + last
+        return total + last * (len(self.times) - len(self.times[:3]))
+
+    def _adapted(self, name: str, denoiser: nn.Module) -> Arm:
+        if name == "agd_naive" and self.reference is not None:
+            return self._reference(self.reference, denoiser)
+        config = AdapterConfig(kind=self.kind)
+        if name == "agd_naive":
+            config = reference_config(self.kind, self.architecture.reference_hidden)
+        torch.manual_seed(0)  # arms with the same adapter give the same
+        adapter = agd.attach(denoiser, config)
+        randomise_zeros(adapter)
+        if name == "agd_naive":
+            adapter.to(self.dtype)  # as its code has it
+        if name in ("agd_hoisted", "agd_engine"):
+            unfused = self.counted or name == "agd_hoisted"
+            agd.optimize(denoiser, UNFUSED if unfused else agd.EngineConfig())
+        size = weight_bytes(denoiser) + weight_bytes(adapter)
+        return Arm(denoiser, self._plain(denoiser), 1, size, self._scope(denoiser, armed=True), adapter.config)
+
+    def _reference(self, reference: ReferenceAdapters, denoiser: nn.Module) -> Arm:
+        adapted = reference.inject(denoiser, self.spec, self.cond, self.kind, self.architecture.reference_hidden)
+        randomise_zeros(denoiser)
+        omega = torch.full((self.batch,), self.omega, device=self.device)
+        adapted.condition(omega, self.cond)
+        plain = self._plain(denoiser)
+
+        def step(x: Tensor, time: Tensor) -> Tensor:
+            adapted.at(time.expand(self.batch))
+            return plain(x, time)
+
+        return Arm(denoiser, step, 1, weight_bytes(denoiser))
+
+    def _scope(self, denoiser: nn.Module, armed: bool = False) -> Callable[[], AbstractContextManager[Any]]:
+        def enter() -> AbstractContextManager[Any]:
+            stack = ExitStack()
+            stack.enter_context(scoped(denoiser, self.schedule))
+            if armed:
+                stack.enter_context(agd.guided(denoiser, self.omega))
+            return stack
+
+        return enter
+
+    def _plain(self, call: Any) -> Step:
+        arguments = {**nest(self.cond), **self.architecture.constants(self.batch)}
+        return lambda x, time: self._call(call, x, time, arguments)
+
+    def _cfg(self, call: Any) -> Step:
+        """As diffusers' pipelines do it: the conditions are doubled once, x_t at every step."""
+        arguments = {**nest(self.doubled), **self.architecture.constants(2 * self.batch)}
+
+        def step(x: Tensor, time: Tensor) -> Tensor:
+            both = self._call(call, torch.cat([x, x]), time, arguments)
+            uncond, cond = both[:, : self.architecture.guided].chunk(2)
+            return uncond + self.omega * (cond - uncond)
+
+        return step
+
+    def _call(self, call: Any, x: Tensor, time: Tensor, arguments: Mapping[str, Any]) -> Tensor:
+        own = {self.spec.sample: x, self.spec.timestep: time.expand(len(x))}
+        return call(**own, **arguments, return_dict=False)[0]
+
+
+def require_arms(names: Iterable[str]) -> None:
+    """Raises: ValueError that lists the arms that exist."""
+    if unknown := [name for name in names if name not in ARMS]:
+        raise ValueError(f"expected arms of {', '.join(ARMS)}; found {', '.join(map(repr, unknown))}")
+
+
+def shared_copy(denoiser: nn.Module) -> nn.Module:
+    """The denoiser's modules anew around the same weights: nothing else is shared."""
+    tensors = [*denoiser.parameters(), *denoiser.buffers()]
+    return copy.deepcopy(denoiser, {id(tensor): tensor for tensor in tensors})
+
+
+def note_of(denoiser: nn.Module) -> str | None:
+    """Why the engine, if there is one, does not run a denoiser that was called; None where it does."""
+    reasons = (agd.info(denoiser)["engine"] or {}).get("plain_because")
+    return f"not optimized: {'; '.join(reasons)}" if reasons else None
+
+
+def reference_config(kind: str | None, hidden: int) -> AdapterConfig:
+    """The reference's form of the adapter nearest to this kind of ours."""
+    return AdapterConfig(
+        kind="reference_offset" if kind == "offset" else "reference_cross_attention",
+        hidden=hidden,
+        omega_features="fourier",
+        identity_at_one=False,
+    )
+
+
+def randomise_zeros(module: nn.Module) -> None:
+    """What a fresh adapter multiplies by is zero; a GPU draws less power for that."""
+    random = torch.Generator().manual_seed(0)
+    for parameter in module.parameters():
+        if not parameter.is_meta and not parameter.any():
+            with torch.no_grad():
+                parameter.copy_(0.02 * torch.randn(parameter.shape, generator=random))
+
+
+def weight_bytes(module: nn.Module) -> int:
+    return sum(parameter.numel() * parameter.itemsize for parameter in module.parameters())
+
+
+def _graphed(step: Step, x: Tensor, time: Tensor) -> Step:
+    with torch.no_grad():
+        graph = GraphedStep(lambda moving, kept: [step(*moving)], [x, time], [])
+    return lambda x, time: graph([x, time], [])[0]

@@ -1,0 +1,124 @@
+"""FLOPs and kernel launches of a piece of PyTorch, counted by what it dispatches: on the meta device nothing is computed.
+
+A launch is an operation that writes a tensor: no view, no `_unsafe_view`, no allocation, no reading of metadata. Attention counts
+as the one kernel that CUDA runs for it, while meta would decompose it to the products and the softmax of its definition.
+Counts are of operations as they are dispatched, before anything is fused; an opaque custom operation would count as one launch
+and, unless it registers a FLOP formula, as no FLOPs.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+_ATTENTION = (F.scaled_dot_product_attention, torch.ops.aten.scaled_dot_product_attention.default)
+_COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
+_flash = torch.ops.aten._scaled_dot_product_flash_attention
+_efficient = torch.ops.aten._scaled_dot_product_efficient_attention
+_NO_KERNEL = {
+    f"aten::{name}"
+    for name in (
+        "_unsafe_view",
+        "_reshape_alias",
+        "alias",
+        "detach",
+        "empty",
+        "empty_like",
+        "empty_strided",
+        "lift_fresh",
+        "new_empty",
+        "new_empty_strided",
+        "set_",
+    )
+}
+
+
+@dataclass
+class Counts:
+    """flops: multiplications and additions of products, convolutions and attention. launches: by operation, "aten::mm" → 1."""
+
+    flops: int = 0
+    launches: Counter[str] = field(default_factory=Counter)
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(self.flops + other.flops, self.launches + other.launches)
+
+    def __mul__(self, times: int) -> Counts:
+        return Counts(self.flops * times, Counter({name: count * times for name, count in self.launches.items()}))
+
+
+class _Counting(TorchDispatchMode):
+    def __init__(self, counts: Counts, device: str) -> None:
+        super().__init__()
+        self.counts, self.device = counts, device
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if _is_composite(func):
+            with self:
+                return func._op_dk(_COMPOSITE, *args, **kwargs)
+        output = func(*args, **kwargs)
+        if formula := flop_registry.get(func._overloadpacket):
+            given = [argument for argument in args if not isinstance(argument, torch.dtype)]  # bmm's out_dtype
+            self.counts.flops += formula(*given, **kwargs, out_val=output)
+        if _is_launch(func, output, self.device):
+            self.counts.launches[func._schema.name] += 1
+        return output
+
+
+class _FusedAttention(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return (_attention if func in _ATTENTION else func)(*args, **(kwargs or {}))
+
+
+@contextmanager
+def counting(device: str = "meta") -> Iterator[Counts]:
+    """Counts the forwards that run inside; of launches, those on this type of device. Attention on "meta" is one kernel."""
+    counts = Counts()
+    with _FusedAttention(), _Counting(counts, device):
+        yield counts
+
+
+def _is_composite(func: Any) -> bool:
+    """Whether an operation is made of others; under inference_mode these reach a mode whole."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), _COMPOSITE)
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """F.scaled_dot_product_attention as the kernel that CUDA picks for it: flash, or with a mask the memory-efficient one."""
+    if query.device.type != "meta" or enable_gqa:
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+    if attn_mask is None:
+        return _flash(query, key, value, dropout_p, is_causal, scale=scale)[0]
+    if attn_mask.dtype is torch.bool:
+        attn_mask = torch.where(attn_mask, 0.0, -torch.inf).to(query.dtype)
+    bias = attn_mask.expand(*query.shape[:-1], key.shape[-2])
+    return _efficient(query, key, value, bias, False, dropout_p, is_causal, scale=scale)[0]
+
+
+def _is_launch(func: Any, output: Any, device: str) -> bool:
+    if func.is_view or func._schema.name in _NO_KERNEL:
+        return False
+    outputs = output if isinstance(output, (tuple, list)) else (output,)
+    return any(isinstance(one, Tensor) and one.device.type == device for one in outputs)

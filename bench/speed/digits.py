@@ -1,0 +1,91 @@
+"""Measuring the arms on a small teacher with trained weights, by whole sampling runs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import agd_fast as agd
+from agd_fast.attaching import attachment_of
+from agd_fast.evaluation.evaluate import arm_sampler, count_evaluations
+from agd_fast.teacher import Conditions
+from speed.arms import UNFUSED, note_of, randomise_zeros, reference_config, require_arms, shared_copy, weight_bytes
+from speed.counting import counting
+from speed.measure import Measured, Row, Run, attempt, kernels, rows_of, time_runs
+from speed.models import Settings
+
+HIDDEN = 16  # width of the reference's adapters on so small a base: near the share of it that they have of theirs
+
+
+def measure_teacher(teacher: agd.Teacher, table: Conditions, batch: int, settings: Settings) -> list[Row]:
+    """Rows of a teacher, an arm each. table: the conditions to sample, one after another.
+
+    Launches are those of what is not compiled, the scheduler's among them.
+    """
+    require_arms(settings.arms)
+    rows = torch.arange(batch) % len(next(iter(table.values())))
+    conditions = {name: value[rows].to(teacher.device) for name, value in table.items()}
+    noise = torch.randn(batch, *teacher.sample_shape, generator=torch.Generator().manual_seed(0))
+    measured = {name: Measured() for name in settings.arms}
+    runs: dict[str, Run] = {}
+    for name, one in measured.items():
+        attempt(one, partial(_measure_arm, teacher, name, conditions, noise, settings, runs))
+    time_runs(runs, measured, settings.rounds, settings.device)
+    card = torch.cuda.get_device_name(settings.device) if settings.device.type == "cuda" else ""
+    return rows_of(measured, model=teacher.name, batch=batch, steps=settings.steps, dtype=settings.dtype, device=card)
+
+
+def _measure_arm(
+    teacher: agd.Teacher,
+    name: str,
+    conditions: Conditions,
+    noise: Tensor,
+    settings: Settings,
+    runs: dict[str, Run],
+    one: Measured,
+) -> None:
+    model = _model(teacher, name, settings.kind)
+    run = _sampler(model, name, conditions, noise, settings)
+    with count_evaluations(model.denoiser) as evaluated:
+        run()
+    one.nfe = evaluated[0] / len(noise)
+    if name.endswith(("_engine", "_hoisted")):
+        agd.optimize(model, UNFUSED)
+        run()  # where the engine captures
+    with counting(settings.device.type) as counts:
+        run()
+    one.flops, one.launches = counts.flops, None if name == "cfg_compiled" else counts.launches.total()
+    attachment = attachment_of(model)
+    one.adapter = None if attachment is None else attachment.adapter.config
+    one.weight_bytes = weight_bytes(model.denoiser) + (0 if attachment is None else weight_bytes(attachment.adapter))
+    if name == "cfg_compiled":
+        mode = "reduce-overhead" if settings.device.type == "cuda" else None  # which is a CUDA graph
+        compiled: Any = torch.compile(model.denoiser, fullgraph=True, dynamic=False, mode=mode)
+        run = _sampler(replace(model, denoiser=compiled), name, conditions, noise, settings)
+    elif name.endswith("_engine"):
+        agd.optimize(model, agd.EngineConfig())
+    run()
+    run()
+    one.note = note_of(model.denoiser)
+    if settings.device.type == "cuda":
+        one.launches = kernels(run)
+    runs[name] = run
+
+
+def _model(teacher: agd.Teacher, name: str, kind: str | None) -> agd.Teacher:
+    """The same weights in modules of their own, with an adapter where the arm has one."""
+    model = replace(teacher, denoiser=shared_copy(teacher.denoiser))
+    if name.startswith("agd"):
+        torch.manual_seed(0)  # arms with the same adapter give the same
+        config = reference_config(kind, HIDDEN) if name == "agd_naive" else agd.AdapterConfig(kind=kind)
+        randomise_zeros(agd.attach(model, config))
+    return model
+
+
+def _sampler(model: agd.Teacher, name: str, conditions: Conditions, noise: Tensor, settings: Settings) -> Run:
+    method = name.partition("_")[0]
+    return arm_sampler(model, method, None, noise, settings.guidance_scale, settings.steps, len(noise), conditions=conditions)

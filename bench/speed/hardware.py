@@ -1,0 +1,42 @@
+"""What is known of the card that is measured on."""
+
+from __future__ import annotations
+
+import subprocess
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Card:
+    """flops: dense FLOP/s in 16 bit. bandwidth: bytes/s. Both as measured on such a card, not as specified."""
+
+    flops: float
+    bandwidth: float
+
+
+CARDS = {"H200": Card(790e12, 4.3e12)}  # by a part of the device's name
+
+
+def roofline_ms(device: str, dtype: torch.dtype, flops: float, weight_bytes: int) -> float | None:
+    """Milliseconds below which no step can be that reads every weight once; None for an unknown card or dtype.
+
+    device: its name.
+    """
+    card = next((card for name, card in CARDS.items() if name in device), None)
+    if card is None or dtype not in (torch.bfloat16, torch.float16):
+        return None
+    return max(flops / card.flops, weight_bytes / card.bandwidth) * 1e3
+
+
+def gpu_state() -> dict[str, str]:
+    """Clocks, power limit and driver as nvidia-smi tells them; empty where there is none."""
+    names = ("name", "driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit", "persistence_mode")
+    try:
+        found = subprocess.run(
+            ["nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader", "--id=0"], capture_output=True, text=True
+        )
+    except FileNotFoundError:
+        return {}
+    return dict(zip(names, found.stdout.strip().split(", "), strict=False)) if found.returncode == 0 else {}

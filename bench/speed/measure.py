@@ -1,0 +1,133 @@
+"""From arms to rows: counts, times, memory, and what follows from them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from agd_fast import AdapterConfig
+from agd_fast.evaluation.speed import Timing, time_interleaved
+from speed.hardware import roofline_ms
+
+Row = dict[str, Any]
+Run = Callable[[], Tensor]  # the last prediction, or samples
+
+AGREEMENT = 0.1  # relative: what rounding in another order may change over a deep network in 16 bit
+PLAIN = {  # what an arm must agree with
+    "cfg_compiled": "cfg",
+    "unguided_engine": "unguided",
+    "cfg_engine": "cfg",
+    "agd_hoisted": "agd",
+    "agd_engine": "agd",
+}
+
+
+@dataclass
+class Measured:
+    """One arm at one batch, over one run of a schedule; None where it was not measured.
+
+    nfe: denoiser evaluations a sample. flops, launches: of the run. peak_memory: in bytes, while the arm is made and first run.
+    error: of what it gives, relative to the arm in PLAIN. adapter: how ours was configured, where there is one.
+    note: what a reader must know of it. failed: whether it could not run, or not rightly; the note says why.
+    """
+
+    nfe: float | None = None
+    flops: float | None = None
+    launches: float | None = None
+    weight_bytes: int | None = None
+    peak_memory: int | None = None
+    timing: Timing | None = None
+    error: float | None = None
+    adapter: AdapterConfig | None = None
+    note: str | None = None
+    failed: bool = False
+
+
+def attempt(one: Measured, action: Callable[[Measured], None]) -> None:
+    """An arm that a model or a card is too large for leaves the others their figures; its row says why."""
+    try:
+        if not one.failed:
+            action(one)
+    except Exception as error:
+        one.failed, one.note = True, f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"[:300]
+
+
+def rows_of(
+    measured: Mapping[str, Measured], *, model: str, batch: int, steps: int, dtype: torch.dtype, device: str
+) -> list[Row]:
+    """One row an arm, for JSON. device: name of the card."""
+    seconds = {name: one.timing.median for name, one in measured.items() if one.timing is not None}
+
+    def ratio(over: str, under: str) -> float | None:
+        return seconds[over] / seconds[under] if over in seconds and under in seconds else None
+
+    rows = []
+    for name, one in measured.items():
+        flops = None if one.flops is None else one.flops / steps
+        least = None if flops is None or one.weight_bytes is None else roofline_ms(device, dtype, flops, one.weight_bytes)
+        rows.append(
+            {
+                "model": model,
+                "batch": batch,
+                "steps": steps,
+                "dtype": str(dtype).removeprefix("torch."),
+                "arm": name,
+                "nfe": one.nfe,
+                **_times(one.timing, "ms_per_step", 1e3 / steps),
+                **_times(one.timing, "ms_per_image", 1e3 / batch),
+                "launches_per_step": None if one.launches is None else one.launches / steps,
+                "flops_per_step": flops,
+                "peak_memory_bytes": one.peak_memory,
+                "ratio_to_unguided": ratio(name, "unguided"),
+                "ratio_to_unguided_engine": ratio(name, "unguided_engine"),
+                "speedup_over_cfg": ratio("cfg", name),
+                "relative_error": one.error,
+                "roofline_ms": least,
+                "seconds": None if one.timing is None else asdict(one.timing),
+                "adapter": None if one.adapter is None else one.adapter.to_dict(),
+                "note": one.note,
+            }
+        )
+    return rows
+
+
+def time_runs(runs: Mapping[str, Run], measured: Mapping[str, Measured], rounds: int, device: torch.device) -> None:
+    """Interleaved times of what is there to run, into `measured`; none of an arm that does not give what it must."""
+    _compare({name: run().float() for name, run in runs.items()}, measured)
+    sound = {name: run for name, run in runs.items() if not measured[name].failed}
+    if sound:
+        for name, timing in time_interleaved(sound, rounds=rounds, device=device, progress=True).items():
+            measured[name].timing = timing
+
+
+def _compare(outputs: Mapping[str, Tensor], measured: Mapping[str, Measured]) -> None:
+    for name, plain in PLAIN.items():
+        if name in outputs and plain in outputs:
+            one, own, expected = measured[name], outputs[name], outputs[plain]
+            one.error = float((own - expected).norm() / expected.norm())
+            if not one.error <= AGREEMENT:
+                one.failed, one.note = True, f"not timed: it differs from {plain} by {one.error:.2g} of what that gives"
+
+
+def kernels(run: Run) -> int:
+    """CUDA kernels of one call, those of a replayed graph among them, as the profiler sees them."""
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        run()
+        torch.cuda.synchronize()
+    assert profiler.profiler is not None
+    return sum(map(_is_kernel, profiler.profiler.kineto_results.events()))
+
+
+def _is_kernel(event: Any) -> bool:
+    on_device = event.device_type() == torch.autograd.DeviceType.CUDA
+    return on_device and not event.is_user_annotation() and not event.name().startswith(("Memcpy", "Memset"))
+
+
+def _times(timing: Timing | None, name: str, factor: float) -> Row:
+    values = (None, None, None) if timing is None else (timing.median * factor, timing.p20 * factor, timing.p80 * factor)
+    return dict(zip((name, f"{name}_p20", f"{name}_p80"), values, strict=True))

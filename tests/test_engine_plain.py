@@ -1,0 +1,158 @@
+"""Where the engine leaves the plain path in place, and says why."""
+
+import warnings
+
+import accelerate
+import pytest
+import torch
+from diffusers.hooks import apply_layerwise_casting
+
+import agd_fast as agd
+from helpers_engine import (
+    RECORDED,
+    SCALE,
+    assert_same,
+    call,
+    own_forwards,
+    reasons,
+    twins,
+)
+from helpers_pipelines import attach, model
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def pair():
+    return twins()
+
+
+def assert_plain(pair, reason):
+    """As the plain pipeline, bit for bit, with one warning that says why."""
+    plain, fast = pair
+    with pytest.warns(UserWarning, match="runs as it is, not optimized") as found:
+        assert torch.equal(call(fast), call(plain))
+    assert len([one for one in found if "not optimized" in str(one.message)]) == 1
+    (stated,) = reasons(fast)
+    assert reason in stated
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*not optimized")
+        for _ in range(2):
+            assert torch.equal(call(fast), call(plain))
+
+
+def offload(pipe):
+    accelerate.cpu_offload(pipe.unet, torch.device("cpu"))
+
+
+def put_hook(pipe):
+    accelerate.hooks.add_hook_to_module(pipe.unet.conv_in, accelerate.hooks.AlignDevicesHook(execution_device="cpu"))
+
+
+def offload_groups(pipe):
+    cpu = torch.device("cpu")
+    pipe.unet.enable_group_offload(onload_device=cpu, offload_device=cpu, offload_type="block_level", num_blocks_per_group=1)
+
+
+def cast_layers(pipe):
+    apply_layerwise_casting(pipe.unet, storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
+
+
+def put_foreign_hook(pipe):
+    pipe.unet.conv_out.register_forward_hook(lambda module, args, output: output * 0.5)
+
+
+def compile_blocks(pipe):
+    pipe.unet.compile_repeated_blocks(backend="eager")
+
+
+OBSTACLES = {
+    "offloaded by accelerate": (offload, "accelerate's"),
+    "hook of accelerate": (put_hook, "accelerate's AlignDevicesHook moves conv_in"),
+    "offloaded by groups": (offload_groups, "diffusers' hook 'group_offloading'"),
+    "cast by layers": (cast_layers, "diffusers' hook 'layerwise_casting'"),
+    "foreign hook": (put_foreign_hook, "conv_out (Conv2d) has a hook that is not ours"),
+    "compiled by blocks": (compile_blocks, "is compiled by itself"),
+}
+
+
+@pytest.mark.parametrize("name", OBSTACLES)
+def test_a_model_that_cannot_be_captured_says_why(pair, name):
+    change, reason = OBSTACLES[name]
+    for pipe in pair:
+        change(pipe)
+    assert_plain(pair, reason)
+
+
+@pytest.mark.parametrize("name", [name for name in OBSTACLES if name != "compiled by blocks"])
+def test_a_model_that_can_no_longer_be_captured_says_why(pair, name):
+    assert_same(call(pair[1]), call(pair[0]))
+    change, reason = OBSTACLES[name]
+    for pipe in pair:
+        change(pipe)
+    assert_plain(pair, reason)
+
+
+def test_what_stood_in_the_way_may_go_again(pair):
+    plain, fast = pair
+    handle = fast.unet.conv_out.register_forward_hook(lambda module, args, output: output * 0.5)
+    with pytest.warns(UserWarning, match="not optimized"):
+        call(fast)
+    handle.remove()
+    with own_forwards(fast.unet) as seen:
+        for _ in range(2):
+            assert_same(call(fast), call(plain))
+    assert len(seen) == RECORDED
+    assert reasons(fast) == []
+
+
+def test_a_timestep_that_is_a_number_is_no_input():
+    this = model("unet")
+    attach(this.denoiser)
+    expected = this(SCALE, timestep=7)
+    agd.optimize(this.denoiser)
+    with torch.no_grad():
+        with pytest.warns(UserWarning, match="its timestep is a int; expected a tensor"):
+            assert torch.equal(this(SCALE, timestep=7), expected)
+        assert torch.equal(this(SCALE, timestep=7), expected)
+
+
+def test_gradients_training_and_autocast_take_the_plain_path():
+    this, fast = model("unet"), model("unet")
+    for one in (this, fast):
+        attach(one.denoiser)
+    agd.optimize(fast.denoiser)
+    assert torch.equal(fast(SCALE), this(SCALE))
+    found = [one(SCALE).square().mean() for one in (this, fast)]
+    for one in found:
+        one.backward()
+    pairs = zip(this.attachment.adapter.parameters(), fast.attachment.adapter.parameters(), strict=True)
+    assert all(torch.equal(one.grad, other.grad) for one, other in pairs)
+    with torch.no_grad():
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            for _ in range(2):
+                assert torch.equal(fast(SCALE), this(SCALE))
+        for one in (this, fast):
+            one.denoiser.train()
+        for _ in range(2):
+            assert torch.equal(fast(SCALE), this(SCALE))
+    assert agd.info(fast.denoiser)["engine"]["captured"] == 0
+
+
+def test_gradients_after_captured_forwards_are_those_of_the_plain_path():
+    this, fast = model("dit"), model("dit")
+    for one in (this, fast):
+        attach(one.denoiser)
+    agd.optimize(fast.denoiser)
+    with torch.no_grad():
+        for _ in range(2):
+            fast(SCALE)
+    for one in (this, fast):
+        one(SCALE).square().mean().backward()
+    pairs = zip(this.attachment.adapter.parameters(), fast.attachment.adapter.parameters(), strict=True)
+    assert all(torch.equal(one.grad, other.grad) for one, other in pairs)
