@@ -156,3 +156,16 @@ def test_gradients_after_captured_forwards_are_those_of_the_plain_path():
         one(SCALE).square().mean().backward()
     pairs = zip(this.attachment.adapter.parameters(), fast.attachment.adapter.parameters(), strict=True)
     assert all(torch.equal(one.grad, other.grad) for one, other in pairs)
+
+
+def test_a_compiler_that_fails_is_done_without(monkeypatch):
+    def fails(*_, **__):
+        raise RuntimeError("no compiler here\nand more")
+
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: fails)
+    plain, fast = twins()
+    agd.optimize(fast, agd.EngineConfig(compile=True))
+    with pytest.warns(UserWarning, match="optimized in part: torch.compile failed .RuntimeError: no compiler here"):
+        assert_same(call(fast), call(plain))
+    info = agd.info(fast)["engine"]
+    assert info["captured"] == 1 and not info["plain_because"] and "run uncompiled" in info["slower_because"][0]

@@ -43,7 +43,7 @@ def capture(function: Callable[..., list[Tensor]], inputs: Iterable[Tensor]) -> 
     try:
         module = make_fx(function, tracing_mode="fake", pre_dispatch=True, _allow_non_fake_inputs=True)(*inputs)
     except Exception as error:  # whatever the code of a model may raise on tensors without values
-        raise NotCapturableError(f"its forward cannot be recorded ({type(error).__name__}: {_first_line(error)})") from error
+        raise NotCapturableError(f"its forward cannot be recorded ({type(error).__name__}: {first_line(error)})") from error
     graph = module.graph
     _drop_modes(graph)
     constants = _constants_as_inputs(graph, module)
@@ -117,5 +117,5 @@ def _drop_casts(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [""])[0][:200]

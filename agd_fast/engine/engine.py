@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from agd_fast.attaching.attachment import Attachment, attachment_of
 from agd_fast.attaching.scope import Scope, scope_of
-from agd_fast.engine.capture import NotCapturableError, capture
+from agd_fast.engine.capture import NotCapturableError, capture, first_line
 from agd_fast.engine.config import EngineConfig
 from agd_fast.engine.fingerprint import Fingerprint, obstacle, version
 from agd_fast.engine.levels import Level
@@ -79,17 +79,20 @@ class Engine:
             return self._record(request)
         number = None if request.guidance is None else request.guidance.number
         results = found.program.run(request.inputs, self._prepared(found.program, request, scope), number)
+        if found.program.trouble:
+            self._tell(found.program.trouble, "is optimized in part")
         return pytree.tree_unflatten(results, found.output)
 
     def info(self) -> dict[str, Any]:
-        """For a reader. plain_because: why calls take the plain path, if any do. ahead_bytes: of what was computed ahead, in the
-        last scope."""
+        """For a reader. plain_because: why calls take the plain path, if any do. slower_because: why steps are not compiled, or
+        no CUDA graph. ahead_bytes: of what was computed ahead, in the last scope."""
         device = device_of(self.denoiser)
         return {
             "compile": self.config.compiles(device),
             "cuda_graph": self.config.graphs(device),
             "captured": len(self.captured),
             "ahead_bytes": self.ahead_bytes,
+            "slower_because": list(dict.fromkeys(filter(None, (found.program.trouble for found in self.captured.values())))),
             "plain_because": list(dict.fromkeys([*filter(None, [self.obstacle]), *self.refused.values()])),
         }
 
@@ -130,7 +133,7 @@ class Engine:
                 raise NotCapturableError(f"its output holds more than tensors: {[type(leaf).__name__ for leaf in leaves]}")
             graph = capture(request.function, request.inputs)
             program = Program(graph, request.levels, request.timestep, self.config)
-            _require_same(program.step(request.inputs, program.prepare(request.inputs)), leaves)
+            _require_same(_first_results(program, request), leaves)
         except NotCapturableError as error:
             self._refuse(request, str(error))
             return output
@@ -167,15 +170,30 @@ class Engine:
         self.ahead_bytes = sum(one.prepared.bytes for one in runs)
         return run.prepared
 
-    def _tell(self, reason: str) -> None:
+    def _tell(self, reason: str, what: str = "runs as it is, not optimized") -> None:
         if reason not in self._told:
             self._told.add(reason)
-            warn(f"{type(self.denoiser).__name__} runs as it is, not optimized: {reason}")
+            warn(f"{type(self.denoiser).__name__} {what}: {reason}")
 
 
 def _moves(known: Sequence[Tensor], found: Tensor) -> bool:
     """Whether an argument has more values in one scope than a static one may, or changes of it cannot be seen."""
     return found.is_inference() or len({id(tensor) for tensor in (*known, found)}) > VALUES
+
+
+def _first_results(program: Program, request: Request) -> list[Tensor]:
+    """Raises: NotCapturableError for a captured program that does not run."""
+    prepared = program.prepare(request.inputs)
+    try:
+        try:
+            return program.step(request.inputs, prepared)
+        except Exception as error:  # whatever a compiler may raise, on an old GPU or without a C++ compiler
+            if not program.compiles:
+                raise
+            program.do_without_compiling(error)
+            return program.step(request.inputs, prepared)
+    except Exception as error:
+        raise NotCapturableError(f"its captured form does not run ({type(error).__name__}: {first_line(error)})") from error
 
 
 def _require_same(found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:

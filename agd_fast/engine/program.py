@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from agd_fast.engine.capture import Captured
+from agd_fast.engine.capture import Captured, first_line
 from agd_fast.engine.config import EngineConfig
 from agd_fast.engine.folding import drop_identities, fold_into_norms, share_equals
 from agd_fast.engine.graphs import GraphedStep
@@ -43,9 +43,11 @@ class Program:
     def __init__(self, captured: Captured, levels: Sequence[Level], timestep: int, config: EngineConfig) -> None:
         self.inputs, self.levels, self.timestep, self.config = captured.inputs, list(levels), timestep, config
         self.graph = captured.graph
+        self.trouble = ""  # why steps are slower than they might be
         placeholders = [node for node in self.graph.nodes if node.op == "placeholder"]
         self.constants: Values = dict(zip(placeholders[len(self.inputs) :], captured.constants, strict=True))
         self.device = _device([node for node, level in self._leveled if level == Level.MOVING])
+        self.compiles, self.graphs = config.compiles(self.device), config.graphs(self.device)
         if config.fold:
             drop_identities(self.graph)
             share_equals(self.graph)
@@ -65,9 +67,13 @@ class Program:
         stored = dict(zip(parts.step.results, self.places, strict=True))
         self.row_values: Values = {**stored, **dict(zip(parts.views.results, parts.views(stored), strict=True))}
         self.body: Callable[..., Any] = parts.body.module.forward
-        if self.config.compiles(self.device):
+        if self.compiles:
             self.body = torch.compile(parts.body.module, fullgraph=True, dynamic=False, mode=self.config.mode)
         self.graphed: GraphedStep | None = None
+
+    def do_without_compiling(self, error: Exception) -> None:
+        self.compiles, self.body = False, self.parts.body.module.forward
+        self.trouble = f"torch.compile failed ({type(error).__name__}: {first_line(error)}), so steps run uncompiled"
 
     def let_move(self, index: int) -> None:
         """Treat an input as one that changes at every step."""
@@ -106,14 +112,19 @@ class Program:
 
     def run(self, inputs: Sequence[Tensor], prepared: Prepared, number: Tensor | None = None) -> list[Tensor]:
         """The forward's outputs. number: of the step [1], where ω changes with it."""
-        if not self.config.graphs(self.device):
+        if not self.graphs:
             return self.step(inputs, prepared, number)
         moving = [tensor for tensor, level in zip(inputs, self.levels, strict=True) if level != Level.STATIC]
         moving += [] if number is None else [number]
         kept = self._kept(inputs, prepared)
         if self.graphed is None or not self.graphed.fits(kept):
             self.graphed = None  # its memory first
-            self.graphed = GraphedStep(lambda moving, kept: self.step(*self._taken(moving, kept, prepared)), moving, kept)
+            try:
+                self.graphed = GraphedStep(lambda moving, kept: self.step(*self._taken(moving, kept, prepared)), moving, kept)
+            except RuntimeError as error:
+                self.graphs = False
+                self.trouble = f"no CUDA graph could be recorded ({first_line(error)}), so steps are launched one by one"
+                return self.step(inputs, prepared, number)
         return self.graphed(moving, kept)
 
     def step(self, inputs: Sequence[Tensor], prepared: Prepared, number: Tensor | None = None) -> list[Tensor]:

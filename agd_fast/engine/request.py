@@ -68,6 +68,7 @@ class Request:
         if leaf is self.time:
             self.timestep = len(self.inputs)
             self.levels.append(Level.STEP)
+            leaf = leaf.to(self.samples[0].device)  # where rows are found by it
         else:
             self.levels.append(Level.MOVING if any(leaf is one for one in self.samples) else Level.STATIC)
         self.inputs.append(leaf)

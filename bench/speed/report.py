@@ -64,11 +64,13 @@ def save_bars(path: str | os.PathLike[str], rows: Sequence[dict[str, Any]], titl
             found = {row["arm"]: row for row in rows if row["batch"] == batch and row[key] is not None}
             values = [found[arm][key] / unit for arm in arms if arm in found]
             names = [arm for arm in arms if arm in found]
-            bars = axis.barh(names, values, color=[COLOURS[name.partition("_")[0]] for name in names])
+            axis.barh(names, values, color=[COLOURS[name.partition("_")[0]] for name in names])
+            ends = [found[arm][f"{key}_p80"] / unit if timed else value for arm, value in zip(names, values, strict=True)]
             if timed:
                 low, high = ([abs(found[arm][f"{key}_{p}"] - found[arm][key]) for arm in names] for p in ("p20", "p80"))
                 axis.errorbar(values, names, xerr=(low, high), fmt="none", ecolor="black", elinewidth=1)
-            axis.bar_label(bars, fmt="{:,.4g}", padding=10, fontsize=8)
+            for name, value, end in zip(names, values, ends, strict=True):
+                axis.annotate(f" {value:,.4g}", (end, name), va="center", fontsize=8)
             axis.margins(x=0.2)
             axis.invert_yaxis()
             axis.set(xlabel=label, title=f"batch {batch}")
