@@ -61,7 +61,7 @@ def test_a_call_is_recorded_once_and_captured_from_then_on(pair):
     assert agd.info(plain)["engine"] is None
     found = agd.info(fast)["engine"]
     assert found.pop("ahead_bytes") > 0
-    assert found == {"compile": False, "cuda_graph": False, "captured": 1, "plain_because": []}
+    assert found == {"compile": False, "cuda_graph": False, "captured": 1, "slower_because": [], "plain_because": []}
 
 
 def test_taken_off_everything_is_as_before_bit_for_bit(pair):
