@@ -6,10 +6,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from agd_fast.engine.capture import NotCapturableError, capture, schema_name
+from agd_fast.engine.config import EngineConfig
 from agd_fast.engine.folding import drop_identities, fold_into_norms
 from agd_fast.engine.joining import join_equal_cats
 from agd_fast.engine.levels import Level, levels_of
 from agd_fast.engine.partition import partition
+from agd_fast.engine.program import Program
 from conftest import assert_as_exact
 from helpers_engine import assert_same
 
@@ -53,7 +55,6 @@ def test_a_captured_forward_is_a_function_of_its_inputs_with_the_weights_as_they
     [
         (lambda x: x if x.sum() > 0 else -x, "cannot be recorded"),
         (lambda x: x * float(x.numpy()[0]), "cannot be recorded"),
-        (lambda x: F.dropout(x, 0.5, training=True), "draws random numbers"),
     ],
 )
 def test_what_cannot_be_captured_says_why(function, message):
@@ -272,3 +273,55 @@ def test_rows_of_which_one_needs_another_are_left_as_they_are():
     join_equal_cats(found.graph, levels_of(found.graph, placeholders))
     assert names(found.graph).count("cat") == 2
     assert torch.allclose(run_graph(found, inputs)[0], expected, atol=1e-6)
+
+
+# writing in place
+
+
+def read_before_and_after_a_write(t, x):
+    b = x * 2
+    before = b.sum(1)
+    b[:, :3] = 0
+    return before - 2 * b.sum(1) + t
+
+
+def kept_by_a_product_with_one(t, x):
+    b = x + t
+    kept = b * 1.0
+    b[:, :3] = 0
+    return kept + b
+
+
+def kept_by_a_copy(t, x):
+    b = x + t
+    written = b.to(torch.float32, copy=True)
+    written[:, :3] = 0
+    return b + written
+
+
+def written_for_the_step(t, x):
+    b = torch.zeros(4)
+    before = b + 1
+    b[:2] = t
+    return x * before.sum() + b.sum() + torch.zeros(4).sum()
+
+
+def rows_that_do_not_lie_contiguously(t, x):
+    e = (t.view(1, 1, 1) * torch.arange(24.0).view(2, 4, 3).transpose(1, 2)).sin()
+    return e.transpose(1, 2).view(2, 12).sum() + x
+
+
+def equal_operations(t, x):
+    return t.sin() + x * t.sin() + F.dropout(x, 0.5, training=False) / 1.0
+
+
+WRITING = [read_before_and_after_a_write, kept_by_a_product_with_one, kept_by_a_copy, written_for_the_step]
+
+
+@pytest.mark.parametrize("function", [*WRITING, rows_that_do_not_lie_contiguously, equal_operations])
+@torch.no_grad()
+def test_a_program_is_its_function(function):
+    t, x = torch.tensor([0.5]), torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
+    program = Program(captured(function, t, x), [STEP, MOVING], 0, EngineConfig())
+    for t in (torch.tensor([0.7]), torch.tensor([0.2])):
+        assert_same(program.run([t, x], program.prepare([t, x]))[0], function(t, x))

@@ -9,7 +9,8 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import nn
 
 import agd_fast as agd
-from agd_fast.attaching import attachment_of, require_attachment
+from agd_fast.attaching import attachment_of, require_attachment, scoped
+from agd_fast.engine import engine_of
 from agd_fast.engine.levels import Level
 from helpers_engine import RECORDED, SCALE, add_lora, assert_same, call, differs, own_forwards, programs, small_unet, twins
 from helpers_pipelines import attach, noise, sample
@@ -350,3 +351,30 @@ def test_the_adapter_switched_off_in_the_middle_of_a_call():
 
     pair = twins()
     assert_follows_within(pair, during(switch_off))
+
+
+def test_a_schedule_that_is_set_anew_in_the_middle_of_a_block():
+    plain, fast = small_unet(), small_unet()
+    for denoiser in (plain, fast):
+        attach(denoiser)
+    agd.optimize(fast)
+    schedule = [torch.tensor([900, 500, 100])]
+    x, prompt = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 16)
+    with torch.no_grad(), scoped(fast, lambda: schedule[0]), agd.guided(plain, SCALE), agd.guided(fast, SCALE):
+        for t in (900, 500, 700, 300):
+            if t == 700:
+                schedule[0] = torch.tensor([700, 300])
+            given = {"sample": x, "timestep": torch.tensor(t), "encoder_hidden_states": prompt}
+            assert_same(fast(**given).sample, plain(**given).sample)
+
+
+def test_the_engine_taken_off_in_the_middle_of_a_call():
+    plain, fast = twins()
+    call(fast)
+
+    def callback(pipe, step, t, tensors):
+        agd.optimize(pipe, None)
+        return tensors
+
+    assert_same(call(fast, callback_on_step_end=callback), call(plain))
+    assert engine_of(fast.unet) is None

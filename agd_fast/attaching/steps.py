@@ -31,7 +31,8 @@ def before_forward(component: nn.Module, action: Callable[[tuple[Any, ...], dict
     try:
         yield
     finally:
-        component._compiled_call_impl = compiled
+        if component._compiled_call_impl is call:  # else the engine was taken off inside
+            component._compiled_call_impl = compiled
 
 
 @contextmanager

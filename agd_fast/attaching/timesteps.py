@@ -12,15 +12,17 @@ TRAINED = 1000  # timesteps of the noise schedules of diffusers' models
 
 def ways_to_pass(timesteps: Tensor, spec: DenoiserSpec, argument: Tensor) -> list[Tensor]:
     """What the denoiser is given at each of a scheduler's timesteps, [T] on the CPU, if `argument` is one of these: once for each
-    way in which pipelines make it (rounded before or after it is scaled, or not scaled).
+    way in which pipelines make it: rounded before or after it is scaled, by a division or, as CUDA divides by numbers, by a
+    product with the reciprocal; or not scaled.
 
     None of a timestep that is not the scheduler's, and where a batch has several. Waits for the device; on "meta", where nothing
     is known, the first way is taken.
     """
-    dtype, times = argument.dtype, timesteps.to("cpu", torch.float64)
-    ways = [_scaled(times, spec), _scaled(times.float(), spec), _scaled(times.to(dtype), spec), times]
-    ways = [way.to(dtype) for way in ways]
-    if argument.device.type == "meta":
+    dtype, known = argument.dtype, argument.device.type != "meta"
+    times = timesteps.to(argument.device if known else "cpu", torch.float64)
+    ways = [way for start in (times, times.float(), times.to(dtype)) for way in _scaled(start, spec)]
+    ways = [way.to(dtype).cpu() for way in (*ways, times)]
+    if not known:
         return ways[:1]
     found = argument.detach().unique().cpu()
     return [way for way in ways if len(found) == 1 and (way == found).any()]
@@ -32,7 +34,10 @@ def position_of(timesteps: Tensor, spec: DenoiserSpec, argument: Tensor) -> int 
     return min((int((way == argument.flatten()[0].cpu()).nonzero()[0]) for way in ways), default=None)
 
 
-def _scaled(times: Tensor, spec: DenoiserSpec) -> Tensor:
+def _scaled(times: Tensor, spec: DenoiserSpec) -> list[Tensor]:
     if not spec.timestep_ascends:
         times = TRAINED - times
-    return times if spec.timestep_scale == 1 else times / spec.timestep_scale
+    if spec.timestep_scale == 1:
+        return [times]
+    reciprocal = 1 / torch.tensor(spec.timestep_scale, dtype=torch.promote_types(times.dtype, torch.float32))
+    return [times / spec.timestep_scale, (times * reciprocal.to(times.device)).to(times.dtype)]

@@ -18,7 +18,6 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 _MODES = ("_set_grad_enabled", "_enter_autocast", "_exit_autocast")  # how code switches what is off here anyway
-_CASTS = ("aten::to", "aten::_to_copy", "aten::contiguous", "aten::alias", "aten::detach", "aten::dropout", "aten::lift_fresh")
 
 
 class NotCapturableError(Exception):
@@ -47,7 +46,6 @@ def capture(function: Callable[..., list[Tensor]], inputs: Iterable[Tensor]) -> 
     graph = module.graph
     _drop_modes(graph)
     constants = _constants_as_inputs(graph, module)
-    _drop_casts(graph)
     graph.eliminate_dead_code()
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     return Captured(graph, tuple(placeholders[: len(inputs)]), constants)
@@ -103,18 +101,6 @@ def _constants_as_inputs(graph: fx.Graph, module: fx.GraphModule) -> tuple[Tenso
         node.replace_all_uses_with(constants[id(tensor)][1])
         graph.erase_node(node)
     return tuple(tensor for tensor, _ in constants.values())
-
-
-def _drop_casts(graph: fx.Graph) -> None:
-    """Operations that give back what they were given."""
-    for node in list(graph.nodes):
-        if schema_name(node) not in _CASTS or not isinstance(node.args[0], fx.Node):
-            continue
-        if schema_name(node) == "aten::dropout" and node.args[2]:
-            raise NotCapturableError("its forward draws random numbers (dropout)")
-        if not node.kwargs.get("copy") and kind_of(node) == kind_of(node.args[0]):
-            node.replace_all_uses_with(node.args[0])
-            graph.erase_node(node)
 
 
 def first_line(error: Exception) -> str:

@@ -29,6 +29,10 @@ class EngineConfig:
     max_table_bytes: int = 2**30
 
     def __post_init__(self) -> None:
+        if self.mode in ("reduce-overhead", "max-autotune"):
+            raise ValueError(
+                f"mode={self.mode!r} brings CUDA graphs of its own; expected None, 'default' or 'max-autotune-no-cudagraphs'"
+            )
         if self.max_table_bytes < 0:
             raise ValueError(f"max_table_bytes must not be negative, found {self.max_table_bytes}")
 

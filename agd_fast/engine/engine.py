@@ -34,9 +34,10 @@ _AUTOCAST = ("cuda", "cpu")
 
 @dataclass(eq=False)
 class _Run:
-    """What was prepared for one set of static inputs, with their versions."""
+    """What was prepared for one set of static inputs, with their versions, and one schedule."""
 
     static: list[tuple[Tensor, int | None]]
+    timesteps: Tensor | None
     prepared: Prepared
 
 
@@ -131,8 +132,7 @@ class Engine:
         try:
             if not all(isinstance(leaf, Tensor) for leaf in leaves):
                 raise NotCapturableError(f"its output holds more than tensors: {[type(leaf).__name__ for leaf in leaves]}")
-            graph = capture(request.function, request.inputs)
-            program = Program(graph, request.levels, request.timestep, self.config)
+            program = _program(request, self.config)
             _require_same(_first_results(program, request), leaves)
         except NotCapturableError as error:
             self._refuse(request, str(error))
@@ -148,24 +148,25 @@ class Engine:
 
     def _prepared(self, program: Program, request: Request, scope: Scope) -> Prepared:
         """What was prepared in this scope for the static inputs of this request; now, where nothing was."""
-        runs: list[_Run] = scope.store.setdefault(program, [])
+        runs: list[_Run] = scope.store.setdefault((program, program.cuts), [])
+        timesteps = None if scope.timesteps is None else scope.timesteps()
         static = program.of_level(Level.STATIC)
         inputs = [request.inputs[index] for index in static]
         for run in runs:
-            if all(one is kept and version(one) == count for one, (kept, count) in zip(inputs, run.static, strict=True)):
+            same = all(one is kept and version(one) == count for one, (kept, count) in zip(inputs, run.static, strict=True))
+            if same and timesteps is run.timesteps:
                 return run.prepared
         known = [[kept for kept, _ in run.static] for run in runs]
         moving = [index for place, index in enumerate(static) if _moves([one[place] for one in known], inputs[place])]
         if moving:
             for index in moving:
                 program.let_move(index)
-            runs.clear()
             return self._prepared(program, request, scope)
         prepared = program.prepare(request.inputs)
-        rows = None if scope.timesteps is None else request.rows(scope.timesteps(), self.spec)
+        rows = None if timesteps is None else request.rows(timesteps, self.spec)
         if rows is not None:
             prepared = program.tabulated(prepared, request.inputs, rows, request.steps(rows))
-        run = _Run([(tensor, version(tensor)) for tensor in inputs], prepared)
+        run = _Run([(tensor, version(tensor)) for tensor in inputs], timesteps, prepared)
         runs[:] = [*runs[-VALUES + 1 :], run]
         self.ahead_bytes = sum(one.prepared.bytes for one in runs)
         return run.prepared
@@ -179,6 +180,14 @@ class Engine:
 def _moves(known: Sequence[Tensor], found: Tensor) -> bool:
     """Whether an argument has more values in one scope than a static one may, or changes of it cannot be seen."""
     return found.is_inference() or len({id(tensor) for tensor in (*known, found)}) > VALUES
+
+
+def _program(request: Request, config: EngineConfig) -> Program:
+    captured = capture(request.function, request.inputs)
+    try:
+        return Program(captured, request.levels, request.timestep, config)
+    except Exception as error:
+        raise NotCapturableError(f"its graph cannot be cut ({type(error).__name__}: {first_line(error)})") from error
 
 
 def _first_results(program: Program, request: Request) -> list[Tensor]:

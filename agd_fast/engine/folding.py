@@ -20,20 +20,27 @@ from agd_fast.engine.levels import Level, in_place_groups, is_random
 aten = torch.ops.aten
 
 _NORMS = ("aten::layer_norm", "aten::group_norm")  # (x, shape or groups, weight, bias, eps, …)
+_CASTS = ("aten::to", "aten::contiguous", "aten::alias", "aten::detach", "aten::dropout", "aten::lift_fresh")
 _NEUTRAL = {"aten::div": 1, "aten::mul": 1, "aten::add": 0, "aten::sub": 0}
 
 
 def drop_identities(graph: fx.Graph) -> None:
-    """x / 1, x · 1, x + 0, x − 0 in the same dtype and layout are x."""
+    """x / 1, x · 1, x + 0, x − 0, and casts and dropout that do nothing, in the same dtype and layout, are x."""
     written = in_place_groups(graph)
     for node in list(graph.nodes):
-        neutral = _NEUTRAL.get(schema_name(node))
-        if neutral is None or len(node.args) != 2 or node.kwargs or isinstance(node.args[1], fx.Node):
+        if not (_is_neutral(node) or schema_name(node) in _CASTS) or not node.args or not isinstance(node.args[0], fx.Node):
             continue
-        x = node.args[0]
-        if node.args[1] == neutral and isinstance(x, fx.Node) and node not in written and kind_of(x) == kind_of(node):
+        x = node.args[0]  # where it is written to, or this is, it may be kept as it was by a copy
+        if written.isdisjoint([node, x]) and kind_of(x) == kind_of(node) and not is_random(node):
             node.replace_all_uses_with(x)
             graph.erase_node(node)
+
+
+def _is_neutral(node: fx.Node) -> bool:
+    neutral = _NEUTRAL.get(schema_name(node))
+    if neutral is None or len(node.args) != 2 or node.kwargs or isinstance(node.args[1], fx.Node):
+        return False
+    return bool(node.args[1] == neutral)
 
 
 def share_equals(graph: fx.Graph) -> None:
@@ -41,8 +48,8 @@ def share_equals(graph: fx.Graph) -> None:
     written = in_place_groups(graph)
     found: dict[Any, fx.Node] = {}
     for node in list(graph.nodes):
-        if node.op != "call_function" or node in written or is_random(node):
-            continue
+        if node.op != "call_function" or is_random(node) or not written.isdisjoint([node, *node.all_input_nodes]):
+            continue  # what is read before and after it is written is not the same
         key = (node.target, _hashable(node.args), _hashable(node.kwargs))
         if found.setdefault(key, node) is not node:
             node.replace_all_uses_with(found[key])

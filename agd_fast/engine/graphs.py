@@ -15,18 +15,24 @@ Step = Callable[[Sequence[Tensor], Sequence[Tensor]], list[Tensor]]
 
 
 @functools.cache
-def _pool() -> Any:
-    """The memory that all graphs work in: they never run at the same time, and what they give is copied out at once."""
-    return torch.cuda.graph_pool_handle()
+def _pool(device: torch.device) -> Any:
+    """The memory that all graphs of a device work in: they never run at the same time, and what they give is copied out at once.
+    It is kept for good: of a pool whose last graph is gone, nothing can be recorded again."""
+    with torch.cuda.device(device):
+        return torch.cuda.MemPool()
 
 
 class GraphedStep:
     """`step(moving, kept)` recorded once and replayed on memory of its own, to which the tensors of each call are copied: those
-    of `kept` only when they are others than the last time."""
+    of `kept` only when their `serial` is another than the last time."""
 
-    def __init__(self, step: Step, moving: Sequence[Tensor], kept: Sequence[Tensor]) -> None:
-        self.moving, self.kept = [tensor.clone() for tensor in moving], [tensor.clone() for tensor in kept]
-        self.loaded = list(kept)
+    def __init__(self, step: Step, moving: Sequence[Tensor], kept: Sequence[Tensor], serial: int = 0) -> None:
+        self.device = moving[0].device
+        self.moving, self.kept, self.loaded = [tensor.clone() for tensor in moving], [tensor.clone() for tensor in kept], serial
+        with torch.cuda.device(self.device):  # streams and graphs are those of the current one
+            self._record(step)
+
+    def _record(self, step: Step) -> None:
         current, side = torch.cuda.current_stream(), torch.cuda.Stream()
         side.wait_stream(current)
         with torch.cuda.stream(side):
@@ -34,19 +40,20 @@ class GraphedStep:
                 step(self.moving, self.kept)
         current.wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=_pool()):
+        with torch.cuda.graph(self.graph, pool=_pool(self.device).id):
             self.outputs = step(self.moving, self.kept)
 
     def fits(self, kept: Sequence[Tensor]) -> bool:
         """Not where a schedule has another number of steps."""
         return [tensor.shape for tensor in kept] == [tensor.shape for tensor in self.kept]
 
-    def __call__(self, moving: Sequence[Tensor], kept: Sequence[Tensor]) -> list[Tensor]:
-        for index, tensor in enumerate(kept):
-            if tensor is not self.loaded[index]:
-                self.kept[index].copy_(tensor)
-        self.loaded = list(kept)
+    def __call__(self, moving: Sequence[Tensor], kept: Sequence[Tensor], serial: int = 0) -> list[Tensor]:
+        if serial != self.loaded:
+            for place, tensor in zip(self.kept, kept, strict=True):
+                place.copy_(tensor)
+            self.loaded = serial
         for place, tensor in zip(self.moving, moving, strict=True):
             place.copy_(tensor)
-        self.graph.replay()
+        with torch.cuda.device(self.device):
+            self.graph.replay()
         return [tensor.clone() for tensor in self.outputs]  # schedulers keep what they are given

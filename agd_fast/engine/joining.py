@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from agd_fast.engine.capture import add_call, schema_name, value_of
-from agd_fast.engine.levels import Level, elements
+from agd_fast.engine.levels import Level, elements, in_place_groups
 
 aten = torch.ops.aten
 
@@ -20,8 +20,10 @@ aten = torch.ops.aten
 def join_equal_cats(graph: fx.Graph, level: Mapping[fx.Node, Level]) -> frozenset[fx.Node]:
     """Replace `cat`s that mix static tensors with smaller ones of the step by one `cat` for all of the same shapes.
 
-    Returns the nodes that belong into the step itself.
+    Returns the nodes that belong into the step itself. A graph that writes in place is left as it is: the order counts there.
     """
+    if in_place_groups(graph):
+        return frozenset()
     alike: dict[Any, list[fx.Node]] = {}
     for node in graph.nodes:
         if _mixes(node, level):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from enum import IntEnum
 
 import torch
@@ -70,14 +70,6 @@ def elements(node: fx.Node) -> int:
     return value.numel() if isinstance(value, Tensor) else 0
 
 
-def tensors(node: fx.Node) -> Iterator[torch.Tensor]:
-    value = value_of(node)
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (list, tuple)):
-        yield from (one for one in value if isinstance(one, Tensor))
-
-
 def _owners(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
     """The node whose memory each node is a view of."""
     owners: dict[fx.Node, fx.Node] = {}
@@ -110,4 +102,6 @@ def _writes(node: fx.Node) -> bool:
 
 def is_random(node: fx.Node) -> bool:
     """Whether it draws random numbers."""
+    if schema_name(node) == "aten::dropout" and not node.args[2]:
+        return False
     return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())

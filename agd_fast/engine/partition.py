@@ -54,7 +54,7 @@ def partition(graph: fx.Graph, placeholders: Mapping[fx.Node, Level], kept: froz
         return _tensors(found)
 
     static, rows = leaving(Level.STATIC), leaving(Level.STEP)
-    aliases = [node for node in rows if _owner(node).op != "placeholder" and is_view(node) and node not in written]
+    aliases = [node for node in rows if is_view(node) and node not in written and _can_be_a_row(_owner(node))]
     chain = _view_chain(aliases)
     stored = _tensors([*(node for node in rows if node not in aliases), *(_owner(node) for node in aliases)])
     return Parts(
@@ -75,6 +75,12 @@ def _owner(node: fx.Node) -> fx.Node:
     while is_view(node):
         node = node.all_input_nodes[0]
     return node
+
+
+def _can_be_a_row(node: fx.Node) -> bool:
+    """Whether views of it are views of its copy in a row too: there it lies contiguously."""
+    value = node.meta.get("val")
+    return node.op != "placeholder" and isinstance(value, Tensor) and value.is_contiguous()
 
 
 def _view_chain(aliases: list[fx.Node]) -> list[fx.Node]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,11 +25,12 @@ Values = dict[fx.Node, Tensor]
 @dataclass(frozen=True)
 class Prepared:
     """All of one run that does not move with x_t. static: what does not move at all. borrowed: of it, what is the model's own
-    memory. table: what moves with the step, where the schedule is known."""
+    memory. table: what moves with the step, where the schedule is known. serial: of this and no other."""
 
     static: Values
     borrowed: Values
     table: Table | None
+    serial: int = field(default_factory=itertools.count(1).__next__)
 
     @property
     def bytes(self) -> int:
@@ -44,6 +46,7 @@ class Program:
         self.inputs, self.levels, self.timestep, self.config = captured.inputs, list(levels), timestep, config
         self.graph = captured.graph
         self.trouble = ""  # why steps are slower than they might be
+        self.cuts = 0  # how often it was cut: what was prepared for one does not fit the next
         placeholders = [node for node in self.graph.nodes if node.op == "placeholder"]
         self.constants: Values = dict(zip(placeholders[len(self.inputs) :], captured.constants, strict=True))
         self.device = _device([node for node, level in self._leveled if level == Level.MOVING])
@@ -59,6 +62,7 @@ class Program:
         self._cut()
 
     def _cut(self) -> None:
+        self.cuts += 1
         self.parts = parts = partition(self.graph, dict(self._leveled), self.kept)
         values = [node.meta["val"] for node in parts.step.results]
         self.layout = RowLayout(tuple(tuple(value.shape) for value in values), tuple(value.dtype for value in values))
@@ -70,6 +74,9 @@ class Program:
         if self.compiles:
             self.body = torch.compile(parts.body.module, fullgraph=True, dynamic=False, mode=self.config.mode)
         self.graphed: GraphedStep | None = None
+        read = {*parts.body.arguments, *parts.step.arguments} - self.constants.keys()
+        if self.graphs and any(node.meta["val"].device != self.device for node in read):
+            self.graphs, self.trouble = False, "a step reads tensors of other devices, so it is launched operation by operation"
 
     def do_without_compiling(self, error: Exception) -> None:
         self.compiles, self.body = False, self.parts.body.module.forward
@@ -96,7 +103,7 @@ class Program:
         steps: values [R, …] of the inputs that move with the step, by index.
         """
         if not self.places or (len(rows.times) + 1) * self.layout.row_bytes > self.config.max_table_bytes:
-            return replace(prepared, table=None)
+            return prepared
         moving = {self.inputs[index]: values for index, values in steps.items()}
         values = {**self._given(inputs), **prepared.static, **prepared.borrowed, **moving}
         nodes = self.parts.step.arguments
@@ -105,7 +112,7 @@ class Program:
             [values[node] for node in nodes],
             tuple(0 if node in moving else None for node in nodes),
         )
-        return replace(prepared, table=fill_table(self.layout, columns, rows))
+        return Prepared(prepared.static, prepared.borrowed, fill_table(self.layout, columns, rows))
 
     def _given(self, inputs: Sequence[Tensor]) -> Values:
         return {**self.constants, **{self.inputs[index]: inputs[index] for index in self.of_level(Level.STATIC)}}
@@ -120,12 +127,14 @@ class Program:
         if self.graphed is None or not self.graphed.fits(kept):
             self.graphed = None  # its memory first
             try:
-                self.graphed = GraphedStep(lambda moving, kept: self.step(*self._taken(moving, kept, prepared)), moving, kept)
+                self.graphed = GraphedStep(
+                    lambda moving, kept: self.step(*self._taken(moving, kept, prepared)), moving, kept, prepared.serial
+                )
             except RuntimeError as error:
                 self.graphs = False
                 self.trouble = f"no CUDA graph could be recorded ({first_line(error)}), so steps are launched one by one"
                 return self.step(inputs, prepared, number)
-        return self.graphed(moving, kept)
+        return self.graphed(moving, kept, prepared.serial)
 
     def step(self, inputs: Sequence[Tensor], prepared: Prepared, number: Tensor | None = None) -> list[Tensor]:
         """`run`, operation by operation."""
@@ -136,7 +145,9 @@ class Program:
             for place, found in zip(self.places, self.parts.step(values), strict=True):
                 place.copy_(found)
         values.update(self.row_values)
-        return self.body(*[values[node] for node in self.parts.body.arguments])
+        results = self.body(*[values[node] for node in self.parts.body.arguments])
+        fixed = [node in self.row_values for node in self.parts.body.results]  # the next step writes there
+        return [result.clone() if is_fixed else result for result, is_fixed in zip(results, fixed, strict=True)]
 
     def _kept(self, inputs: Sequence[Tensor], prepared: Prepared) -> list[Tensor]:
         table = prepared.table
