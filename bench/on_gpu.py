@@ -1,7 +1,7 @@
 """All that waits for a GPU, with one command: first that the engine is right there, then how fast it is.
 
 python bench/on_gpu.py                        # checks, then one model and batch after another, each into its own JSON
-python bench/on_gpu.py --minutes 9            # stops before that; the same call goes on with what is missing
+python bench/on_gpu.py --minutes 5            # begins no model after that; the same call goes on with what is missing
 
 The checks run the tiny denoisers of tests/tiny on CUDA, in float32 and bfloat16, compiled and as one CUDA graph a step, against
 float64 on the CPU: the engine may be off by twice what the plain path is. No speed is measured while one of them is red.
@@ -36,7 +36,7 @@ OMEGAS = (2.0, 5.0)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin nothing that would not be done by then")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no further model after that")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--device", default="cuda", help="cpu: the checks alone, for a look at what they do")
     args = parser.parse_args()
