@@ -17,6 +17,7 @@ import agd_fast as agd
 from agd_fast.attaching import denoiser_of
 from agd_fast.distillation.presets import PRESETS, find_preset
 from agd_fast.hub import resolve
+from agd_fast.ops import kernels_info
 from agd_fast.teacher import as_teacher
 
 app = typer.Typer(
@@ -264,10 +265,13 @@ def push(
 def info(
     adapter: Annotated[str | None, typer.Argument(help="Folder or Hub repo of an adapter to describe.")] = None,
 ) -> None:
-    """Versions, devices, what is installed; with ADAPTER, what it is and what it was made for."""
+    """Versions, devices, what is installed, what the Triton kernels do; with ADAPTER, what it is and what it was made for."""
     from agd_fast.reporting.tables import rich_table
 
-    tables = [rich_table("environment", ("", "found"), list(agd.info()["environment"].items()), "left")]
+    tables = [
+        rich_table("environment", ("", "found"), list(agd.info()["environment"].items()), "left"),
+        rich_table("kernels", ("", "found"), describe_kernels(), "left"),
+    ]
     if adapter is not None:
         tables.append(rich_table(escape(adapter), ("", "found"), describe(resolve(adapter)), "left"))
     for table in tables:
@@ -276,6 +280,20 @@ def info(
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
+
+
+def describe_kernels() -> list[tuple[str, str]]:
+    """Whether the Triton kernels run here, and what was measured of them, in rows for a reader."""
+    found = kernels_info()
+    rows = [
+        ("policy", found["policy"]),
+        ("can run", f"no: {found['missing']}" if found["missing"] else "yes"),
+        ("ops", ", ".join(found["ops"])),
+        *((f"{name} is left to torch", reason) for name, reason in found["failed"].items()),
+    ]
+    if "kept" in found:
+        rows.append(("measured", f"{found['measured']} shapes on this card, kept in {found['kept']}"))
+    return [(name, escape(text)) for name, text in rows]
 
 
 def describe(adapter: Path) -> list[tuple[str, str]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from importlib import metadata, util
+from importlib import metadata
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ import torch
 from agd_fast.adapters import count_parameters
 from agd_fast.attaching import attachment_of, denoiser_of
 from agd_fast.engine import engine_of
+from agd_fast.ops import kernels_info
 from agd_fast.version import __version__
 
 _PACKAGES = ("torch", "diffusers", "accelerate", "safetensors", "triton")
@@ -27,7 +28,7 @@ def environment() -> dict[str, str]:
         **versions,
         "device": torch.cuda.get_device_name() if cuda else "cpu",
         "threads": str(torch.get_num_threads()),
-        "kernels": "installed" if util.find_spec("agd_fast_kernels") else "not installed",
+        "kernels": f"do not run: {missing}" if (missing := kernels_info()["missing"]) else "can run",
     }
 
 

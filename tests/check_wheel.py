@@ -14,7 +14,19 @@ EXPECTED = {
     "agd_fast/datasets/assets/digits_teacher/diffusion_pytorch_model.safetensors",
     "agd_fast/reporting/card.md.jinja",
     "agd_fast/reporting/report.html.jinja",
+    "agd_fast_kernels/__init__.py",
     "agd_fast_kernels/guidance_combine.py",
+    "agd_fast_kernels/projection_mix.py",
+    "agd_fast_kernels/shapes.py",
+}
+SOURCES = {  # of the sdist; those of kernels/ make a package for the Kernel Hub
+    "kernels/CARD.md",
+    "kernels/README.md",
+    "kernels/build.toml",
+    "kernels/flake.nix",
+    "kernels/torch-ext/agd_fast_kernels/guidance_combine.py",
+    "LICENSE",
+    "README.md",
 }
 LIMIT = 1_500_000  # bytes of a teacher with its classifier
 
@@ -23,7 +35,7 @@ import agd_fast, agd_fast_kernels, importlib.util, torch
 from pathlib import Path
 here = Path(agd_fast.__file__)
 assert {venv!r} in str(here), here
-assert importlib.util.find_spec("agd_fast_kernels.guidance_combine")
+assert all(importlib.util.find_spec(f"agd_fast_kernels.{{name}}") for name in agd_fast.ops.OPS)
 teacher = agd_fast.datasets.digits_teacher()
 agd_fast.attach(teacher)
 images = agd_fast.sample(teacher, class_labels=[3], guidance_scale=4.0, steps=2, seed=0)
@@ -42,7 +54,7 @@ def main(dist: Path, venv: Path) -> None:
     assert assets <= LIMIT, f"assets are {assets} bytes, more than {LIMIT}"
     with tarfile.open(sdist) as archive:
         in_sdist = {name.split("/", 1)[-1] for name in archive.getnames()}
-    assert {"kernels/guidance_combine.py", "LICENSE", "README.md"} <= in_sdist, "the sdist is not whole"
+    assert in_sdist >= SOURCES, f"the sdist lacks {SOURCES - in_sdist}"
     python = venv.resolve() / "bin" / "python"
     with tempfile.TemporaryDirectory() as elsewhere:
         subprocess.run([python, "-c", USE.format(venv=str(venv.resolve()))], check=True, cwd=elsewhere)

@@ -10,6 +10,7 @@ from PIL import Image, ImageChops, ImageStat
 from typer.testing import CliRunner
 
 from agd_fast.cli import app, parse_labels
+from agd_fast.ops import OPS, kernels_info
 
 AGD_FAST = Path(sys.executable).with_name("agd-fast")
 
@@ -65,6 +66,23 @@ def test_evaluate_writes_a_report(distilled, tmp_path):
 def test_info_describes_an_adapter(distilled):
     done = run("info", distilled)
     assert "DiTTransformer2DModel" in done.stdout and "modulation" in done.stdout and "torch" in done.stdout
+
+
+def test_info_says_whether_kernels_run(monkeypatch):
+    from agd_fast import cli, environment
+
+    def shown(**changed):
+        found = {**kernels_info(), "missing": "", "failed": {}, **changed}
+        monkeypatch.setattr(cli, "kernels_info", lambda: found)
+        monkeypatch.setattr(environment, "kernels_info", lambda: found)
+        return CliRunner().invoke(app, "info", catch_exceptions=False, env={"COLUMNS": "300"}).stdout
+
+    without = shown(missing="no CUDA device", policy="never")
+    assert "no: no CUDA device" in without and "do not run: no CUDA device" in without and "measured" not in without
+    assert "policy" in without and "never" in without and all(name in without for name in OPS)
+    found = shown(measured=7, kept="/cache/H.json", failed={"gated_lora": "its kernel failed ([x])"})
+    assert "yes" in found and "can run" in found and "7 shapes on this card, kept in /cache/H.json" in found
+    assert "gated_lora is left to torch" in found and "its kernel failed ([x])" in found
 
 
 def test_demo_report_holds_what_it_promises(tmp_path):

@@ -11,10 +11,13 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 
 from agd_fast.engine import engine_of
+from agd_fast.ops import OPS
 from speed.architectures import ARCHITECTURES, build
 from speed.arms import ARMS, Workbench
 from speed.counting import Counts, counting
 from speed.hardware import roofline_ms
+from speed.kernel_checks import Meta
+from speed.kernels import real_cases
 from speed.models import Settings, measure_model
 from speed.reference import ReferenceAdapters
 
@@ -119,6 +122,26 @@ def test_baselines(name):
     assert (cfg.flops, cfg.launches.total()) == (8 * flops, 4 * doubled)
 
 
+@pytest.mark.parametrize(("name", "batch"), [("sdxl-1024", 1), ("dit-xl2-256", 1), ("sd21-768", 4)])
+def test_with_all_kernels_a_step_starts_no_more_than_the_bare_model(name, batch):
+    bench = Workbench(ARCHITECTURES[name], batch, 30, META, torch.bfloat16, counted=True)
+    unguided, kernels = (bench.count(bench.arm(arm)).launches for arm in ("unguided", "agd_kernels"))
+    assert kernels.total() <= 1.00 * unguided.total()
+    assert any(one.startswith("agd_fast_kernels::") for one in kernels)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_kernels_are_counted(name):
+    """By the formula that is registered for an op, and as what it launches."""
+    op = OPS[name]
+    case = next(case for case in real_cases() if case.op is op)
+    args = case.arguments(Meta(torch.bfloat16), 2)
+    counts = counted(lambda: op.overload(*args))
+    assert op.launches >= 1 and dict(counts.launches) == {f"agd_fast_kernels::{name}": op.launches}
+    plain = counted(lambda: op.reference(*args))
+    assert counts.flops == plain.flops and counts.launches.total() <= plain.launches.total()
+
+
 def test_sdxl_attends_at_all_its_blocks():
     bench = Workbench(ARCHITECTURES["sdxl-1024"], 1, 1, META, torch.bfloat16, counted=True)
     launches = bench.count(bench.arm("unguided")).launches
@@ -142,7 +165,7 @@ def test_what_is_computed_ahead_is_part_of_a_schedule():
 
 
 def settings(**changed):
-    arms = [name for name in ARMS if name != "cfg_compiled"]
+    arms = [name for name in ARMS if name not in ("cfg_compiled", "agd_kernels")]
     basic = Settings(arms, steps=3, rounds=2, dtype=torch.float32, device=torch.device("cpu"), guidance_scale=4.0)
     return replace(basic, **changed)
 
@@ -169,6 +192,12 @@ def test_rows_on_meta_have_counts_and_no_times():
     assert all(row["ms_per_step"] is None and row["speedup_over_cfg"] is None for row in rows)
     assert rows[0]["launches_per_step"] > 100 and rows[1]["launches_per_step"] is None  # nobody knows what is fused there
     assert rows[0]["flops_per_step"] == rows[1]["flops_per_step"] > 0
+
+
+def test_kernels_are_counted_and_not_timed_without_a_gpu():
+    hoisted, kernels = measure_model("tiny", [1], settings(arms=["agd_hoisted", "agd_kernels"]), TINY)
+    assert kernels["launches_per_step"] < hoisted["launches_per_step"] and kernels["adapter"] == hoisted["adapter"]
+    assert kernels["ms_per_step"] is None and "not timed: its kernels do not run" in kernels["note"]
 
 
 def test_an_arm_that_fails_leaves_the_others_their_times():

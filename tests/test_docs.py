@@ -95,7 +95,7 @@ def test_pipelines(page):
     assert agd.info(found["other"])["adapter"]["sites"]
 
 
-@pytest.mark.parametrize("name", ["families.md", "adding-a-family.md", "pipelines.md", "limits.md", "engine.md"])
+@pytest.mark.parametrize("name", ["families.md", "adding-a-family.md", "pipelines.md", "limits.md", "engine.md", "kernels.md"])
 def test_links_lead_somewhere(name):
     text = (DOCS / name).read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)#]+)\)", text):
@@ -112,6 +112,10 @@ def test_families_page_is_what_its_script_writes():
 
 def test_engine(page):
     page("engine.md")
+
+
+def test_kernels(page):
+    page("kernels.md")
 
 
 def test_adding_a_family(page):

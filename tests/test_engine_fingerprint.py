@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from agd_fast.engine.fingerprint import Fingerprint, obstacle
-from agd_fast.engine.levels import Level
+from agd_fast.graph.levels import Level
 from helpers_engine import SCALE
 from helpers_pipelines import attach, model
 

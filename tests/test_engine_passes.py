@@ -5,13 +5,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from agd_fast.engine.capture import NotCapturableError, capture, schema_name
 from agd_fast.engine.config import EngineConfig
-from agd_fast.engine.folding import drop_identities, fold_into_norms
-from agd_fast.engine.joining import join_equal_cats
-from agd_fast.engine.levels import Level, levels_of
-from agd_fast.engine.partition import partition
 from agd_fast.engine.program import Program
+from agd_fast.graph.capture import NotCapturableError, capture, schema_name
+from agd_fast.graph.folding import drop_identities, fold_into_norms
+from agd_fast.graph.joining import join_equal_cats
+from agd_fast.graph.levels import Level, levels_of
+from agd_fast.graph.partition import partition
 from conftest import assert_as_exact
 from helpers_engine import assert_same
 

@@ -11,7 +11,7 @@ from torch import nn
 import agd_fast as agd
 from agd_fast.attaching import attachment_of, require_attachment, scoped
 from agd_fast.engine import engine_of
-from agd_fast.engine.levels import Level
+from agd_fast.graph.levels import Level
 from helpers_engine import RECORDED, SCALE, add_lora, assert_same, call, differs, own_forwards, programs, small_unet, twins
 from helpers_pipelines import attach, noise, sample
 from tiny import sd15

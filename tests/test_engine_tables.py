@@ -6,11 +6,11 @@ import torch
 import agd_fast as agd
 from agd_fast.attaching import scoped
 from agd_fast.attaching.timesteps import position_of, ways_to_pass
-from agd_fast.engine.capture import capture
 from agd_fast.engine.config import EngineConfig
-from agd_fast.engine.levels import Level
 from agd_fast.engine.program import Program, at_all_steps
 from agd_fast.engine.tables import RowLayout, Rows, _index, fill_table, find
+from agd_fast.graph.capture import capture
+from agd_fast.graph.levels import Level
 from agd_fast.spec import DenoiserSpec
 from helpers_engine import SCALE, assert_same, small_unet, tables
 from helpers_pipelines import attach, noise

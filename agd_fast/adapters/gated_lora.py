@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from agd_fast.adapters.base import Context, Part, Prepared, SiteAdapter, broadcast, gained, pooled
+from agd_fast import ops
+from agd_fast.adapters.base import Context, Part, Prepared, SiteAdapter, gained, pooled
 from agd_fast.adapters.config import AdapterConfig
 from agd_fast.spec import Layout, ResolvedSite
 
@@ -33,14 +33,10 @@ class GatedLoraSite(SiteAdapter):
 
     def forward(self, hidden: Tensor, output: Tensor, prepared: Any) -> Tensor:
         up, gates = (prepared.weight, None) if isinstance(prepared, ScaledUp) else (self.up.weight, prepared)
-        down, up = self.down.weight.to(hidden.dtype), up.to(hidden.dtype)
-        if self.site.channel_dim == 1 and hidden.is_contiguous() and output.is_contiguous() and hidden.dtype == output.dtype:
-            low = torch.bmm(down.expand(len(hidden), -1, -1), hidden.flatten(2))  # [B, r, H·W]
-            low = low if gates is None else low * broadcast(gates, low, 1)
-            return torch.baddbmm(output.flatten(2), up.expand(len(hidden), -1, -1), low).view_as(output)
-        low = F.linear(hidden.movedim(self.site.channel_dim, -1), down)  # [B, ..., r]
-        low = low if gates is None else low * broadcast(gates, low, -1)
-        return output + F.linear(low, up).movedim(-1, self.site.channel_dim).to(output.dtype)
+        dtype = hidden.dtype
+        up, gates = up.to(dtype), None if gates is None else gates.to(dtype)
+        first = self.site.channel_dim == 1
+        return ops.gated_lora(hidden, output.to(dtype), self.down.weight.to(dtype), up, gates, first).to(output.dtype)
 
 
 class GatedLora(Part):

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from agd_fast.ops import Kernels, checked_policy
+
 
 @dataclass(frozen=True)
 class EngineConfig:
@@ -16,6 +18,9 @@ class EngineConfig:
     hoist: compute what does not move with x_t before the first step. fold: leave out operations that change nothing, and let
         norms take scales and shifts that do not move with x_t. absorb: put the projections of cross-attention adapters into their
         keys and values where that is cheaper. These three can be switched off to measure what each gives.
+    kernels: "auto" puts pieces of the forward on Triton kernels where these were measured to beat PyTorch on the card that is
+        there, "always" wherever there is one, "never" nowhere; None takes what the environment variable AGD_FAST_KERNELS says,
+        else "auto".
     max_table_bytes: of the table that holds what depends on the step alone; where all steps of a schedule need more, it is
         computed in each step instead.
     """
@@ -26,6 +31,7 @@ class EngineConfig:
     hoist: bool = True
     fold: bool = True
     absorb: bool = True
+    kernels: Kernels | None = None
     max_table_bytes: int = 2**30
 
     def __post_init__(self) -> None:
@@ -33,6 +39,8 @@ class EngineConfig:
             raise ValueError(
                 f"mode={self.mode!r} brings CUDA graphs of its own; expected None, 'default' or 'max-autotune-no-cudagraphs'"
             )
+        if self.kernels is not None:
+            checked_policy(self.kernels)
         if self.max_table_bytes < 0:
             raise ValueError(f"max_table_bytes must not be negative, found {self.max_table_bytes}")
 

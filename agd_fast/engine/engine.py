@@ -16,12 +16,12 @@ from torch.utils import _pytree as pytree
 
 from agd_fast.attaching.attachment import Attachment, attachment_of
 from agd_fast.attaching.scope import Scope, scope_of
-from agd_fast.engine.capture import NotCapturableError, capture, first_line
 from agd_fast.engine.config import EngineConfig
 from agd_fast.engine.fingerprint import Fingerprint, obstacle, version
-from agd_fast.engine.levels import Level
 from agd_fast.engine.program import Prepared, Program
 from agd_fast.engine.request import Request
+from agd_fast.graph.capture import NotCapturableError, capture, first_line
+from agd_fast.graph.levels import Level
 from agd_fast.spec import DenoiserSpec, device_of, forward_parameters
 from agd_fast.warning import warn
 
@@ -86,14 +86,17 @@ class Engine:
 
     def info(self) -> dict[str, Any]:
         """For a reader. plain_because: why calls take the plain path, if any do. slower_because: why steps are not compiled, or
-        no CUDA graph. ahead_bytes: of what was computed ahead, in the last scope."""
+        no CUDA graph. kernels, not_on_kernels: how many pieces of the last captured forward run on a kernel of ours, by op, and
+        how many do not, by op and reason. ahead_bytes: of what was computed ahead, in the last scope."""
         device = device_of(self.denoiser)
+        programs = [found.program for found in self.captured.values()]
         return {
             "compile": self.config.compiles(device),
             "cuda_graph": self.config.graphs(device),
             "captured": len(self.captured),
             "ahead_bytes": self.ahead_bytes,
-            "slower_because": list(dict.fromkeys(filter(None, (found.program.trouble for found in self.captured.values())))),
+            **(programs[-1].kernels if programs else {"kernels": {}, "not_on_kernels": {}}),
+            "slower_because": list(dict.fromkeys(filter(None, (program.trouble for program in programs)))),
             "plain_because": list(dict.fromkeys([*filter(None, [self.obstacle]), *self.refused.values()])),
         }
 

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from agd_fast.engine.capture import Captured, first_line
 from agd_fast.engine.config import EngineConfig
-from agd_fast.engine.folding import drop_identities, fold_into_norms, share_equals
 from agd_fast.engine.graphs import GraphedStep
-from agd_fast.engine.joining import join_equal_cats
-from agd_fast.engine.levels import Level, levels_of
-from agd_fast.engine.partition import partition
 from agd_fast.engine.tables import RowLayout, Rows, Table, fill_table
+from agd_fast.graph.capture import Captured, first_line, value_of
+from agd_fast.graph.levels import Level
+from agd_fast.graph.partition import partition
+from agd_fast.graph.rewriting import rewrite
+from agd_fast.ops import default_policy
 
 Values = dict[fx.Node, Tensor]
 
@@ -51,12 +51,9 @@ class Program:
         self.constants: Values = dict(zip(placeholders[len(self.inputs) :], captured.constants, strict=True))
         self.device = _device([node for node, level in self._leveled if level == Level.MOVING])
         self.compiles, self.graphs = config.compiles(self.device), config.graphs(self.device)
-        if config.fold:
-            drop_identities(self.graph)
-            share_equals(self.graph)
-            fold_into_norms(self.graph, levels_of(self.graph, dict(self._leveled)))
-        self.kept = join_equal_cats(self.graph, levels_of(self.graph, dict(self._leveled)))
-        self.graph.eliminate_dead_code()
+        policy = self.config.kernels or default_policy()
+        rewritten = rewrite(self.graph, dict(self._leveled), policy, self._constant, fold=config.fold)
+        self.kept, self.kernels = rewritten.kept, rewritten.kernels
         if not config.hoist:
             self.kept = frozenset(self.graph.nodes)
         self._cut()
@@ -77,6 +74,27 @@ class Program:
         read = {*parts.body.arguments, *parts.step.arguments} - self.constants.keys()
         if self.graphs and any(node.meta["val"].device != self.device for node in read):
             self.graphs, self.trouble = False, "a step reads tensors of other devices, so it is launched operation by operation"
+
+    def _constant(self, pieces: Sequence[fx.Node | int]) -> fx.Node | None:
+        """What is made of the model's tensors alone, and zeros of a length, joined to one more constant."""
+        try:
+            values = [piece if isinstance(piece, int) else self._of_constants(piece) for piece in pieces]
+        except KeyError:
+            return None
+        like = next(value for value in values if isinstance(value, Tensor))
+        joined = torch.cat([like.new_zeros(value) if isinstance(value, int) else value for value in values])
+        with self.graph.inserting_after(next(reversed(self.constants))):
+            node = self.graph.placeholder(f"joined_{len(self.constants)}")
+        node.meta["val"] = value_of(next(iter(self.constants))).fake_mode.from_tensor(joined)
+        self.constants[node] = joined
+        return node
+
+    def _of_constants(self, node: fx.Node) -> Tensor:
+        """Its value. Raises: KeyError where it takes an input."""
+        if node.op == "placeholder":
+            return self.constants[node]
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), self._of_constants)
+        return node.target(*args, **kwargs)  # type: ignore[operator]
 
     def do_without_compiling(self, error: Exception) -> None:
         self.compiles, self.body = False, self.parts.body.module.forward

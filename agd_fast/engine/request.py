@@ -16,8 +16,8 @@ from agd_fast.attaching.attachment import Attachment
 from agd_fast.attaching.scope import Guidance
 from agd_fast.attaching.timesteps import ways_to_pass
 from agd_fast.engine.config import EngineConfig
-from agd_fast.engine.levels import Level
 from agd_fast.engine.tables import Rows
+from agd_fast.graph.levels import Level
 from agd_fast.spec import DenoiserSpec
 
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from agd_fast.attaching import scoped
 from agd_fast.engine import engine_of
 from agd_fast.engine.graphs import GraphedStep
 from agd_fast.families import find_spec
+from agd_fast.ops import kernels_info
 from agd_fast.spec import nest
 from speed.architectures import Architecture, build
 from speed.counting import Counts, counting
@@ -32,8 +33,10 @@ ARMS = {
     "agd": "our adapter, not optimized",
     "agd_hoisted": "our adapter, optimized, with neither compilation nor CUDA graph",
     "agd_engine": "our adapter, optimized",
+    "agd_kernels": "our adapter, optimized, with every Triton kernel, not only those that win; timed on CUDA alone",
 }
-UNFUSED = agd.EngineConfig(compile=False, graph=False)  # runs operation by operation: what can be counted
+UNFUSED = agd.EngineConfig(compile=False, graph=False, kernels="never")  # runs operation by operation: what can be counted
+KERNELS = agd.EngineConfig(kernels="always")
 
 Step = Callable[[Tensor, Tensor], Tensor]  # x_t [B, ...], t [1] → prediction [B, ...]
 
@@ -96,7 +99,7 @@ class Workbench:
         passes = 2 if name.startswith("cfg") else 1
         scope: Callable[[], AbstractContextManager[Any]] = nullcontext
         if name.endswith("_engine"):
-            agd.optimize(denoiser, UNFUSED if self.counted else agd.EngineConfig())
+            agd.optimize(denoiser, engine_config(name, counted=self.counted))
             scope = self._scope(denoiser)
         call: Any = denoiser
         if name == "cfg_compiled" and not self.counted:
@@ -139,9 +142,8 @@ class Workbench:
         randomise_zeros(adapter)
         if name == "agd_naive":
             adapter.to(self.dtype)  # as its code has it
-        if name in ("agd_hoisted", "agd_engine"):
-            unfused = self.counted or name == "agd_hoisted"
-            agd.optimize(denoiser, UNFUSED if unfused else agd.EngineConfig())
+        if name in ("agd_hoisted", "agd_engine", "agd_kernels"):
+            agd.optimize(denoiser, engine_config(name, counted=self.counted))
         size = weight_bytes(denoiser) + weight_bytes(adapter)
         return Arm(denoiser, self._plain(denoiser), 1, size, self._scope(denoiser, armed=True), adapter.config)
 
@@ -192,6 +194,21 @@ def require_arms(names: Iterable[str]) -> None:
     """Raises: ValueError that lists the arms that exist."""
     if unknown := [name for name in names if name not in ARMS]:
         raise ValueError(f"expected arms of {', '.join(ARMS)}; found {', '.join(map(repr, unknown))}")
+
+
+def engine_config(name: str, *, counted: bool = False) -> agd.EngineConfig:
+    """Of an optimized arm. Without a GPU nobody can say which kernels would win, so that none is counted, or every one."""
+    if name == "agd_kernels":
+        return replace(UNFUSED, kernels="always") if counted else KERNELS
+    return UNFUSED if counted or name == "agd_hoisted" else agd.EngineConfig()
+
+
+def untimed(name: str, device: torch.device) -> str:
+    """Why an arm has no times on this device; empty where it has."""
+    if name != "agd_kernels":
+        return ""
+    missing = kernels_info()["missing"] or ("" if device.type == "cuda" else f"tensors on {device.type}")
+    return f"not timed: its kernels do not run ({missing})" if missing else ""
 
 
 def shared_copy(denoiser: nn.Module) -> nn.Module:

@@ -2,8 +2,8 @@
 
 A launch is an operation that writes a tensor: no view, no `_unsafe_view`, no allocation, no reading of metadata. Attention counts
 as the one kernel that CUDA runs for it, while meta would decompose it to the products and the softmax of its definition.
-Counts are of operations as they are dispatched, before anything is fused; an opaque custom operation would count as one launch
-and, unless it registers a FLOP formula, as no FLOPs.
+Counts are of operations as they are dispatched, before a compiler fuses anything; those of agd_fast's kernels have a FLOP
+formula and say how many launches they are.
 """
 
 from __future__ import annotations
@@ -21,10 +21,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from agd_fast.ops import OPS
+
 _ATTENTION = (F.scaled_dot_product_attention, torch.ops.aten.scaled_dot_product_attention.default)
 _COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
 _flash = torch.ops.aten._scaled_dot_product_flash_attention
 _efficient = torch.ops.aten._scaled_dot_product_efficient_attention
+_LAUNCHES = {op.overload: op.launches for op in OPS.values()}
 _NO_KERNEL = {
     f"aten::{name}"
     for name in (
@@ -72,7 +75,7 @@ class _Counting(TorchDispatchMode):
             given = [argument for argument in args if not isinstance(argument, torch.dtype)]  # bmm's out_dtype
             self.counts.flops += formula(*given, **kwargs, out_val=output)
         if _is_launch(func, output, self.device):
-            self.counts.launches[func._schema.name] += 1
+            self.counts.launches[func._schema.name] += _LAUNCHES.get(func, 1)
         return output
 
 

@@ -13,7 +13,7 @@ import agd_fast as agd
 from agd_fast.attaching import attachment_of
 from agd_fast.evaluation.evaluate import arm_sampler, count_evaluations
 from agd_fast.teacher import Conditions
-from speed.arms import UNFUSED, note_of, randomise_zeros, reference_config, require_arms, shared_copy, weight_bytes
+from speed.arms import engine_config, note_of, randomise_zeros, reference_config, require_arms, shared_copy, untimed, weight_bytes
 from speed.counting import counting
 from speed.measure import Measured, Row, Run, attempt, kernels, rows_of, time_runs
 from speed.models import Settings
@@ -53,8 +53,8 @@ def _measure_arm(
     with count_evaluations(model.denoiser) as evaluated:
         run()
     one.nfe = evaluated[0] / len(noise)
-    if name.endswith(("_engine", "_hoisted")):
-        agd.optimize(model, UNFUSED)
+    if name.endswith(("_engine", "_hoisted", "_kernels")):
+        agd.optimize(model, engine_config(name, counted=True))
         run()  # where the engine captures
     with counting(settings.device.type) as counts:
         run()
@@ -66,8 +66,11 @@ def _measure_arm(
         mode = "reduce-overhead" if settings.device.type == "cuda" else None  # which is a CUDA graph
         compiled: Any = torch.compile(model.denoiser, fullgraph=True, dynamic=False, mode=mode)
         run = _sampler(replace(model, denoiser=compiled), name, conditions, noise, settings)
-    elif name.endswith("_engine"):
-        agd.optimize(model, agd.EngineConfig())
+    elif name.endswith(("_engine", "_kernels")):
+        agd.optimize(model, engine_config(name))
+    if reason := untimed(name, settings.device):
+        one.note = reason
+        return
     run()
     run()
     one.note = note_of(model.denoiser)

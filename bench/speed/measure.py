@@ -24,6 +24,7 @@ PLAIN = {  # what an arm must agree with
     "cfg_engine": "cfg",
     "agd_hoisted": "agd",
     "agd_engine": "agd",
+    "agd_kernels": "agd",
 }
 
 

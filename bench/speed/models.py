@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from speed.architectures import Architecture, find_architecture
-from speed.arms import Arm, Workbench, note_of, weight_bytes
+from speed.arms import Arm, Workbench, note_of, untimed, weight_bytes
 from speed.measure import Measured, Row, Run, attempt, kernels, rows_of, time_runs
 from speed.reference import ReferenceAdapters
 
@@ -75,7 +75,10 @@ def _count_arm(bench: Workbench, name: str, one: Measured) -> None:
 def _time(bench: Workbench, measured: dict[str, Measured], settings: Settings) -> None:
     runs: dict[str, Run] = {}
     for name, one in measured.items():
-        attempt(one, partial(_make_run, bench, name, runs))
+        if reason := untimed(name, bench.device):
+            one.note = "; ".join(filter(None, [one.note, reason]))
+        else:
+            attempt(one, partial(_make_run, bench, name, runs))
     time_runs(runs, measured, settings.rounds, bench.device)
 
 

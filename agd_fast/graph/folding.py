@@ -1,8 +1,8 @@
 """Operations that need not run: those that change nothing, those that run twice, and rows that a norm can take as its own.
 
 A norm followed by a scale and a shift that do not depend on x_t (adaLN, and modulation adapters on norms) is a norm with
-another γ and β. Layer norms have one γ for all samples of a batch, so theirs are folded where the batch is one sample; group
-norms where all channels of all samples lie one after another.
+another γ and β. PyTorch's layer norms have one γ for all samples of a batch, so theirs are folded where the batch is one sample;
+group norms where all channels of all samples lie one after another. Norms of ours have one γ a sample, and take the SiLU too.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from agd_fast.engine.capture import add_call, kind_of, schema_name, value_of
-from agd_fast.engine.levels import Level, in_place_groups, is_random
+from agd_fast import ops
+from agd_fast.graph.capture import add_call, arguments_of, kind_of, schema_name, value_of
+from agd_fast.graph.fusing import Fusing, only_user
+from agd_fast.graph.levels import Level, in_place_groups, is_random
 
 aten = torch.ops.aten
 
@@ -65,19 +67,19 @@ def _hashable(value: Any) -> Any:
     return value if isinstance(value, fx.Node) else (type(value), repr(value))
 
 
-def fold_into_norms(graph: fx.Graph, level: Mapping[fx.Node, Level]) -> None:
-    """level: of the nodes; rows are what lies below MOVING."""
+def fold_into_norms(graph: fx.Graph, level: Mapping[fx.Node, Level], fusing: Fusing | None = None) -> None:
+    """level: of the nodes. fusing: where norms may be put on kernels."""
     written = in_place_groups(graph)
     for node in list(graph.nodes):
         if schema_name(node) in _NORMS and level[node] == Level.MOVING and not written.intersection(node.all_input_nodes):
-            _Norm(graph, node, level).fold()
+            _Norm(graph, node, level, fusing).fold()
 
 
 class _Norm:
     """A norm, and the operations behind it that scale and shift it by rows: ("scale", γ), ("one_plus", δ) or ("shift", β)."""
 
-    def __init__(self, graph: fx.Graph, node: fx.Node, level: Mapping[fx.Node, Level]) -> None:
-        self.graph, self.node, self.level = graph, node, level
+    def __init__(self, graph: fx.Graph, node: fx.Node, level: Mapping[fx.Node, Level], fusing: Fusing | None) -> None:
+        self.graph, self.node, self.level, self.fusing = graph, node, level, fusing
         self.value: Tensor = value_of(node)
         self.grouped = schema_name(node) == "aten::group_norm"
         self.end = node  # of what is folded
@@ -88,6 +90,10 @@ class _Norm:
             return
         while self._takes(list(self.end.users)):
             pass
+        if self._on_kernel():
+            return
+        if not self.grouped and self.batched:  # PyTorch has no such norm
+            return
         if self.operations:
             self._replace()
 
@@ -96,16 +102,49 @@ class _Norm:
         """The shape of a row."""
         return tuple(self.value.shape[:2]) if self.grouped else tuple(self.node.args[1])  # type: ignore[arg-type]
 
+    @property
+    def batched(self) -> bool:
+        """Whether rows differ from sample to sample."""
+        return any(value_of(row).numel() > math.prod(self.channels) for _, row in self.operations)
+
+    def _on_kernel(self) -> bool:
+        """Whether a norm of ours takes its place: a group norm with the SiLU behind it, a layer norm with rows a sample."""
+        after = only_user(self.end)
+        silu = self.grouped and after is not None and schema_name(after) == "aten::silu"
+        if self.fusing is None or not (silu or (not self.grouped and self.batched and len(self.channels) == 1)):
+            return False
+        if not self.value.is_contiguous():
+            return False
+        end = after if silu else self.end
+        assert end is not None
+        x, groups, weight, bias, eps = arguments_of(self.node, None, None, None, None, 1e-5)[:5]
+        with self.graph.inserting_before(end):
+            gamma, beta = map(self._as_rows, self._folded(weight, bias))
+        op: ops.Op = ops.ada_group_norm if self.grouped else ops.ada_layer_norm
+        args: tuple[Any, ...] = (x, groups, gamma, beta, eps, True) if self.grouped else (x, gamma, beta, eps)
+        if not self.fusing.takes(op, *args):
+            return False
+        end.replace_all_uses_with(self.fusing.put(op, *args, before=end)[0])
+        return True
+
+    def _as_rows(self, row: Any) -> Any:
+        """γ or β as [B or 1, C]."""
+        return None if row is None else self._call(aten.view.default, row, [-1, self.channels[-1]])
+
     def _is_row(self, node: Any) -> bool:
         """Whether it has one number a channel of the norm, and one alone: it is broadcast over everything else."""
-        if not isinstance(node, fx.Node) or self.level.get(node, Level.MOVING) == Level.MOVING:
+        if not isinstance(node, fx.Node):
+            return False
+        if self.level.get(node, Level.MOVING) == Level.MOVING and _depends(node, self.node):
             return False
         value = value_of(node)
         if not isinstance(value, Tensor) or value.dtype != self.value.dtype or value.ndim > self.value.ndim:
             return False
         ones = (1,) * (self.value.ndim - len(self.channels))
         expected = (*self.channels, *ones) if self.grouped else (*ones, *self.channels)
-        return (1,) * (self.value.ndim - value.ndim) + tuple(value.shape) == expected
+        shape = (1,) * (self.value.ndim - value.ndim) + tuple(value.shape)
+        batched = (self.value.shape[0], *expected[1:])  # a row for each sample, which is for kernels of ours
+        return shape == expected or (not self.grouped and self.fusing is not None and len(ones) > 0 and shape == batched)
 
     def _takes(self, users: list[fx.Node]) -> bool:
         """Whether what follows is folded too."""
@@ -144,7 +183,7 @@ class _Norm:
         arguments = [*self.node.args, None, None]
         del arguments[max(len(self.node.args), 4) :]
         with self.graph.inserting_before(self.end):
-            weight, bias = self._folded(arguments[2], arguments[3])
+            weight, bias = map(self._flat, self._folded(arguments[2], arguments[3]))
             x = arguments[0]
             if self.grouped:
                 samples, channels, *rest = self.value.shape
@@ -161,7 +200,7 @@ class _Norm:
         """The norm's own weight and bias after all operations."""
         w, b = weight, bias
         for kind, row in self.operations:
-            row = self._call(aten.view.default, row, list(self.channels))
+            row = self._call(aten.view.default, row, [-1, *self.channels[-1:]] if self.batched else list(self.channels))
             if kind == "shift":
                 b = row if b is None else self._call(aten.add.Tensor, b, row)
             elif kind == "scale":
@@ -170,7 +209,7 @@ class _Norm:
             else:
                 w = self._call(aten.add.Scalar, row, 1) if w is None else self._call(aten.addcmul.default, w, w, row)
                 b = None if b is None else self._call(aten.addcmul.default, b, b, row)
-        return self._flat(w), self._flat(b)
+        return w, b
 
     def _flat(self, row: Any) -> Any:
         """A row in the shape that the norm takes."""
@@ -182,3 +221,20 @@ class _Norm:
 
     def _call(self, target: Any, *args: Any) -> fx.Node:
         return add_call(self.graph, target, *args)
+
+
+_LOOKED_AT = 64  # operations before one that a row is made by; behind more of them it is no row
+
+
+def _depends(node: fx.Node, other: fx.Node) -> bool:
+    """Whether a node may be computed from another one."""
+    seen: set[fx.Node] = set()
+    waiting = [node]
+    while waiting:
+        one = waiting.pop()
+        if one is other or len(seen) > _LOOKED_AT:
+            return True
+        if one not in seen and not one < other:  # what stands before it cannot
+            seen.add(one)
+            waiting += one.all_input_nodes
+    return False

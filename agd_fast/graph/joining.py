@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from agd_fast.engine.capture import add_call, schema_name, value_of
-from agd_fast.engine.levels import Level, elements, in_place_groups
+from agd_fast.graph.capture import add_call, schema_name, sort, value_of
+from agd_fast.graph.levels import Level, elements, in_place_groups
 
 aten = torch.ops.aten
 
@@ -66,7 +66,7 @@ def _joined(graph: fx.Graph, nodes: list[fx.Node]) -> list[fx.Node]:
         for index, node in enumerate(nodes):
             own = add_call(graph, aten.select.int, joined, 0, index)
             node.replace_all_uses_with(own)
-    _sort(graph)
+    sort(graph)
     return [joined]
 
 
@@ -79,19 +79,3 @@ def _depend_on_one_another(nodes: list[fx.Node]) -> bool:
             behind.add(node)
             waiting += node.users
     return not behind.isdisjoint(nodes)
-
-
-def _sort(graph: fx.Graph) -> None:
-    """Move nodes that are used before they are there behind what they need; all others stay in their order."""
-    there: set[fx.Node] = set()
-    waiting: list[fx.Node] = []
-    previous = next(iter(graph.nodes))
-    for node in list(graph.nodes):
-        waiting.append(node)
-        for one in list(waiting):
-            if all(needed in there for needed in one.all_input_nodes):
-                waiting.remove(one)
-                there.add(one)
-                if one is not node:
-                    previous.append(one)
-                previous = one

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, fx
 
-from agd_fast.engine.levels import Level, in_place_groups, is_view, levels_of
+from agd_fast.graph.levels import Level, in_place_groups, is_view, levels_of
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from enum import IntEnum
 import torch
 from torch import Tensor, fx
 
-from agd_fast.engine.capture import schema_name, value_of
+from agd_fast.graph.capture import schema_name, value_of
 
 _MAYBE_COPIES = ("reshape", "reshape_as", "flatten", "ravel", "contiguous", "to", "type_as")  # views if the layout allows it
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,6 +62,11 @@ def value_of(node: fx.Node) -> Any:
     return node.meta.get("val")
 
 
+def arguments_of(node: fx.Node, *defaults: Any) -> list[Any]:
+    """Its positional arguments, and for those that it leaves out `defaults`, which has one for each place."""
+    return [*node.args, *defaults[len(node.args) :]]
+
+
 def kind_of(node: fx.Node) -> Any:
     """dtype, device, shape and strides of a tensor."""
     value = value_of(node)
@@ -72,10 +77,30 @@ def add_call(graph: fx.Graph, target: Any, *args: Any) -> fx.Node:
     """A further call of an operator at the graph's insertion point; lists of nodes may be among `args`."""
     node = graph.call_function(target, args)
     values = fx.node.map_arg(args, value_of)
-    mode = next((one.fake_mode for one in pytree.tree_leaves(values) if isinstance(one, FakeTensor)), nullcontext())
-    with mode:
+    with fake_mode_of(values):
         node.meta["val"] = target(*values)
     return node
+
+
+def fake_mode_of(values: Any) -> AbstractContextManager[Any]:
+    """Where operations on these fake tensors give fake tensors."""
+    return next((one.fake_mode for one in pytree.tree_leaves(values) if isinstance(one, FakeTensor)), nullcontext())
+
+
+def sort(graph: fx.Graph) -> None:
+    """Move nodes that are used before they are there behind what they need; all others stay in their order."""
+    there: set[fx.Node] = set()
+    waiting: list[fx.Node] = []
+    previous = next(iter(graph.nodes))
+    for node in list(graph.nodes):
+        waiting.append(node)
+        for one in list(waiting):
+            if all(needed in there for needed in one.all_input_nodes):
+                waiting.remove(one)
+                there.add(one)
+                if one is not node:
+                    previous.append(one)
+                previous = one
 
 
 def _drop_modes(graph: fx.Graph) -> None:

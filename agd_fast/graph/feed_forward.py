@@ -1,0 +1,63 @@
+"""Projections with an activation behind them."""
+
+from __future__ import annotations
+
+import operator
+
+from torch import fx
+
+from agd_fast import ops
+from agd_fast.graph.capture import arguments_of, schema_name, value_of
+from agd_fast.graph.fusing import Fusing, is_plain_linear, linear_arguments, only_user
+
+_GELUS = {"none": "gelu", "tanh": "gelu_tanh"}
+
+
+def fuse_feed_forward(fusing: Fusing) -> None:
+    """A projection and its gelu, or a·gelu(g) of its two halves, in one product."""
+    for node in fusing.nodes:
+        found = _geglu(node) or _gelu(node)
+        if found is None:
+            continue
+        linear, activation = found
+        args = (*linear_arguments(linear), activation)
+        if fusing.takes(ops.activated_linear, *args):
+            node.replace_all_uses_with(fusing.put(ops.activated_linear, *args, before=node)[0])
+
+
+def _gelu(node: fx.Node) -> tuple[fx.Node, str] | None:
+    if schema_name(node) != "aten::gelu":
+        return None
+    linear = node.args[0]
+    approximate = node.kwargs.get("approximate", "none")
+    if not is_plain_linear(linear) or only_user(linear) is not node or approximate not in _GELUS:  # type: ignore[arg-type]
+        return None
+    return linear, _GELUS[str(approximate)]  # type: ignore[return-value]
+
+
+def _geglu(node: fx.Node) -> tuple[fx.Node, str] | None:
+    if schema_name(node) != "aten::mul" or len(node.args) != 2:
+        return None
+    for value, gelu in (node.args, node.args[::-1]):
+        if not isinstance(value, fx.Node) or not isinstance(gelu, fx.Node) or schema_name(gelu) != "aten::gelu" or gelu.kwargs:
+            continue
+        gate = gelu.args[0]
+        halves = _half(value, 0), _half(gate, 1)  # type: ignore[arg-type]
+        if halves[0] is None or halves[0] is not halves[1] or any(only_user(one) is None for one in (value, gelu, gate)):  # type: ignore[arg-type]
+            continue
+        linear = halves[0].args[0]
+        if is_plain_linear(linear) and only_user(linear) is halves[0] and len(halves[0].users) == 2:  # type: ignore[arg-type]
+            return linear, "geglu"  # type: ignore[return-value]
+    return None
+
+
+def _half(node: fx.Node, index: int) -> fx.Node | None:
+    """The `chunk` in two along the last dimension that this is the first or second of."""
+    if node.target is not operator.getitem or node.args[1] != index:
+        return None
+    chunk = node.args[0]
+    if schema_name(chunk) != "aten::chunk" or chunk.kwargs:  # type: ignore[arg-type, union-attr]
+        return None
+    x, count, dim = arguments_of(chunk, None, None, 0)  # type: ignore[arg-type]
+    last = dim in (-1, value_of(x).ndim - 1) and value_of(x).shape[-1] % 2 == 0
+    return chunk if count == 2 and last else None  # type: ignore[return-value]

@@ -1,0 +1,78 @@
+"""Thin projections, as adapters have them, ride along with a wider one of the same tokens: one product in place of two."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from agd_fast.graph.capture import add_call, value_of
+from agd_fast.graph.fusing import Fusing, is_plain_linear, linear_arguments
+from agd_fast.graph.levels import Level
+from agd_fast.ops import refusal_of_join
+
+aten = torch.ops.aten
+
+# weights, and zeros of a length, joined along their first dimension, once; None where that cannot be
+Concatenate = Callable[[Sequence[fx.Node | int]], fx.Node | None]
+
+
+def join_thin_projections(fusing: Fusing, concatenate: Concatenate) -> int:
+    """How many were joined. A projection is thin where it has at most half of the rows of its partner."""
+    count = 0
+    for x in fusing.nodes:
+        linears = [user for user in x.users if _is_joinable(fusing, user, x)]
+        linears.sort(key=lambda node: len(value_of(linear_arguments(node)[1])))
+        if len(linears) > 1 and 2 * _rows(linears[0]) <= _rows(linears[1]) and _is_worth_it(fusing, linears[:2]):
+            count += _join(fusing, x, linears[:2], concatenate)
+    return count
+
+
+def _is_worth_it(fusing: Fusing, linears: list[fx.Node]) -> bool:
+    thin, wide = map(linear_arguments, linears)
+    reason = refusal_of_join(value_of(thin[0]), value_of(thin[1]), value_of(wide[1]), fusing.policy)
+    if reason:
+        fusing.left["joined projections", reason] += 1
+    return not reason
+
+
+def _rows(linear: fx.Node) -> int:
+    return len(value_of(linear_arguments(linear)[1]))
+
+
+def _is_joinable(fusing: Fusing, node: fx.Node, x: fx.Node) -> bool:
+    """With a weight that does not move, and taken by what splits its channels at most."""
+    if not is_plain_linear(node) or node.args[0] is not x:
+        return False
+    parameters = [one for one in linear_arguments(node)[1:] if one is not None]
+    fixed = all(fusing.level.get(one, Level.MOVING) == Level.STATIC for one in parameters)
+    return fixed and fusing.written.isdisjoint([node, x, *parameters]) and all(map(_takes_strides, node.users))
+
+
+def _takes_strides(user: fx.Node) -> bool:
+    """Whether an operation takes tokens whose channels lie within wider rows."""
+    if user.target is aten.view.default:
+        shape: Any = user.args[1]
+        like = value_of(user.args[0])  # type: ignore[arg-type]
+        return tuple(value_of(user).shape[: like.ndim - 1]) == tuple(like.shape[:-1]) and len(shape) >= like.ndim
+    return user.target in (aten.linear.default, aten.mul.Tensor, aten.unflatten.int, aten.add.Tensor)
+
+
+def _join(fusing: Fusing, x: fx.Node, linears: list[fx.Node], concatenate: Concatenate) -> bool:
+    graph = fusing.graph
+    weight = concatenate([linear_arguments(linear)[1] for linear in linears])
+    biases = [linear_arguments(linear)[2] or _rows(linear) for linear in linears]
+    biased = not all(isinstance(one, int) for one in biases)
+    bias = concatenate(biases) if biased else None
+    if weight is None or (biased and bias is None):
+        return False
+    with graph.inserting_before(min(linears)):
+        joined = add_call(graph, aten.linear.default, x, weight, bias)
+        start = 0
+        for linear in linears:
+            own = add_call(graph, aten.slice.Tensor, joined, -1, start, start + _rows(linear))
+            linear.replace_all_uses_with(own)
+            start += _rows(linear)
+    return True

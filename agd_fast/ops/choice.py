@@ -1,0 +1,127 @@
+"""Where an op runs on its Triton kernel and where in torch: the one place that decides.
+
+"never" and "always" say it outright; "auto" takes the kernel on CUDA where it was measured to beat torch, eager and compiled, for
+those shapes on that card. What was measured is kept on disk.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from importlib import util
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from agd_fast.ops.measuring import Verdicts, key_of, measure, measure_join
+from agd_fast.ops.registry import NAMESPACE, OPS, Op, tensors_of
+from agd_fast.warning import warn
+
+Kernels = Literal["auto", "always", "never"]
+VARIABLE = "AGD_FAST_KERNELS"
+OLDEST = (8, 0)  # compute capability that they are compiled for
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_failed: dict[str, str] = {}  # ops whose kernel did not run in this process, and why
+
+
+def default_policy() -> Kernels:
+    """What the environment says, "auto" where it says nothing. Raises: ValueError for what it may not say."""
+    return checked_policy(os.environ.get(VARIABLE) or "auto", f"the environment variable {VARIABLE}")
+
+
+def checked_policy(found: Any, name: str = "kernels") -> Kernels:
+    """Raises: ValueError naming what may be said."""
+    if found not in get_args(Kernels):
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, get_args(Kernels)))}; found {found!r}")
+    return found
+
+
+@functools.cache
+def missing() -> str:
+    """Why no kernel can run in this process; empty when they can."""
+    for package in ("triton", NAMESPACE):
+        if util.find_spec(package) is None:
+            return f"{package} is not installed"
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    found = torch.cuda.get_device_capability()
+    return "" if found >= OLDEST else f"{torch.cuda.get_device_name()} has compute capability {found}, older than {OLDEST}"
+
+
+def refusal(op: Op, args: tuple[Any, ...], policy: Kernels) -> str:
+    """Why an op with these arguments (fake tensors do) is left to torch; empty where its kernel is to run."""
+    device = tensors_of(args)[0].device
+    if policy == "never":
+        return "kernels are switched off"
+    if reason := op.limit(*args) or _failed.get(op.name, ""):
+        return reason
+    if dtype := next((str(tensor.dtype) for tensor in tensors_of(args) if tensor.dtype not in _DTYPES), ""):
+        return f"{dtype} tensors"
+    if policy == "always":
+        return ""
+    if device.type != "cuda":
+        return f"tensors on {device.type}"
+    if reason := missing():
+        return reason
+    with torch.cuda.device(device):
+        return _lost(_measured(key_of(op.name, args), functools.partial(measure, op, args)))
+
+
+def refusal_of_join(x: Tensor, thin: Tensor, wide: Tensor, policy: Kernels) -> str:
+    """Why x·thinᵀ and x·wideᵀ stay two products; empty where they are to be one of both weights together."""
+    if policy != "auto":
+        return "" if policy == "always" else "kernels are switched off"
+    if not x.is_cuda:
+        return f"tensors on {x.device.type}"
+    with torch.cuda.device(x.device):
+        return _lost(_measured(key_of("joined_projections", (x, thin, wide)), functools.partial(measure_join, x, thin, wide)))
+
+
+def _measured(key: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What was measured on this card, now or before; empty where nothing can be measured now."""
+    verdicts = Verdicts.of_this_card()
+    found = verdicts.get(key)
+    if found is None and not torch.cuda.is_current_stream_capturing():
+        found = measure()
+        verdicts.put(key, found)
+    return found or {}
+
+
+def _lost(verdict: dict[str, Any]) -> str:
+    return "" if verdict.get("wins") else str(verdict.get("reason", "not measured: a CUDA graph was being recorded"))
+
+
+def call(op: Op, *args: Any) -> Any:
+    """An op in code that no graph is made of: its kernel where that wins, else its reference."""
+    return op.reference(*args) if refusal(op, args, default_policy()) else op.overload(*args)
+
+
+def run(op: Op, args: tuple[Any, ...]) -> Any:
+    """What an opaque operator does."""
+    if op.name in _failed or not tensors_of(args)[0].is_cuda or missing():
+        return op.reference(*args)
+    return launched(op, args)
+
+
+def launched(op: Op, args: tuple[Any, ...]) -> Any:
+    """The kernel's result. One that does not compile or start is done without from then on."""
+    try:
+        with torch.cuda.device_of(tensors_of(args)[0]):  # Triton launches on the current device
+            config = Verdicts.of_this_card().get(key_of(op.name, args), {}).get("config")
+            return op.kernel()(*args, config=config)
+    except Exception as error:
+        _failed[op.name] = f"its kernel failed ({type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]})"
+        warn(f"{op.name} runs in torch: {_failed[op.name]}")
+        return op.reference(*args)
+
+
+def kernels_info() -> dict[str, Any]:
+    """For a reader. policy: what the environment says. missing: why none runs here. failed: those that did not, and why. ops:
+    all there are. measured: how many verdicts on this card are kept, in the file `kept`."""
+    found: dict[str, Any] = {"policy": default_policy(), "missing": missing(), "failed": dict(_failed), "ops": sorted(OPS)}
+    if not missing():
+        verdicts = Verdicts.of_this_card()
+        found |= {"measured": len(verdicts.found), "kept": str(verdicts.path)}
+    return found

@@ -1,0 +1,94 @@
+"""Are the kernels right on this card? Every op with every configuration, dtype and many shapes against float64.
+
+python -m speed.kernel_checks    # in bench/: the odd shapes alone, small enough for compute-sanitizer
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from speed.kernels import Case, Random, Row, in_double, odd_cases, off, real_cases
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+BATCHES = (1, 4, 64)
+SLICED = 4  # the batch at which rows begin anywhere, too
+LARGEST = 2**29  # bytes of the arguments in float64: more is left to the speeds, which check what they time
+
+
+def checks(device: torch.device | str, batches: Iterable[int] = BATCHES, *, odd_only: bool = False) -> Iterator[Row]:
+    """A row a case, batch, dtype, layout and configuration; red where it is not ok."""
+    for case in odd_cases() if odd_only else [*odd_cases(), *real_cases()]:
+        for batch in batches:
+            for dtype in DTYPES:
+                for sliced in (False, True) if batch == SLICED else (False,):
+                    yield from check_case(case, batch, dtype, device, sliced=sliced)
+
+
+@torch.no_grad()
+def check_case(case: Case, batch: int, dtype: torch.dtype, device: torch.device | str, *, sliced: bool = False) -> Iterator[Row]:
+    """A row a configuration; none where it would be too large."""
+    meta = case.arguments(Meta(dtype), batch)
+    if sum(8 * one.numel() for one in meta if isinstance(one, Tensor)) > LARGEST:
+        return
+    args = case.arguments(Random(dtype, device, sliced=sliced), batch)
+    before = [arg.clone() if isinstance(arg, Tensor) else arg for arg in args]
+    plain, exact = case.op.reference(*args), case.op.reference(*in_double(case.op, args))
+    for config in case.op.configs():
+        try:
+            with poisoned():
+                found = case.op.kernel()(*args, config=config)
+            reason = off(found, plain, exact)
+            changed = [index for index, arg in enumerate(args) if isinstance(arg, Tensor) and not torch.equal(arg, before[index])]
+            for index in changed:
+                args[index].copy_(before[index])
+            reason = f"arguments {changed} were changed" if changed else reason
+        except Exception as error:  # what does not compile is red, not the end of the checks
+            reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"[:300]
+        yield {
+            "op": case.op.name,
+            "shape": case.shape,
+            "batch": batch,
+            "dtype": str(dtype).removeprefix("torch."),
+            "sliced": sliced,
+            "config": dict(config),
+            "ok": not reason,
+            "reason": reason,
+        }
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """What is allocated is NaN, not what an earlier launch left there."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+class Meta(Random):
+    """Tensors that are shapes alone."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+
+    def __call__(self, *shape: int, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.empty(shape, dtype=dtype or self.dtype, device="meta")
+
+
+def main(device: str = "cuda") -> None:
+    found: list[dict[str, Any]] = list(checks(device, (1, 4), odd_only=True))
+    red = [row for row in found if not row["ok"]]
+    print(f"{len(found)} kernel checks, {len(red)} red{f', first {json.dumps(red[0])}' if red else ''}")
+    sys.exit(bool(red))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,386 @@
+"""The kernels, one op at a time: at shapes of real models, against PyTorch, beside what the card does at most."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from agd_fast_kernels.shapes import FLOAT32
+from torch import Tensor
+from torch.utils.flop_counter import flop_registry
+
+from agd_fast.ops import OPS, Op, kernels_info
+from agd_fast.ops.registry import tensors_of
+
+Row = dict[str, Any]
+Arguments = tuple[Any, ...]
+
+BATCHES = (1, 4, 16)
+CALLS = 20  # of one CUDA graph at least: its own launch is then nothing beside them
+L2 = 128 * 2**20  # bytes that no card's cache holds
+INPUTS = 512  # different ones at most: what is so small is in the cache when it is used in a model, too
+WARMUP, ROUNDS = 5, 50
+
+
+class Random:
+    """Random tensors. sliced: as pieces of larger ones, so that rows begin anywhere."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device | str, *, seed: int = 0, sliced: bool = False) -> None:
+        self.dtype, self.device, self.sliced = dtype, torch.device(device), sliced
+        self.generator = torch.Generator(self.device).manual_seed(seed)
+
+    def __call__(self, *shape: int, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
+        sizes = (*shape[:-1], shape[-1] + 3) if self.sliced else shape
+        whole = scale * torch.randn(sizes, generator=self.generator, device=self.device)
+        whole = whole.to(dtype or self.dtype)
+        return whole[..., 2:-1] if self.sliced else whole
+
+    def weight(self, features: int, width: int) -> Tensor:
+        """[features, width], whose products are as large as what it is multiplied with."""
+        return self(features, width, scale=width**-0.5)
+
+
+def _ada_layer_norm(new: Random, B: int, T: int, C: int, rows: bool = True) -> Arguments:
+    return (new(B, T, C), *((new(B, C), new(B, C)) if rows else (None, None)))
+
+
+def _norm_scores(new: Random, B: int, T: int, C: int, S: int, heads: int = 1) -> Arguments:
+    keys = new(B, S, C, scale=C**-0.5)
+    return new(B, T, C), new(B, C), new(B, C), keys, new(B, 1, S, dtype=torch.float32), 1e-5, heads
+
+
+def _gated_residual(new: Random, B: int, T: int, C: int, S: int = 0, gated: bool = True) -> Arguments:
+    mix = (new(B, T, S, scale=S**-0.5), new(B, S, C)) if S else (None, None)
+    return new(B, T, C), new(B, T, C), new(B, C) if gated else None, *mix
+
+
+def _residual_norm(new: Random, B: int, T: int, C: int, gated: bool = True) -> Arguments:
+    return new(B, T, C), new(B, T, C), new(B, C) if gated else None, new(B, C), new(B, C)
+
+
+def _ada_group_norm(new: Random, B: int, C: int, H: int, W: int, groups: int = 32) -> Arguments:
+    return new(B, C, H, W), groups, new(B, C), new(B, C), 1e-5, True
+
+
+def _projection_scores(new: Random, B: int, T: int, C: int, N: int, S: int, biased: bool = False) -> Arguments:
+    keys = new(B, S, C, scale=C**-0.5)
+    return new(B, T, C), new.weight(N, C), new(N) if biased else None, keys, new(B, 1, S, dtype=torch.float32)
+
+
+def _projection_mix(new: Random, B: int, T: int, K: int, C: int, S: int = 0, gated: bool = False) -> Arguments:
+    mix = (new(B, T, S, scale=S**-0.5), new(B, S, C)) if S else (None, None)
+    return new(B, T, K), new.weight(C, K), new(C), *mix, new(B, T, C), new(B, C) if gated else None
+
+
+def _activated_linear(new: Random, B: int, T: int, C: int, N: int, activation: str, per_sample: bool = False) -> Arguments:
+    return new(B, T, C), new.weight(N, C), new(B, N) if per_sample else new(N), activation
+
+
+def _gated_lora(new: Random, B: int, T: int, K: int, C: int, r: int, channels_first: bool = False) -> Arguments:
+    hidden, output = (new(B, width, T) if channels_first else new(B, T, width) for width in (K, C))
+    return hidden, output, new.weight(r, K), new.weight(C, r), new(B, r), channels_first
+
+
+def _guidance_combine(new: Random, B: int, C: int, H: int, W: int) -> Arguments:
+    return new(B, C, H, W), new(B, C, H, W), new(B, dtype=torch.float32)
+
+
+def _guided_update(new: Random, B: int, C: int, H: int, W: int) -> Arguments:
+    a, b = (new(1, dtype=torch.float32) for _ in range(2))
+    return (*_guidance_combine(new, B, C, H, W), new(B, C, H, W), a, b)
+
+
+ARGUMENTS: dict[str, Callable[..., Arguments]] = {
+    "ada_group_norm": _ada_group_norm,
+    "ada_layer_norm": _ada_layer_norm,
+    "activated_linear": _activated_linear,
+    "gated_lora": _gated_lora,
+    "gated_residual": _gated_residual,
+    "guidance_combine": _guidance_combine,
+    "guided_update": _guided_update,
+    "norm_scores": _norm_scores,
+    "projection_mix": _projection_mix,
+    "projection_scores": _projection_scores,
+    "residual_norm": _residual_norm,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """An op at a shape; its arguments at a batch."""
+
+    op: Op
+    model: str
+    sizes: Mapping[str, Any]
+
+    def arguments(self, new: Random, batch: int) -> Arguments:
+        return ARGUMENTS[self.op.name](new, batch, **self.sizes)
+
+    def __str__(self) -> str:
+        return f"{self.op.name} {self.model} {self.shape}"
+
+    @property
+    def shape(self) -> str:
+        return " ".join(f"{name}={value}" for name, value in self.sizes.items())
+
+
+def _image(C: int, H: int) -> dict[str, int]:
+    return {"C": C, "H": H, "W": H}
+
+
+# Tokens T and channels C of the models' blocks; S: what a token sees of ω, t and the prompt or label.
+SDXL, SD21 = (
+    ({"T": 4096, "C": 640}, {"T": 1024, "C": 1280}),
+    ({"T": 9216, "C": 320}, {"T": 2304, "C": 640}, {"T": 576, "C": 1280}),
+)
+DIT, SD3 = {"T": 256, "C": 1152}, {"T": 4096, "C": 1536}
+CONVOLUTIONS = {"sdxl-1024": ((320, 128), (640, 64), (1280, 32)), "sd21-768": ((320, 96), (640, 48), (1280, 24))}
+LATENTS = {"sdxl-1024": (4, 128), "sd21-768": (4, 96), "dit-xl2-256": (4, 32), "sd3-medium-1024": (16, 128)}
+PROMPT, LABEL, RANK = 79, 3, 16
+_UNETS = [("sdxl-1024", block) for block in SDXL] + [("sd21-768", block) for block in SD21]
+_TRANSFORMERS = [("dit-xl2-256", DIT), ("sd3-medium-1024", SD3)]
+_IMAGES: list[tuple[str, Mapping[str, Any]]] = [(model, _image(*latent)) for model, latent in LATENTS.items()]
+
+SHAPES: dict[str, list[tuple[str, Mapping[str, Any]]]] = {
+    "ada_group_norm": [(model, _image(*one)) for model, found in CONVOLUTIONS.items() for one in found],
+    "ada_layer_norm": [*_UNETS, *_TRANSFORMERS],
+    "activated_linear": [
+        *((model, {**block, "N": 8 * block["C"], "activation": "geglu"}) for model, block in _UNETS),
+        *((model, {**block, "N": 4 * block["C"], "activation": "gelu_tanh"}) for model, block in _TRANSFORMERS),
+    ],
+    "gated_lora": [
+        *((model, {"T": block["T"], "K": block["C"], "C": block["C"], "r": RANK}) for model, block in [*_UNETS, *_TRANSFORMERS]),
+        *(
+            (model, {"T": side * side, "K": C, "C": C, "r": RANK, "channels_first": True})
+            for model, found in CONVOLUTIONS.items()
+            for C, side in found
+        ),
+    ],
+    "gated_residual": [*_TRANSFORMERS, ("dit-xl2-256", {**DIT, "S": LABEL})],
+    "guidance_combine": _IMAGES,
+    "guided_update": _IMAGES,
+    "norm_scores": [("dit-xl2-256", {**DIT, "S": LABEL})],
+    "projection_mix": [
+        *((model, {"T": block["T"], "K": block["C"], "C": block["C"], "S": PROMPT}) for model, block in _UNETS),
+        ("dit-xl2-256", {"T": 256, "K": 1152, "C": 1152, "S": LABEL, "gated": True}),
+        ("dit-xl2-256", {"T": 256, "K": 4608, "C": 1152, "gated": True}),
+        ("sd3-medium-1024", {"T": 4096, "K": 6144, "C": 1536, "gated": True}),
+    ],
+    "projection_scores": [
+        *((model, {**block, "N": block["C"], "S": PROMPT}) for model, block in _UNETS),
+        ("dit-xl2-256", {**DIT, "N": 1152, "S": LABEL, "biased": True}),
+    ],
+    "residual_norm": [*((model, {**block, "gated": False}) for model, block in _UNETS), *_TRANSFORMERS],
+}
+# With tiles that are not full, rows that begin anywhere, all optional arguments.
+ODD: dict[str, list[Mapping[str, Any]]] = {
+    "ada_group_norm": [{"C": 32, "H": 5, "W": 7}, {"C": 96, "H": 33, "W": 31}, {"C": 6, "H": 1, "W": 1, "groups": 3}],
+    "ada_layer_norm": [{"T": 17, "C": 130}, {"T": 1, "C": 1}, {"T": 5, "C": 5120}, {"T": 77, "C": 1152, "rows": False}],
+    "activated_linear": [
+        {"T": 65, "C": 130, "N": 258, "activation": "geglu"},
+        {"T": 17, "C": 33, "N": 129, "activation": "gelu", "per_sample": True},
+        {"T": 1, "C": 1, "N": 1, "activation": "gelu_tanh"},
+    ],
+    "gated_lora": [
+        {"T": 65, "K": 130, "C": 66, "r": 17},
+        {"T": 1, "K": 1, "C": 1, "r": 1},
+        {"T": 35, "K": 40, "C": 72, "r": 64, "channels_first": True},
+    ],
+    "gated_residual": [{"T": 17, "C": 130}, {"T": 33, "C": 72, "S": 16}, {"T": 1, "C": 1, "S": 1, "gated": False}],
+    "guidance_combine": [{"C": 3, "H": 5, "W": 7}, {"C": 1, "H": 1, "W": 1}],
+    "guided_update": [{"C": 3, "H": 5, "W": 7}, {"C": 1, "H": 1, "W": 1}],
+    "norm_scores": [{"T": 17, "C": 130, "S": 3}, {"T": 33, "C": 1152, "S": 16, "heads": 4}, {"T": 1, "C": 1, "S": 1}],
+    "projection_mix": [
+        {"T": 65, "K": 130, "C": 66, "S": 79, "gated": True},
+        {"T": 17, "K": 33, "C": 129},
+        {"T": 1, "K": 1, "C": 1, "S": 1},
+    ],
+    "projection_scores": [
+        {"T": 65, "C": 130, "N": 66, "S": 79, "biased": True},
+        {"T": 17, "C": 33, "N": 129, "S": 128},
+        {"T": 1, "C": 1, "N": 1, "S": 1},
+    ],
+    "residual_norm": [{"T": 17, "C": 130}, {"T": 1, "C": 1, "gated": False}, {"T": 5, "C": 5120}],
+}
+
+
+def real_cases() -> list[Case]:
+    return [Case(OPS[name], model, sizes) for name in sorted(OPS) for model, sizes in SHAPES[name]]
+
+
+def odd_cases() -> list[Case]:
+    return [Case(OPS[name], "odd", sizes) for name in sorted(OPS) for sizes in ODD[name]]
+
+
+def contenders(op: Op) -> dict[str, Callable[..., Any]]:
+    """By name: "eager", "compiled", and "kernel" with each configuration, where kernels run.
+
+    Forgets what was compiled: PyTorch refuses a function that it compiled for 8 shapes.
+    """
+    torch.compiler.reset()
+    ways = {"eager": op.reference, "compiled": torch.compile(op.reference, fullgraph=True, dynamic=False)}
+    if kernels_info()["missing"]:
+        return ways
+    launcher = op.kernel()
+    return ways | {f"kernel {json.dumps(config)}": functools.partial(launcher, config=config) for config in op.configs()}
+
+
+def traffic(args: Any, outputs: Any) -> int:
+    """Bytes that must be moved: every argument read once, every result written once."""
+    return sum(tensor.numel() * tensor.itemsize for tensor in [*tensors_of(args), *tensors_of(outputs)])
+
+
+def flops(op: Op, args: Arguments) -> int:
+    """As its registered formula has it."""
+    return int(flop_registry[op.overload._overloadpacket](*args, out_val=None))
+
+
+def in_double(op: Op, args: Arguments) -> Arguments:
+    """The same in float64, but for what an op insists on float32 for."""
+    names = list(inspect.signature(op.reference).parameters)
+    return tuple(
+        arg.double() if isinstance(arg, Tensor) and name not in FLOAT32 else arg for name, arg in zip(names, args, strict=False)
+    )
+
+
+def off(found: Any, plain: Any, exact: Any) -> str:
+    """Why a result is not right: off the exact one by more than twice what the reference loses in its dtype, and a rounding."""
+    for index, (one, own, true) in enumerate(zip(*map(tensors_of, (found, plain, exact)), strict=True)):
+        if one.shape != own.shape or one.dtype != own.dtype:
+            return f"output {index}: expected {own.dtype} {list(own.shape)}, found {one.dtype} {list(one.shape)}"
+        if not one.numel():
+            continue
+        error, lost = (float((result.double() - true.double()).abs().max()) for result in (one, own))
+        floor = torch.finfo(own.dtype).eps * float(true.abs().max())
+        if not error <= 2 * lost + floor:
+            return f"output {index}: off by {error:.3g}, torch by {lost:.3g}, a rounding is {floor:.3g}"
+    return ""
+
+
+@dataclass(frozen=True)
+class Ceiling:
+    """bandwidth: bytes/s read and written by a copy. rate: FLOP/s of a product in bfloat16. Both as measured on this card."""
+
+    bandwidth: float
+    rate: float
+
+    def milliseconds(self, moved: int, flops: int) -> float:
+        """Below which nothing can be that moves so many bytes and multiplies so much."""
+        return max(moved / self.bandwidth, flops / self.rate) * 1e3
+
+
+@torch.no_grad()
+def measure_ceiling() -> Ceiling:
+    """With a copy of 1 GiB and a product of 8192³."""
+    source, target = (torch.empty(2**30, dtype=torch.uint8, device="cuda") for _ in range(2))
+    source.random_()
+    one, other = (torch.randn(8192, 8192, device="cuda").bfloat16() for _ in range(2))
+    passes = {"copy": lambda: target.copy_(source), "product": lambda: one @ other}
+    found = time_passes(passes)
+    return Ceiling(2 * 2**30 / found["copy"][1] * 1e3, 2 * 8192**3 / found["product"][1] * 1e3)
+
+
+class Pass:
+    """Calls of a function on one of several arguments after another, as one CUDA graph."""
+
+    @torch.no_grad()
+    def __init__(self, function: Callable[..., Any], inputs: Sequence[Arguments]) -> None:
+        self.inputs = inputs  # which the graph reads
+        self.calls = len(inputs) * math.ceil(CALLS / len(inputs))
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # where it compiles
+            for args in inputs[:2]:
+                function(*args)
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            for index in range(self.calls):
+                function(*inputs[index % len(inputs)])
+
+    def __call__(self) -> None:
+        self.graph.replay()
+
+
+def rotated(case: Case, batch: int, dtype: torch.dtype, device: str = "cuda") -> list[Arguments]:
+    """Different arguments of the same shapes, so many that none is in L2 when its turn comes, or INPUTS."""
+    first = case.arguments(Random(dtype, device), batch)
+    count = min(max(2, math.ceil(L2 / traffic(first, ()))), INPUTS)
+    return [first, *(case.arguments(Random(dtype, device, seed=seed), batch) for seed in range(1, count))]
+
+
+def time_passes(passes: Mapping[str, Callable[[], Any]], rounds: int = ROUNDS) -> dict[str, tuple[float, float, float]]:
+    """Milliseconds of each by CUDA events, 20th percentile, median and 80th, interleaved, the order turned every round."""
+    names = list(passes)
+    found: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(-WARMUP, rounds):
+        shift = turn % len(names)
+        for name in names[shift:] + names[:shift]:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            passes[name]()
+            end.record()
+            end.synchronize()
+            if turn >= 0:
+                found[name].append(start.elapsed_time(end))
+    quantiles = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
+    ordered = {name: torch.tensor(ms, dtype=torch.float64).quantile(quantiles).tolist() for name, ms in found.items()}
+    return {name: (low, median, high) for name, (low, median, high) in ordered.items()}
+
+
+def figures(op: Op, args: Arguments, milliseconds: float, ceiling: Ceiling) -> Row:
+    """What a time means. share_of_ceiling: of what the card does at most of the bytes and products that there must be."""
+    with torch.no_grad():
+        moved, products = traffic(args, op.reference(*args)), flops(op, args)
+    return {
+        "gb_per_s": moved / milliseconds / 1e6,
+        "tflop_per_s": products / milliseconds / 1e9 if products else None,
+        "share_of_ceiling": ceiling.milliseconds(moved, products) / milliseconds,
+    }
+
+
+@torch.no_grad()
+def passes_of(
+    case: Case, inputs: Sequence[Arguments], wanted: Callable[[str], bool] = lambda name: True
+) -> tuple[dict[str, Pass], dict[str, str]]:
+    """What can be timed of the wanted contenders, and of the rest of them why not: it fails, or is not right."""
+    args = inputs[0]
+    passes: dict[str, Pass] = {}
+    reasons: dict[str, str] = {}
+    plain, exact = case.op.reference(*args), case.op.reference(*in_double(case.op, args))
+    for name, function in contenders(case.op).items():
+        if not wanted(name):
+            continue
+        try:
+            if reason := off(function(*args), plain, exact):
+                reasons[name] = reason
+            else:
+                passes[name] = Pass(function, inputs)
+        except Exception as error:  # whatever a compiler may raise: the others are timed all the same
+            reasons[name] = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"[:300]
+    return passes, reasons
+
+
+def measure_case(
+    case: Case, batch: int, ceiling: Ceiling, dtype: torch.dtype = torch.bfloat16, device: str = "cuda"
+) -> list[Row]:
+    """A row a contender: milliseconds of a call, or why there are none."""
+    inputs = rotated(case, batch, dtype, device)
+    passes, reasons = passes_of(case, inputs)
+    times = time_passes(passes) if passes else {}
+    rows = []
+    for name in [*passes, *reasons]:
+        arm, _, config = name.partition(" ")
+        row: Row = {"op": case.op.name, "model": case.model, "shape": case.shape, "batch": batch}
+        row |= {"dtype": str(dtype).removeprefix("torch."), "arm": arm, "config": json.loads(config) if config else None}
+        if name in times:
+            low, median, high = (ms / passes[name].calls for ms in times[name])
+            row |= {"ms": median, "ms_p20": low, "ms_p80": high, **figures(case.op, inputs[0], median, ceiling)}
+        rows.append(row | {"note": reasons.get(name)})
+    return rows

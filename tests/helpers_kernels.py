@@ -1,0 +1,170 @@
+"""The rule that every kernel is held to, and the arguments that it is compiled for ahead of time."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from agd_fast_kernels.shapes import FLOAT32
+from torch import Tensor
+
+Case = tuple[Any, ...]
+
+
+def launcher(op_name: str) -> Callable[..., Any]:
+    return getattr(importlib.import_module(f"agd_fast_kernels.{op_name}"), f"{op_name}_fwd")
+
+
+def configs(op_name: str) -> tuple[Mapping[str, int], ...]:
+    return importlib.import_module(f"agd_fast_kernels.{op_name}").CONFIGS
+
+
+def poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def fill(*args: Any, **kwargs: Any) -> Tensor:
+        tensor = allocate(*args, **kwargs)
+        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+    return fill
+
+
+def interpreted(op_name: str, *args: Any, config: Mapping[str, int] | None = None) -> Any:
+    """The launcher's result; what the kernel did not write of it is NaN."""
+    with (
+        patch("torch.empty", poisoned(torch.empty)),
+        patch("torch.empty_like", poisoned(torch.empty_like)),
+        patch("torch.Tensor.new_empty", poisoned(torch.Tensor.new_empty)),
+    ):
+        return launcher(op_name)(*args, config=config)
+
+
+def outputs(found: Any) -> tuple[Tensor, ...]:
+    return found if isinstance(found, tuple) else (found,)
+
+
+def assert_kernel(op_name: str, *args: Any, config: Mapping[str, int] | None = None) -> None:
+    """Off the float64 reference by at most twice what the reference in its own dtype is, and a rounding; arguments stay."""
+    from agd_fast.ops.registry import OPS  # not needed by what compiles ahead of time, and slow to import
+
+    reference = OPS[op_name].reference
+    names = list(inspect.signature(reference).parameters)[: len(args)]
+    before = [arg.clone() if isinstance(arg, Tensor) else arg for arg in args]
+    in_double = [
+        arg.double() if isinstance(arg, Tensor) and name not in FLOAT32 else arg for name, arg in zip(names, args, strict=True)
+    ]
+    found, plain, exact = interpreted(op_name, *args, config=config), reference(*args), reference(*in_double)
+    for index, (one, its_plain, its_exact) in enumerate(zip(*map(outputs, (found, plain, exact)), strict=True)):
+        what = f"{op_name}, output {index}, config {config}"
+        assert one.shape == its_plain.shape and one.dtype == its_plain.dtype, what
+        assert torch.isfinite(one).all(), f"{what}: {(~torch.isfinite(one)).sum()} of {one.numel()} are not finite"
+        if one.numel():
+            error, lost = (float((tensor.double() - its_exact).abs().max()) for tensor in (one, its_plain))
+            floor = torch.finfo(one.dtype).eps * float(its_exact.abs().max())
+            assert error <= 2 * lost + floor, f"{what}: off by {error:.3g}, plain torch by {lost:.3g}, a rounding is {floor:.3g}"
+    for name, was, arg in zip(names, before, args, strict=True):
+        assert not isinstance(arg, Tensor) or torch.equal(was, arg), f"{op_name}: {name} was changed"
+
+
+def made(layout: str, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Random numbers of the shape, as one of several views."""
+    last = len(shape) - 1
+    sizes = {
+        "contiguous": shape,
+        "offset": (shape[0] + 1, *(size + 3 for size in shape[1:])),
+        "strided": (*shape, 2),
+        "transposed": shape[::-1],
+        "expanded": (*shape[:-2], 1, shape[-1]) if last else shape,
+    }[layout]
+    numbers = torch.randn(sizes).to(dtype)
+    if layout == "offset":
+        return numbers[(slice(1, None), *[slice(2, -1)] * last)]
+    if layout == "strided":
+        return numbers[..., 1]
+    return numbers.permute(*reversed(range(len(shape)))) if layout == "transposed" else numbers.expand(shape)
+
+
+def ada_layer_norm_cases(dtype: torch.dtype) -> list[Case]:
+    x = torch.randn(2, 8, 1152, dtype=dtype)
+    wide = torch.randn(2, 8, 5120, dtype=dtype)
+    return [(x, None, None), (wide, wide[:, 0], wide[:, 0])]
+
+
+def norm_scores_cases(dtype: torch.dtype) -> list[Case]:
+    x, row, A = torch.randn(2, 8, 1152, dtype=dtype), torch.randn(2, 1152, dtype=dtype), torch.randn(2, 16, 1152, dtype=dtype)
+    wide = torch.randn(2, 8, 5120, dtype=dtype)
+    return [
+        (x, row, row, A[:, :2], torch.randn(2, 1, 2)),
+        (wide, None, None, torch.randn(2, 16, 5120, dtype=dtype), None, 1e-5, 4),
+    ]
+
+
+def gated_residual_cases(dtype: torch.dtype) -> list[Case]:
+    x, row = torch.randn(2, 8, 1152, dtype=dtype), torch.randn(2, 1152, dtype=dtype)
+    if dtype == torch.float16:
+        return [(x, x, row)]
+    return [(x, x, None, torch.randn(2, 8, 16, dtype=dtype), torch.randn(2, 16, 1152, dtype=dtype))]
+
+
+def residual_norm_cases(dtype: torch.dtype) -> list[Case]:
+    x, row, wide = torch.randn(2, 8, 1152, dtype=dtype), torch.randn(2, 1152, dtype=dtype), torch.randn(2, 8, 5120, dtype=dtype)
+    return [(x, x, None, row, None), (wide, wide, wide[:, 0], wide[:, 0], wide[:, 0])]
+
+
+def ada_group_norm_cases(dtype: torch.dtype) -> list[Case]:
+    x, row = torch.randn(2, 64, 16, 16, dtype=dtype), torch.randn(2, 64, dtype=dtype)
+    return [(x, 32, row, row, 1e-5, True)]
+
+
+def guidance_combine_cases(dtype: torch.dtype) -> list[Case]:
+    x = torch.randn(2, 4, 32, 32, dtype=dtype)
+    return [(x, x, torch.ones(2))]
+
+
+def guided_update_cases(dtype: torch.dtype) -> list[Case]:
+    x = torch.randn(2, 4, 32, 32, dtype=dtype)
+    return [(x, x, torch.ones(2), x, torch.ones(2), torch.ones(1))]
+
+
+def projection_scores_cases(dtype: torch.dtype) -> list[Case]:
+    x, weight, A = (torch.randn(*shape, dtype=dtype) for shape in ((2, 64, 640), (640, 640), (2, 128, 640)))
+    most, least = (x, weight, weight[0], A, torch.randn(2, 1, 128)), (x, weight, None, A[:, :3])
+    return {torch.bfloat16: [most], torch.float16: [least], torch.float32: [most]}[dtype]
+
+
+def projection_mix_cases(dtype: torch.dtype) -> list[Case]:
+    x, weight, P = (torch.randn(*shape, dtype=dtype) for shape in ((2, 64, 640), (640, 640), (2, 64, 79)))
+    most, least = (x, weight, x[:, 0], P, x[:, :1].expand(2, 79, 640), x, x[:, 0]), (x, weight, weight[0], None, None, x)
+    return {torch.bfloat16: [most], torch.float16: [least], torch.float32: [most]}[dtype]
+
+
+def activated_linear_cases(dtype: torch.dtype) -> list[Case]:
+    x, weight, bias = (torch.randn(*shape, dtype=dtype) for shape in ((2, 64, 640), (1280, 640), (2, 1280)))
+    geglu, gelu, by_tanh = (x, weight, bias, "geglu"), (x, weight, bias, "gelu"), (x, weight, bias[0], "gelu_tanh")
+    return {torch.bfloat16: [geglu], torch.float16: [gelu], torch.float32: [by_tanh]}[dtype]
+
+
+def gated_lora_cases(dtype: torch.dtype) -> list[Case]:
+    hidden, output, gates = (torch.randn(*shape, dtype=dtype) for shape in ((2, 64, 640), (2, 64, 320), (2, 64)))
+    down, up = torch.randn(64, 640, dtype=dtype), torch.randn(320, 64, dtype=dtype)
+    last, first = (hidden, output, down, up, gates), (hidden.mT.contiguous(), output.mT.contiguous(), down, up, gates, True)
+    few = (*first[:2], down[:4], up[:, :4], None, True)
+    return {torch.bfloat16: [last], torch.float16: [first], torch.float32: [few]}[dtype]
+
+
+# op → arguments of a dtype: a few that differ in what the kernel is specialised for
+CASES: dict[str, Callable[[torch.dtype], list[Case]]] = {
+    "ada_layer_norm": ada_layer_norm_cases,
+    "norm_scores": norm_scores_cases,
+    "gated_residual": gated_residual_cases,
+    "residual_norm": residual_norm_cases,
+    "ada_group_norm": ada_group_norm_cases,
+    "guidance_combine": guidance_combine_cases,
+    "guided_update": guided_update_cases,
+    "projection_scores": projection_scores_cases,
+    "projection_mix": projection_mix_cases,
+    "activated_linear": activated_linear_cases,
+    "gated_lora": gated_lora_cases,
+}

@@ -1,0 +1,246 @@
+"""Kernels of the products, interpreted: at the borders of tiles, of views, with every optional argument and configuration."""
+
+import inspect
+import math
+
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+from agd_fast.ops import OPS
+from helpers_kernels import assert_kernel, configs, interpreted, outputs
+
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # of which the reciprocal is taken, as it should be
+NAMES = ("projection_scores", "projection_mix", "activated_linear", "gated_lora")
+DTYPES = st.sampled_from([torch.float32, torch.float16])
+BATCHES = st.sampled_from([1, 1, 2, 3, 5])
+TOKENS = st.sampled_from([(1,), (15,), (17,), (63,), (64,), (65,), (129,), (3, 7), ()])
+WIDTHS = st.sampled_from([1, 7, 15, 16, 17, 33, 63, 64, 65, 129, 257])
+LAYOUTS = st.sampled_from(["contiguous", "offset", "strided", "transposed", "expanded"])
+
+
+def few(test):
+    return settings(derandomize=True, deadline=None, max_examples=80, phases=[Phase.generate])(test)  # to shrink takes minutes
+
+
+def made(layout, *shape, dtype, scale=1.0):
+    """Random numbers of the shape, as one of several views."""
+    sizes = {
+        "contiguous": shape,
+        "offset": (shape[0] + 1, *shape[1:-1], shape[-1] + 3) if len(shape) > 1 else (shape[0] + 1,),
+        "strided": (*shape, 2),
+        "transposed": shape[::-1],
+        "expanded": (*shape[:-2], 1, shape[-1]) if len(shape) > 1 else shape,
+    }[layout]
+    whole = (scale * torch.randn(sizes)).to(dtype)
+    if layout == "offset":
+        return whole[1:, ..., 2:-1] if len(shape) > 1 else whole[1:]
+    if layout == "strided":
+        return whole[..., 1]
+    if layout == "transposed":
+        return whole.permute(*reversed(range(len(shape))))
+    return whole.expand(shape)
+
+
+@st.composite
+def a_config(draw, name):
+    return draw(st.sampled_from([None, *configs(name)]))
+
+
+@given(st.data())
+@few
+def test_projection_scores(data):
+    torch.manual_seed(0)  # an example that fails is to fail again
+    B, T, N, C, dtype = (data.draw(one) for one in (BATCHES, TOKENS.filter(bool), WIDTHS, WIDTHS, DTYPES))
+    S = data.draw(st.sampled_from([1, 2, 15, 16, 17, 79, 127, 128]))
+    x, weight, A = (
+        made(data.draw(LAYOUTS), *shape, dtype=dtype, scale=scale)
+        for shape, scale in (((B, *T, C), 1), ((N, C), 1), ((B, S, C), 2 / math.sqrt(C)))
+    )
+    bias = made(data.draw(LAYOUTS), N, dtype=dtype) if data.draw(st.booleans()) else None
+    score_bias = made(data.draw(LAYOUTS), B, 1, S, dtype=torch.float32) if data.draw(st.booleans()) else None
+    assert_kernel("projection_scores", x, weight, bias, A, score_bias, config=data.draw(a_config("projection_scores")))
+
+
+@given(st.data())
+@few
+def test_projection_mix(data):
+    torch.manual_seed(0)
+    B, T, C, K, dtype = (data.draw(one) for one in (BATCHES, TOKENS, WIDTHS, WIDTHS, DTYPES))
+    attended, weight, residual = (made(data.draw(LAYOUTS), *shape, dtype=dtype) for shape in ((B, *T, K), (C, K), (B, *T, C)))
+    P = U = None
+    if T and data.draw(st.booleans()):
+        S = data.draw(st.sampled_from([1, 3, 16, 17, 64, 65, 128]))
+        P, U = (made(data.draw(LAYOUTS), *shape, dtype=dtype) for shape in ((B, *T, S), (B, S, C)))
+    bias = data.draw(st.sampled_from([None, (C,), (B, C)]))
+    gate = data.draw(st.sampled_from([None, (1, C), (B, C)]))
+    bias, gate = (None if shape is None else made(data.draw(LAYOUTS), *shape, dtype=dtype) for shape in (bias, gate))
+    residual = residual if data.draw(st.booleans()) else None
+    assert_kernel("projection_mix", attended, weight, bias, P, U, residual, gate, config=data.draw(a_config("projection_mix")))
+
+
+@given(st.data())
+@few
+def test_activated_linear(data):
+    torch.manual_seed(0)
+    B, T, N, C, dtype = (data.draw(one) for one in (BATCHES, TOKENS, WIDTHS, WIDTHS, DTYPES))
+    activation = data.draw(st.sampled_from(["geglu", "gelu", "gelu_tanh"]))
+    rows = 2 * N if activation == "geglu" else N
+    x, weight = (made(data.draw(LAYOUTS), *shape, dtype=dtype) for shape in ((B, *T, C), (rows, C)))
+    bias = data.draw(st.sampled_from([None, (rows,), (B, rows)]))
+    bias = None if bias is None else made(data.draw(LAYOUTS), *bias, dtype=dtype)
+    assert_kernel("activated_linear", x, weight, bias, activation, config=data.draw(a_config("activated_linear")))
+
+
+@given(st.data())
+@few
+def test_gated_lora(data):
+    torch.manual_seed(0)
+    B, T, C, K, dtype = (data.draw(one) for one in (BATCHES, TOKENS, WIDTHS, WIDTHS, DTYPES))
+    first = bool(T) and data.draw(st.booleans())
+    r = data.draw(st.sampled_from([1, 4, 15, 16, 17, 64]))
+    shapes = ((B, K, *T), (B, C, *T)) if first else ((B, *T, K), (B, *T, C))
+    hidden, output, down, up = (made(data.draw(LAYOUTS), *shape, dtype=dtype) for shape in (*shapes, (r, K), (C, r)))
+    gates = data.draw(st.sampled_from([None, (1, r), (B, r)]))
+    gates = None if gates is None else made(data.draw(LAYOUTS), *gates, dtype=dtype)
+    assert_kernel("gated_lora", hidden, output, down, up, gates, first, config=data.draw(a_config("gated_lora")))
+
+
+def arguments(name, B=2, T=5, K=6, N=8, S=3, r=4, dtype=torch.float32):
+    """Of every tensor that an op may have."""
+
+    def normal(*shape, dtype=dtype):
+        return torch.randn(*shape, dtype=dtype)
+
+    return {
+        "projection_scores": (normal(B, T, K), normal(N, K), normal(N), normal(B, S, K), normal(B, 1, S, dtype=torch.float32)),
+        "projection_mix": (
+            *(normal(B, T, K), normal(N, K), normal(B, N)),
+            *(normal(B, T, S), normal(B, S, N), normal(B, T, N), normal(B, N)),
+        ),
+        "activated_linear": (normal(B, T, K), normal(N, K), normal(B, N), "geglu"),
+        "gated_lora": (normal(B, T, K), normal(B, T, N), normal(r, K), normal(N, r), normal(B, r)),
+    }[name]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"B": 64},
+        {"K": 0},
+        {"N": 0},
+        {"S": 0, "r": 0},
+        {"S": 0, "N": 0},
+        {"T": 1, "K": 1, "N": 2, "S": 1, "r": 1},
+        {"T": 130, "K": 130, "N": 514, "S": 128, "r": 64},
+        {"B": 5, "T": 130, "K": 17, "N": 258},
+    ],
+    ids=str,
+)
+def test_sizes(name, sizes):
+    for config in configs(name) if "T" in sizes else (None,):
+        assert_kernel(name, *arguments(name, **sizes, dtype=torch.float16), config=config)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("sizes", "shape"), [({"B": 0}, (0, 5)), ({"T": 0}, (2, 0))], ids=str)
+def test_empty(name, sizes, shape):
+    found = interpreted(name, *arguments(name, **sizes))
+    last = {"projection_scores": (8, 3), "activated_linear": (4,)}.get(name, (8,))
+    assert [one.shape for one in outputs(found)] == [(*shape, channels) for channels in last]
+
+
+def test_gated_lora_channels_first_as_channels_last():
+    hidden, output = (torch.randn(2, width, 5, 7).to(memory_format=torch.channels_last) for width in (6, 8))
+    assert_kernel("gated_lora", hidden, output, torch.randn(4, 6), torch.randn(8, 4), torch.randn(2, 4), True)
+
+
+def test_projection_scores_leave_masked_tokens_out():
+    x, weight, bias, A, score_bias = arguments("projection_scores", S=17)
+    score_bias[:, :, 3:] = -math.inf
+    assert_kernel("projection_scores", x, weight, bias, A, score_bias)
+    assert not interpreted("projection_scores", x, weight, bias, A, score_bias)[1][..., 3:].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_projection_scores_of_large_scores(dtype):
+    """Which float16 rounds by more than what softmax tells apart, and whose exponentials overflow."""
+    x, weight, bias, A, _ = arguments("projection_scores", T=17, S=31, dtype=dtype)
+    found = interpreted("projection_scores", 40 * x, weight, bias, 10 * A)[1]
+    exact = torch.softmax((40 * x).double() @ (10 * A).double().mT, -1)
+    assert (found.double() - exact).abs().max() <= 3e-4
+
+
+@pytest.mark.parametrize("activation", ["geglu", "gelu", "gelu_tanh"])
+def test_activated_linear_of_large_values(activation):
+    x, weight = torch.linspace(-60, 60, 241)[:, None], torch.ones(2, 1)
+    assert_kernel("activated_linear", x, weight, None, activation)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_another_config_is_the_same_to_a_rounding(name):
+    given = arguments(name, T=33, K=70, N=40)
+    for config in configs(name):
+        assert_kernel(name, *given, config=config)
+
+
+ERRORS = {
+    "projection_scores": [
+        ({"weight": torch.zeros(8, 5)}, "weight must be"),
+        ({"A": torch.zeros(2, 129, 6), "score_bias": None}, "A must have at most 128"),
+        ({"heads": 3, "score_bias": None}, "heads must be 1, found 3"),
+        ({"score_bias": torch.zeros(2, 1, 3).half()}, "score_bias must be torch.float32"),
+    ],
+    "projection_mix": [
+        ({"U": None}, "found P alone"),
+        ({"P": None}, "found U alone"),
+        ({"gate": torch.zeros(3, 8)}, "gate must be"),
+        ({"residual": torch.zeros(2, 5, 8).half()}, "residual must be torch.float32"),
+    ],
+    "activated_linear": [
+        ({"activation": "relu"}, "activation must be one of geglu, gelu, gelu_tanh; found 'relu'"),
+        ({"weight": torch.zeros(7, 6), "bias": None}, "even number of rows for geglu, found 7"),
+        ({"bias": torch.zeros(9)}, "bias must be"),
+    ],
+    "gated_lora": [
+        ({"down": torch.zeros(65, 6), "up": torch.zeros(8, 65), "gates": None}, "rank of at most 64, found 65"),
+        ({"output": torch.zeros(2, 4, 8)}, "output must be"),
+        ({"up": torch.zeros(4, 8)}, "up must be"),
+    ],
+}
+
+
+@pytest.mark.parametrize(("name", "change", "message"), [(name, *case) for name in NAMES for case in ERRORS[name]])
+def test_errors_name_the_argument(name, change, message):
+    parameters = inspect.signature(OPS[name].reference).parameters
+    given = {**dict(zip(parameters, arguments(name), strict=False)), **change}
+    with pytest.raises(ValueError, match=f"{name}: .*{message}"):
+        OPS[name].kernel()(**given)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_float64_is_refused(name):
+    with pytest.raises(ValueError, match="found torch.float64"):
+        interpreted(name, *arguments(name, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_opcheck(name):
+    given = [arg.requires_grad_() if isinstance(arg, torch.Tensor) else arg for arg in arguments(name)]
+    torch.library.opcheck(OPS[name].overload, tuple(given))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_are_the_references(name):
+    given = [arg.requires_grad_() if isinstance(arg, torch.Tensor) else arg for arg in arguments(name)]
+    tensors = [arg for arg in given if isinstance(arg, torch.Tensor)]
+
+    def gradients(function):
+        found = function(*given)
+        total = sum((one * one).sum() for one in (found if isinstance(found, tuple) else (found,)))
+        return torch.autograd.grad(total, tensors)
+
+    for found, expected in zip(gradients(OPS[name].overload), gradients(OPS[name].reference), strict=True):
+        assert torch.equal(found, expected)
