@@ -26,6 +26,15 @@ def _seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def fresh_dynamo():
+    """Nothing that was compiled before, and none of it after."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
 def make_dit(layers=2, **overrides):
     """With a learned sigma: 2 channels in, 4 out. Labels 0..4, null 5."""
     config = {

@@ -23,12 +23,7 @@ from tiny import FAMILIES
 EAGER = {"kernels": "always", "compiler": "eager"}
 
 
-@pytest.fixture(autouse=True)
-def _fresh_dynamo():
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 def frozen(denoiser, kind=None, spec=None):

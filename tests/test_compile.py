@@ -12,11 +12,7 @@ from conftest import TinyDenoiser, assert_as_exact, double, make_backbone, make_
 KINDS = ["modulation", "offset", "cross_attention", "modulation+gated_lora"]
 
 
-@pytest.fixture(autouse=True)
-def _fresh_dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 def attach(backbone, kind="modulation"):

@@ -72,14 +72,17 @@ def fold_into_norms(graph: fx.Graph, level: Mapping[fx.Node, Level], fusing: Fus
     written = in_place_groups(graph)
     for node in list(graph.nodes):
         if schema_name(node) in _NORMS and level[node] == Level.MOVING and not written.intersection(node.all_input_nodes):
-            _Norm(graph, node, level, fusing).fold()
+            _Norm(graph, node, fusing).fold()
 
 
 class _Norm:
-    """A norm, and the operations behind it that scale and shift it by rows: ("scale", γ), ("one_plus", δ) or ("shift", β)."""
+    """A norm, and the operations behind it that scale and shift it by rows: ("scale", γ), ("one_plus", δ) or ("shift", β).
 
-    def __init__(self, graph: fx.Graph, node: fx.Node, level: Mapping[fx.Node, Level], fusing: Fusing | None) -> None:
-        self.graph, self.node, self.level, self.fusing = graph, node, level, fusing
+    As each of these is all that takes the one before, no row can come of the norm.
+    """
+
+    def __init__(self, graph: fx.Graph, node: fx.Node, fusing: Fusing | None) -> None:
+        self.graph, self.node, self.fusing = graph, node, fusing
         self.value: Tensor = value_of(node)
         self.grouped = schema_name(node) == "aten::group_norm"
         self.end = node  # of what is folded
@@ -134,8 +137,6 @@ class _Norm:
     def _is_row(self, node: Any) -> bool:
         """Whether it has one number a channel of the norm, and one alone: it is broadcast over everything else."""
         if not isinstance(node, fx.Node):
-            return False
-        if self.level.get(node, Level.MOVING) == Level.MOVING and _depends(node, self.node):
             return False
         value = value_of(node)
         if not isinstance(value, Tensor) or value.dtype != self.value.dtype or value.ndim > self.value.ndim:
@@ -221,20 +222,3 @@ class _Norm:
 
     def _call(self, target: Any, *args: Any) -> fx.Node:
         return add_call(self.graph, target, *args)
-
-
-_LOOKED_AT = 64  # operations before one that a row is made by; behind more of them it is no row
-
-
-def _depends(node: fx.Node, other: fx.Node) -> bool:
-    """Whether a node may be computed from another one."""
-    seen: set[fx.Node] = set()
-    waiting = [node]
-    while waiting:
-        one = waiting.pop()
-        if one is other or len(seen) > _LOOKED_AT:
-            return True
-        if one not in seen and not one < other:  # what stands before it cannot
-            seen.add(one)
-            waiting += one.all_input_nodes
-    return False
