@@ -97,6 +97,20 @@ def test_what_is_wrong_or_does_not_run_does_not_win():
     assert verdict_of({"one": 1.0}, CONFIGS, ["eager failed (out of memory)"])["wins"]  # where torch itself cannot
 
 
+def test_what_was_measured_is_not_measured_again_and_what_could_not_be_is(tmp_path):
+    verdicts, runs = Verdicts(tmp_path / "card.json"), []
+
+    def fails():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    found = choice.measured(verdicts, "op", fails)
+    assert found == {"wins": False, "reason": "could not be measured (OutOfMemoryError: CUDA out of memory)"}
+    for _ in range(2):
+        assert choice.measured(verdicts, "op", lambda: runs.append(1) or {"wins": True}) == {"wins": True}
+    assert runs == [1]
+    assert Verdicts(verdicts.path).found == {"op": {"wins": True}}
+
+
 def test_a_result_off_the_reference_is_seen():
     exact = [torch.randn(1000).double()]
     plain = [exact[0].half()]

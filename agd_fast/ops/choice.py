@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from agd_fast.ops.measuring import Verdicts, key_of, measure, measure_join
+from agd_fast.ops.measuring import Verdicts, described, key_of, measure, measure_join
 from agd_fast.ops.registry import NAMESPACE, OPS, Op, tensors_of
 from agd_fast.warning import warn
 
@@ -66,7 +66,7 @@ def refusal(op: Op, args: tuple[Any, ...], policy: Kernels) -> str:
     if reason := missing():
         return reason
     with torch.cuda.device(device):
-        return _lost(_measured(key_of(op.name, args), functools.partial(measure, op, args)))
+        return _lost(_verdict(key_of(op.name, args), functools.partial(measure, op, args)))
 
 
 def refusal_of_join(x: Tensor, thin: Tensor, wide: Tensor, policy: Kernels) -> str:
@@ -75,18 +75,31 @@ def refusal_of_join(x: Tensor, thin: Tensor, wide: Tensor, policy: Kernels) -> s
         return "" if policy == "always" else "kernels are switched off"
     if not x.is_cuda:
         return f"tensors on {x.device.type}"
+    if reason := missing():
+        return reason
     with torch.cuda.device(x.device):
-        return _lost(_measured(key_of("joined_projections", (x, thin, wide)), functools.partial(measure_join, x, thin, wide)))
+        key, race = key_of("joined_projections", (x, thin, wide)), functools.partial(measure_join, x, thin, wide)
+        return _lost(_verdict(key, race))
 
 
-def _measured(key: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def _verdict(key: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """What was measured on this card, now or before; empty where nothing can be measured now."""
     verdicts = Verdicts.of_this_card()
+    if torch.cuda.is_current_stream_capturing():
+        return dict(verdicts.get(key, {}))
+    return measured(verdicts, key, measure)
+
+
+def measured(verdicts: Verdicts, key: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What is kept under a key; where that is nothing, what is measured now."""
     found = verdicts.get(key)
-    if found is None and not torch.cuda.is_current_stream_capturing():
-        found = measure()
+    if found is None:
+        try:
+            found = measure()
+        except Exception as error:  # no memory for it, perhaps: another time
+            return {"wins": False, "reason": f"could not be measured ({described(error)})"}
         verdicts.put(key, found)
-    return found or {}
+    return found
 
 
 def _lost(verdict: dict[str, Any]) -> str:
@@ -95,7 +108,9 @@ def _lost(verdict: dict[str, Any]) -> str:
 
 def call(op: Op, *args: Any) -> Any:
     """An op in code that no graph is made of: its kernel where that wins, else its reference."""
-    return op.reference(*args) if refusal(op, args, default_policy()) else op.overload(*args)
+    if torch.compiler.is_compiling() or refusal(op, args, default_policy()):
+        return op.reference(*args)
+    return op.overload(*args)
 
 
 def run(op: Op, args: tuple[Any, ...]) -> Any:
@@ -112,7 +127,7 @@ def launched(op: Op, args: tuple[Any, ...]) -> Any:
             config = Verdicts.of_this_card().get(key_of(op.name, args), {}).get("config")
             return op.kernel()(*args, config=config)
     except Exception as error:
-        _failed[op.name] = f"its kernel failed ({type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]})"
+        _failed[op.name] = f"its kernel failed ({described(error)})"
         warn(f"{op.name} runs in torch: {_failed[op.name]}")
         return op.reference(*args)
 

@@ -9,7 +9,7 @@ import json
 import os
 import types
 from collections.abc import Callable, Mapping, Sequence
-from importlib import metadata, util
+from importlib import util
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +79,10 @@ class Verdicts:
 
 @functools.cache
 def _verdicts_on(device: int) -> Verdicts:
+    import triton
+
     major, minor = torch.cuda.get_device_capability(device)
-    parts = [torch.cuda.get_device_name(device), f"sm{major}{minor}", torch.__version__, metadata.version("triton"), _sources()]
+    parts = [torch.cuda.get_device_name(device), f"sm{major}{minor}", torch.__version__, triton.__version__, _sources()]
     name = "_".join(part.replace(" ", "-").replace("/", "-") for part in parts)
     return Verdicts(cache_dir() / "kernels" / f"{name}.json")
 
@@ -142,8 +144,13 @@ def _race(
             run = functools.partial(function, *given)
             times[name] = do_bench(run, warmup=WARMUP_MS, rep=MEASURED_MS, return_mode="median")
         except Exception as error:  # whatever a compiler may raise: then it is no contender
-            reasons.append(f"{name} failed ({type(error).__name__}: {str(error).strip().partition(chr(10))[0][:120]})")
+            reasons.append(f"{name} failed ({described(error)})")
     return verdict_of(times, configs, reasons)
+
+
+def described(error: Exception) -> str:
+    """On one line."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:120]}"
 
 
 def _anew(function: Any) -> Callable[..., Any]:
