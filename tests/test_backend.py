@@ -195,7 +195,7 @@ def joined_model():
     class Both(nn.Module):
         def __init__(self):
             super().__init__()
-            self.wide, self.thin = nn.Linear(8, 12), nn.Linear(8, 3, bias=False)
+            self.wide, self.thin = nn.Linear(8, 16), nn.Linear(8, 8, bias=False)
 
         def forward(self, x):
             return self.wide(x) * 2, self.thin(x) * 3
@@ -215,15 +215,39 @@ def test_joined_weights_follow_the_model(change):
     if change == "in place":
         model.wide.weight.mul_(2)
     elif change == "data":
-        model.wide.weight.data = torch.randn(12, 8)
+        model.wide.weight.data = torch.randn(16, 8)
     elif change == "other":
-        model.wide.weight = nn.Parameter(torch.randn(12, 8), requires_grad=False)
+        model.wide.weight = nn.Parameter(torch.randn(16, 8), requires_grad=False)
     else:
         model.thin.weight.add_(1)
     again = compiled(x)
     for found, plain in zip(again, model(x), strict=True):
         torch.testing.assert_close(found, plain)
     assert not all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
+
+
+@torch.no_grad()
+def test_weights_that_are_cast_where_they_are_used_are_joined_too():
+    model, x = joined_model(), torch.randn(2, 5, 8, dtype=torch.bfloat16)
+    model.wide.bfloat16()
+    forward = lambda x: (model.wide(x) * 2, torch.nn.functional.linear(x, model.thin.weight.to(x.dtype)) * 3)  # noqa: E731
+    compiled = torch.compile(forward, backend="agd_fast", options=EAGER)
+    for found, plain in zip(compiled(x), forward(x), strict=True):
+        torch.testing.assert_close(found, plain)
+    assert graphs_info()[-1]["joined"] == 1
+
+
+@torch.no_grad()
+def test_a_rewrite_that_fails_costs_no_model(monkeypatch):
+    def fails(*_):
+        raise KeyError("nothing there")
+
+    monkeypatch.setattr("agd_fast.backend.compile.rewrite", fails)
+    model, x = joined_model(), torch.randn(2, 5, 8)
+    with pytest.warns(UserWarning, match="goes to eager as it is: it could not be rewritten \\(KeyError"):
+        found = torch.compile(model, backend="agd_fast", options=EAGER)(x)
+    assert all(map(torch.equal, found, model(x)))
+    assert "KeyError" in graphs_info()[-1]["untouched_because"]
 
 
 @torch.no_grad()

@@ -94,7 +94,7 @@ def test_the_fastest_configuration_wins_only_against_eager_and_compiled():
 def test_what_is_wrong_or_does_not_run_does_not_win():
     found = verdict_of({"eager": 3.0}, CONFIGS, ["one is off the reference", "two failed (no)"])
     assert found == {"milliseconds": {"eager": 3.0}, "wins": False, "reason": "one is off the reference; two failed (no)"}
-    assert verdict_of({"one": 1.0}, CONFIGS, ["eager failed (out of memory)"])["wins"]  # where torch itself cannot
+    assert not verdict_of({"eager": 3.0, "one": 1.0}, CONFIGS, ["compiled failed (no compiler)"])["wins"]
 
 
 def test_what_was_measured_is_not_measured_again_and_what_could_not_be_is(tmp_path):
@@ -105,10 +105,12 @@ def test_what_was_measured_is_not_measured_again_and_what_could_not_be_is(tmp_pa
 
     found = choice.measured(verdicts, "op", fails)
     assert found == {"wins": False, "reason": "could not be measured (OutOfMemoryError: CUDA out of memory)"}
+    partial, whole = ({"wins": True, "milliseconds": dict.fromkeys(names, 1.0)} for names in (["eager"], ["eager", "compiled"]))
+    assert choice.measured(verdicts, "op", lambda: partial) == partial
     for _ in range(2):
-        assert choice.measured(verdicts, "op", lambda: runs.append(1) or {"wins": True}) == {"wins": True}
+        assert choice.measured(verdicts, "op", lambda: runs.append(1) or whole) == whole
     assert runs == [1]
-    assert Verdicts(verdicts.path).found == {"op": {"wins": True}}
+    assert Verdicts(verdicts.path).found == {"op": whole}
 
 
 def test_a_result_off_the_reference_is_seen():
@@ -149,6 +151,42 @@ def test_a_kernel_that_does_not_run_is_done_without_and_said_once(monkeypatch, r
     assert "its kernel failed" in choice.refusal(broken, args, "always")
     assert ops.kernels_info()["failed"].keys() == {"without_a_kernel"}
     assert choice.refusal(ops.gated_residual, (x, x, gamma), "always") == ""
+
+
+def test_wrong_arguments_and_no_memory_cost_no_kernel(monkeypatch, tmp_path):
+    monkeypatch.setattr(choice, "_failed", {})
+    monkeypatch.setattr(Verdicts, "of_this_card", lambda: Verdicts(tmp_path / "card.json"))
+    with pytest.raises(ValueError, match="gamma must be"):
+        choice.launched(Raising(ValueError("wrong")), (x, torch.randn(3, 4), None))
+    found = choice.launched(Raising(torch.OutOfMemoryError("full")), (x, gamma, None))
+    assert torch.equal(found, ops.ada_layer_norm.reference(x, gamma, None))
+    assert not choice._failed
+
+
+class Raising:
+    """An op whose kernel raises."""
+
+    name, reference = "raising", staticmethod(ops.ada_layer_norm.reference)
+
+    def __init__(self, error):
+        self.error = error
+
+    def kernel(self):
+        raise self.error
+
+
+def test_an_operator_is_asked_for_under_the_key_that_it_was_measured_by():
+    seen = []
+    op = ops.activated_linear
+    arguments = (x, torch.randn(6, 4), None, "geglu")
+    run = choice.run
+    try:
+        choice.run = lambda op, args: seen.append(key_of(op.name, args)) or run(op, args)
+        op(*arguments)
+        op(*arguments[:3])
+    finally:
+        choice.run = run
+    assert seen == [key_of(op.name, op.complete(arguments))] * 2 and "'geglu'" in seen[0]
 
 
 def test_what_there_is_to_say_without_a_gpu(monkeypatch):

@@ -232,7 +232,7 @@ def test_absorbed_attention_behind_something_else_than_a_projection_stays_and_sa
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_thin_projections_ride_along(bias):
-    weights = [parameter(C, C), parameter(3, C)] + ([parameter(C)] if bias else [])
+    weights = [parameter(C, C), parameter(4, C)] + ([parameter(C)] if bias else [])
     check(
         lambda x, wide, thin, *b: (F.linear(x, wide, *b).view(B, T, 2, 4).transpose(1, 2), F.linear(x, thin) * 2),
         *(x, *weights),
@@ -247,10 +247,11 @@ def test_thin_projections_ride_along(bias):
         lambda x, wide, thin: (F.linear(x, wide).view(-1, C), F.linear(x, thin) * 2),  # the tokens must lie side by side
         lambda x, wide, thin: (F.linear(x, wide) * 2, F.linear(x, wide[:5]) * 2),  # not thin
         lambda x, wide, thin: (F.linear(x, wide) * 2, F.linear(x.sin(), thin) * 2),  # other tokens
+        lambda x, wide, thin: (F.linear(x, wide) * 2, F.linear(x, thin[:3]) * 2),  # rows that begin anywhere
     ],
 )
 def test_other_projections_stay_apart(function):
-    check(function, x, parameter(C, C), parameter(3, C), kernels={}, joined=0)
+    check(function, x, parameter(C, C), parameter(4, C), kernels={}, joined=0)
 
 
 def test_what_is_written_in_place_is_left_alone_and_the_rest_is_not():
@@ -278,6 +279,25 @@ def test_in_place_graphs_have_the_right_numbers():
     found, _ = rewritten(function, x, y, weight, other)
     for one, plain in zip(found, function(x, y, weight, other), strict=True):
         torch.testing.assert_close(one, plain)
+
+
+def test_rows_that_are_written_in_place_are_read_where_they_were():
+    def gate(x, y, g):
+        g = g + 0.5
+        h = x + g * y
+        g.add_(1)
+        return norm(h) + g
+
+    def shift(x, b):
+        b = b + 0.5
+        n = norm(x) + b
+        b.add_(1)
+        return n * b
+
+    for function, inputs in ((gate, (x, y, row(B, 1, C))), (shift, (x, row(B, 1, C)))):
+        found, done = rewritten(function, *inputs)
+        torch.testing.assert_close(found[0], function(*inputs))
+        assert done.kernels["kernels"] == {}
 
 
 def test_arguments_that_no_op_takes_are_left_alone():
@@ -338,7 +358,7 @@ def test_absorbed_adapters_run_in_their_blocks(name, hidden, absorbed):
 @torch.no_grad()
 def test_thin_projections_in_another_dtype_than_the_model_ride_along():
     backbone = make_backbone("dit")
-    trained(agd.attach(backbone.denoiser, agd.AdapterConfig("cross_attention", 2), spec=backbone.spec))
+    trained(agd.attach(backbone.denoiser, agd.AdapterConfig("cross_attention", 8), spec=backbone.spec))
     backbone.denoiser.to(torch.bfloat16)
     attachment_of(backbone.denoiser).adapter.float()
     agd.optimize(backbone.denoiser, agd.EngineConfig(kernels="always", absorb=False), spec=backbone.spec)

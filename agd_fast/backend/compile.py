@@ -23,6 +23,8 @@ from agd_fast.graph.levels import Level, is_view
 from agd_fast.graph.partition import Part, partition
 from agd_fast.graph.rewriting import Rewritten, rewrite
 from agd_fast.ops import Kernels, checked_policy, default_policy
+from agd_fast.ops.measuring import described
+from agd_fast.warning import warn
 
 aten = torch.ops.aten
 
@@ -53,6 +55,9 @@ def agd_fast(
                 return _compiled(gm, example_inputs, policy, compiler, options)
             except _UntouchedError as error:
                 reason = str(error)
+            except Exception as error:  # it costs no model: no memory for joined weights, perhaps
+                reason = f"it could not be rewritten ({described(error)})"
+                warn(f"a graph goes to {compiler} as it is: {reason}")
     _graphs.append({"kernels": {}, "not_on_kernels": {}, "joined": 0, "untouched_because": reason})
     return compile_with(compiler, gm, example_inputs, options)
 

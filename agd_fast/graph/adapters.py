@@ -18,7 +18,9 @@ _gated_lora = ops.OPS["gated_lora"]
 
 def fuse_adapters(fusing: Fusing) -> None:
     for node in fusing.nodes:
-        if node.target is torch.ops.agd_fast.gated_lora.default and fusing.takes(_gated_lora, *node.args):
+        if node.target is torch.ops.agd_fast.gated_lora.default:
+            if not value_of(node).is_contiguous() or not fusing.takes(_gated_lora, *node.args):
+                continue
             node.replace_all_uses_with(fusing.put(_gated_lora, *node.args, before=node)[0])
         elif node.target is torch.ops.agd_fast.absorbed_attention.default:
             _fuse_attention(fusing, node)
@@ -28,7 +30,8 @@ def _fuse_attention(fusing: Fusing, node: fx.Node) -> None:
     """The scores beside the norm of the block's input, or beside its projection; the mix beside the block's output."""
     hidden, output, A, U, score_bias, heads = arguments_of(node, None, None, None, None, None, 1)
     end, residual, gate = _ending(fusing, node)
-    if is_layer_norm(hidden) and residual is not None and value_of(A).shape[1] <= MAX_SCORES:
+    few = value_of(A).shape[1] <= MAX_SCORES and _all_before(hidden, A, score_bias)
+    if is_layer_norm(hidden) and residual is not None and few:
         gamma, beta, eps = rows_of_norm(fusing, hidden)
         normed_by: tuple[Any, ...] = (hidden.args[0], gamma, beta, A, score_bias, eps, heads)
         if fusing.takes(ops.norm_scores, *normed_by):
@@ -39,7 +42,8 @@ def _fuse_attention(fusing: Fusing, node: fx.Node) -> None:
                 hidden.replace_all_uses_with(normed)
                 return
     projection = next((user for user in hidden.users if is_plain_linear(user) and user.args[0] is hidden), None)
-    if projection is None or not is_plain_linear(output) or only_user(output) is not node:
+    in_order = projection is not None and projection < end and _all_before(projection, A, score_bias)
+    if projection is None or not in_order or not is_plain_linear(output) or only_user(output) is not node:
         fusing.left["projection_scores", "no plain projection at the block's input or output"] += 1
         return
     projected_by = (*linear_arguments(projection), A, score_bias, heads)
@@ -49,6 +53,10 @@ def _fuse_attention(fusing: Fusing, node: fx.Node) -> None:
         if fusing.takes(ops.projection_mix, *mixed_by):
             end.replace_all_uses_with(fusing.put(ops.projection_mix, *mixed_by, before=end)[0])
             projection.replace_all_uses_with(q)
+
+
+def _all_before(node: fx.Node, *others: Any) -> bool:
+    return all(other < node for other in others if other is not None)
 
 
 def _ending(fusing: Fusing, node: fx.Node) -> tuple[fx.Node, fx.Node | None, Any]:

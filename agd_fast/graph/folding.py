@@ -72,7 +72,7 @@ def fold_into_norms(graph: fx.Graph, level: Mapping[fx.Node, Level], fusing: Fus
     written = in_place_groups(graph)
     for node in list(graph.nodes):
         if schema_name(node) in _NORMS and level[node] == Level.MOVING and not written.intersection(node.all_input_nodes):
-            _Norm(graph, node, fusing).fold()
+            _Norm(graph, node, fusing, written).fold()
 
 
 class _Norm:
@@ -81,8 +81,8 @@ class _Norm:
     As each of these is all that takes the one before, no row can come of the norm.
     """
 
-    def __init__(self, graph: fx.Graph, node: fx.Node, fusing: Fusing | None) -> None:
-        self.graph, self.node, self.fusing = graph, node, fusing
+    def __init__(self, graph: fx.Graph, node: fx.Node, fusing: Fusing | None, written: set[fx.Node]) -> None:
+        self.graph, self.node, self.fusing, self.written = graph, node, fusing, written
         self.value: Tensor = value_of(node)
         self.grouped = schema_name(node) == "aten::group_norm"
         self.end = node  # of what is folded
@@ -136,7 +136,7 @@ class _Norm:
 
     def _is_row(self, node: Any) -> bool:
         """Whether it has one number a channel of the norm, and one alone: it is broadcast over everything else."""
-        if not isinstance(node, fx.Node):
+        if not isinstance(node, fx.Node) or node in self.written:  # it is read later than before
             return False
         value = value_of(node)
         if not isinstance(value, Tensor) or value.dtype != self.value.dtype or value.ndim > self.value.ndim:

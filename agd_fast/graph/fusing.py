@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from agd_fast.graph.capture import add_call, fake_mode_of, first_line, schema_name, value_of
-from agd_fast.graph.levels import Level, in_place_groups
+from agd_fast.graph.levels import Level, in_place_groups, is_view
 from agd_fast.ops import OPS, Kernels, Op, refusal
 
 
@@ -32,7 +32,8 @@ class Fusing:
     def takes(self, op: Op, *args: Any) -> bool:
         """Whether the op's kernel is to run on these nodes."""
         values = fx.node.map_arg(args, value_of)
-        if self.written.isdisjoint(arg for arg in args if isinstance(arg, fx.Node)):
+        nodes = [arg for arg in args if isinstance(arg, fx.Node)]
+        if self.written.isdisjoint([*nodes, *(one for node in nodes if is_view(node) for one in node.all_input_nodes)]):
             reason = unfit(op, values) or refusal(op, values, self.policy)
         else:
             reason = "tensors that are written in place"

@@ -6,14 +6,16 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
-from agd_fast.graph.capture import add_call, value_of
+from agd_fast.graph.capture import add_call, sort, value_of
 from agd_fast.graph.fusing import Fusing, is_plain_linear, linear_arguments
 from agd_fast.graph.levels import Level
 from agd_fast.ops import refusal_of_join
 
 aten = torch.ops.aten
+
+ALIGNMENT = 16  # bytes
 
 # weights, and zeros of a length, joined along their first dimension, once; None where that cannot be
 Concatenate = Callable[[Sequence[fx.Node | int]], fx.Node | None]
@@ -25,14 +27,21 @@ def join_thin_projections(fusing: Fusing, concatenate: Concatenate) -> int:
     for x in fusing.nodes:
         linears = [user for user in x.users if _is_joinable(fusing, user, x)]
         linears.sort(key=lambda node: len(value_of(linear_arguments(node)[1])))
-        if len(linears) > 1 and 2 * _rows(linears[0]) <= _rows(linears[1]) and _is_worth_it(fusing, linears[:2]):
-            count += _join(fusing, x, linears[:2], concatenate)
+        if len(linears) > 1 and 2 * _rows(linears[0]) <= _rows(linears[1]):
+            wide, thin = linears[1], linears[0]
+            if _is_aligned(value_of(x), wide, thin) and _is_worth_it(fusing, wide, thin):
+                count += _join(fusing, x, [wide, thin], concatenate)
     return count
 
 
-def _is_worth_it(fusing: Fusing, linears: list[fx.Node]) -> bool:
-    thin, wide = map(linear_arguments, linears)
-    reason = refusal_of_join(value_of(thin[0]), value_of(thin[1]), value_of(wide[1]), fusing.policy)
+def _is_aligned(x: Tensor, wide: fx.Node, thin: fx.Node) -> bool:
+    """Whether every row of either begins where kernels of attention may read it."""
+    return all(rows * x.itemsize % ALIGNMENT == 0 for rows in (_rows(wide), _rows(wide) + _rows(thin)))
+
+
+def _is_worth_it(fusing: Fusing, wide: fx.Node, thin: fx.Node) -> bool:
+    x, weight, _ = linear_arguments(thin)
+    reason = refusal_of_join(value_of(x), value_of(weight), value_of(linear_arguments(wide)[1]), fusing.policy)
     if reason:
         fusing.left["joined projections", reason] += 1
     return not reason
@@ -68,11 +77,17 @@ def _join(fusing: Fusing, x: fx.Node, linears: list[fx.Node], concatenate: Conca
     bias = concatenate(biases) if biased else None
     if weight is None or (biased and bias is None):
         return False
-    with graph.inserting_before(min(linears)):
+    first = min(linears)
+    late = any(one is not None and not one < first for one in (weight, bias))  # what it takes may be made behind it
+    if late and fusing.written:
+        return False
+    with graph.inserting_before(first):
         joined = add_call(graph, aten.linear.default, x, weight, bias)
         start = 0
         for linear in linears:
             own = add_call(graph, aten.slice.Tensor, joined, -1, start, start + _rows(linear))
             linear.replace_all_uses_with(own)
             start += _rows(linear)
+    if late:
+        sort(graph)
     return True

@@ -40,7 +40,11 @@ def sum_of(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None] | None:
         return None
     like = value_of(node)
     pieces = node.args
-    if like.ndim < 3 or not all(isinstance(one, fx.Node) and _is_like(value_of(one), like) for one in pieces):
+    if (
+        like.ndim < 3
+        or not like.is_contiguous()
+        or not all(isinstance(one, fx.Node) and _is_like(value_of(one), like) for one in pieces)
+    ):
         return None
     for y, residual in (pieces, pieces[::-1]):
         if len(y.users) == 1 and (found := row_and_rest(y)) is not None:  # type: ignore[union-attr, arg-type]

@@ -52,13 +52,12 @@ def missing() -> str:
 
 def refusal(op: Op, args: tuple[Any, ...], policy: Kernels) -> str:
     """Why an op with these arguments (fake tensors do) is left to torch; empty where its kernel is to run."""
+    args = op.complete(args)
     device = tensors_of(args)[0].device
     if policy == "never":
         return "kernels are switched off"
-    if reason := op.limit(*args) or _failed.get(op.name, ""):
+    if reason := _limit(op, args) or _failed.get(op.name, ""):
         return reason
-    if dtype := next((str(tensor.dtype) for tensor in tensors_of(args) if tensor.dtype not in _DTYPES), ""):
-        return f"{dtype} tensors"
     if policy == "always":
         return ""
     if device.type != "cuda":
@@ -67,6 +66,12 @@ def refusal(op: Op, args: tuple[Any, ...], policy: Kernels) -> str:
         return reason
     with torch.cuda.device(device):
         return _lost(_verdict(key_of(op.name, args), functools.partial(measure, op, args)))
+
+
+def _limit(op: Op, args: tuple[Any, ...]) -> str:
+    """Why no kernel takes these arguments."""
+    dtype = next((str(tensor.dtype) for tensor in tensors_of(args) if tensor.dtype not in _DTYPES), "")
+    return op.limit(*args) or (f"{dtype} tensors" if dtype else "")
 
 
 def refusal_of_join(x: Tensor, thin: Tensor, wide: Tensor, policy: Kernels) -> str:
@@ -98,7 +103,8 @@ def measured(verdicts: Verdicts, key: str, measure: Callable[[], dict[str, Any]]
             found = measure()
         except Exception as error:  # no memory for it, perhaps: another time
             return {"wins": False, "reason": f"could not be measured ({described(error)})"}
-        verdicts.put(key, found)
+        if {"eager", "compiled"} <= found["milliseconds"].keys():  # else torch could not show what it can
+            verdicts.put(key, found)
     return found
 
 
@@ -115,7 +121,7 @@ def call(op: Op, *args: Any) -> Any:
 
 def run(op: Op, args: tuple[Any, ...]) -> Any:
     """What an opaque operator does."""
-    if op.name in _failed or not tensors_of(args)[0].is_cuda or missing():
+    if op.name in _failed or not tensors_of(args)[0].is_cuda or missing() or _limit(op, args):
         return op.reference(*args)
     return launched(op, args)
 
@@ -126,6 +132,8 @@ def launched(op: Op, args: tuple[Any, ...]) -> Any:
         with torch.cuda.device_of(tensors_of(args)[0]):  # Triton launches on the current device
             config = Verdicts.of_this_card().get(key_of(op.name, args), {}).get("config")
             return op.kernel()(*args, config=config)
+    except (ValueError, torch.OutOfMemoryError):  # wrong arguments, which the reference says too, or no memory now
+        return op.reference(*args)
     except Exception as error:
         _failed[op.name] = f"its kernel failed ({described(error)})"
         warn(f"{op.name} runs in torch: {_failed[op.name]}")

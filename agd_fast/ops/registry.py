@@ -45,6 +45,12 @@ class Op:
         """How the kernel may be launched; the first is the default."""
         return importlib.import_module(f"{NAMESPACE}.{self.name}").CONFIGS
 
+    def complete(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """With the defaults of those left out, as torch leaves them out for an operator."""
+        bound = inspect.signature(self.reference).bind(*args)
+        bound.apply_defaults()
+        return bound.args
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The opaque operator."""
         return self.overload(*args, **kwargs)
@@ -67,7 +73,7 @@ def define(
     def implementation(*args: Any) -> Any:
         from agd_fast.ops.choice import run  # which asks this module what there is
 
-        return _contiguous(run(op, args))
+        return _contiguous(run(op, op.complete(args)))
 
     custom = torch.library.custom_op(f"{NAMESPACE}::{name}", implementation, mutates_args=(), schema=schema)
     custom.register_fake(lambda *args: _contiguous(reference(*args)))
