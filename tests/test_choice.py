@@ -58,6 +58,24 @@ def test_a_torn_file_costs_measuring_again(tmp_path, text):
     assert json.loads(path.read_text()) == {"a": {"wins": True}}
 
 
+def test_entries_that_are_no_verdicts_are_measured_again(tmp_path):
+    path = tmp_path / "card.json"
+    path.write_text(json.dumps({"a": 5, "b": None, "c": {"wins": True}}))
+    assert Verdicts(path).found == {"c": {"wins": True}}
+
+
+def test_a_place_that_cannot_be_looked_at_costs_a_warning(tmp_path):
+    """As the home of somebody else; a name that is too long is refused to all, root included."""
+    with pytest.warns(UserWarning, match="measured again"):
+        verdicts = Verdicts(tmp_path / ("x" * 300))
+    with (
+        pytest.warns(UserWarning, match="kept for this process only"),
+        pytest.warns(UserWarning, match="measured again"),
+    ):
+        verdicts.put("a", {"wins": True})
+    assert verdicts.found == {"a": {"wins": True}}
+
+
 def test_a_folder_that_cannot_be_written_to_costs_keeping(tmp_path):
     (tmp_path / "file").write_text("no folder")
     verdicts = Verdicts(tmp_path / "file" / "card.json")
@@ -76,6 +94,14 @@ def test_where_verdicts_are_kept(monkeypatch, tmp_path):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cache_dir() == tmp_path / ".cache" / "agd_fast"
+
+
+def test_a_user_without_a_home_has_a_place_for_verdicts(monkeypatch):
+    """As containers run under numbers that nobody knows."""
+    monkeypatch.delenv("AGD_FAST_CACHE", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)
+    assert cache_dir().is_absolute() and cache_dir().name == "agd_fast"
 
 
 CONFIGS = {"one": {"BLOCK": 1}, "two": {"BLOCK": 2}}
@@ -219,6 +245,23 @@ def test_every_op_has_shapes_a_kernel_and_its_configurations():
 def test_wrong_shapes_name_the_argument_and_what_was_expected(arguments, message):
     with pytest.raises(ValueError, match=message):
         require("ada_layer_norm", **{"x": x, "gamma": gamma, "beta": None, **arguments})
+
+
+def test_any_number_of_sizes_is_the_same_wherever_it_stands():
+    for sizes in ((), (3,), (3, 5)):
+        tokens = torch.randn(2, *sizes, 4)
+        require("gated_residual", residual=tokens, y=tokens, gate=gamma, P=torch.randn(2, *sizes, 6), U=torch.randn(2, 6, 4))
+    given = {"residual": x, "y": x, "gate": gamma[:1], "P": torch.randn(2, 3, 6), "U": torch.randn(2, 6, 4)}
+    for name, other, expected in (
+        ("y", torch.randn(2, 5, 4), r"y must be \[2, 3, 4\], found \[2, 5, 4\]"),
+        ("y", torch.randn(2, 3, 1, 4), r"y must be \[2, 3, 4\], found \[2, 3, 1, 4\]"),
+        ("P", torch.randn(2, 6), r"P must be \[2, 3, S\], found \[2, 6\]"),
+        ("U", torch.randn(2, 5, 4), r"U must be \[2, 6, 4\], found \[2, 5, 4\]"),
+        ("U", torch.randn(1, 6, 4), r"U must be \[2, 6, 4\], found \[1, 6, 4\]"),
+        ("U", torch.randn(2, 6, 4).double(), r"U must be torch.float32 on cpu, found torch.float64 on cpu"),
+    ):
+        with pytest.raises(ValueError, match=f"^gated_residual: {expected}$"):
+            require("gated_residual", **{**given, name: other})
 
 
 def test_shapes_with_alternatives():

@@ -1,71 +1,11 @@
 """Pieces of a graph on kernels: found where they are, left where they are not, with the same numbers. On a CPU references run."""
 
-import math
-from itertools import pairwise
-
 import pytest
 import torch
-from torch import fx, nn
 from torch.nn import functional as F
 
-import agd_fast as agd
 from agd_fast import ops
-from agd_fast.attaching import attachment_of, scoped
-from agd_fast.backend.compile import _joined
-from agd_fast.engine import engine_of
-from agd_fast.graph.capture import capture
-from agd_fast.graph.levels import Level
-from agd_fast.graph.rewriting import rewrite
-from conftest import assert_as_exact, make_backbone, trained
-from helpers_engine import add_lora, call, programs, small_pipeline, twins
-from helpers_pipelines import attach, sample
-from tiny import FAMILIES
-
-B, T, C = 3, 7, 8
-
-
-def as_list(found):
-    return list(found) if isinstance(found, tuple) else [found]
-
-
-def rewritten(function, *inputs, policy="always"):
-    """What a rewritten graph of `function` gives, and what became of it; parameters among the inputs do not move."""
-    captured = capture(lambda *tensors: as_list(function(*tensors)), inputs)
-    graph = captured.graph
-    levels = {
-        node: Level.STATIC if isinstance(one, nn.Parameter) else Level.MOVING
-        for node, one in zip(captured.inputs, inputs, strict=True)
-    }
-    done = rewrite(graph, levels, policy, lambda pieces: _joined(graph, pieces))
-    graph.lint()
-    return fx.GraphModule({}, graph)(*inputs, *captured.constants), done
-
-
-@torch.no_grad()
-def check(function, *inputs, kernels, joined=0):
-    """The same numbers, on these kernels and no others."""
-    found, done = rewritten(function, *inputs)
-    assert (done.kernels["kernels"], done.joined) == (kernels, joined)
-    exact = as_list(function(*(one.double() if one.is_floating_point() else one for one in inputs)))
-    for one, plain, true in zip(found, as_list(function(*inputs)), exact, strict=True):
-        assert one.shape == plain.shape and one.dtype == plain.dtype
-        assert_as_exact(one, plain, true)
-    return done
-
-
-def parameter(*shape):
-    return nn.Parameter(torch.randn(shape) / math.sqrt(shape[-1]), requires_grad=False)
-
-
-def row(*shape):
-    return torch.randn(shape) / 2
-
-
-x, y = torch.randn(B, T, C), torch.randn(B, T, C)
-
-
-def norm(x, weight=None, bias=None):
-    return F.layer_norm(x, x.shape[-1:], weight, bias, 1e-6)
+from helpers_fusing import B, C, T, attention, check, norm, parameter, rewritten, row, x, y
 
 
 @pytest.mark.parametrize("affine", [False, True])
@@ -182,22 +122,6 @@ def test_low_rank_terms_are_one_pass(first):
     )
 
 
-def attention(S, *, heads=1, masked=False, gated=False, plain_norm=True):
-    """A block with an absorbed adapter: norm, two projections, what mixes them, the residual."""
-    bias = torch.zeros(B, 1, heads * S)
-    if masked:
-        bias[:, :, -1] = -math.inf
-    inputs = [x, parameter(C, C), parameter(C, C), torch.randn(B, heads * S, C), torch.randn(B, heads * S, C), bias, row(B, 1, C)]
-
-    def function(x, w_in, w_out, A, U, bias, gate):
-        n = norm(x) if plain_norm else x.relu()
-        output = F.linear(F.linear(n, w_in).sin(), w_out)
-        mixed = ops.absorbed_attention(n, output, A, U, bias.float() if masked else None, heads)
-        return x + (gate * mixed if gated else mixed)
-
-    return function, inputs
-
-
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(
@@ -312,112 +236,3 @@ def test_arguments_that_no_op_takes_are_left_alone():
 def test_other_policies_leave_a_graph_on_the_cpu_as_it_is(policy, left):
     done = rewritten(lambda x, y, g: x + g * y, x, y, row(B, 1, C), policy=policy)[1]
     assert done.kernels == {"kernels": {}, "not_on_kernels": left}
-
-
-PLAIN = {"hidream", "hunyuanvideo15", "lumina2"}
-
-
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in PLAIN])
-def test_every_family_runs_on_kernels_as_before(name):
-    family = FAMILIES[name]
-    plain, fast = family.pipeline(), family.pipeline()
-    for pipe in (plain, fast):
-        attach(pipe)
-    agd.optimize(fast, agd.EngineConfig(kernels="always"))
-    expected = sample(plain, family, guidance_scale=4.0)
-    for _ in range(2):  # recorded, and from the kernels
-        found = sample(fast, family, guidance_scale=4.0)
-    assert (found - expected).abs().max() <= 2**-15 * expected.abs().max()
-    info = agd.info(fast)["engine"]
-    assert info["kernels"] and not info["plain_because"]
-
-
-@pytest.mark.parametrize(
-    ("name", "hidden", "absorbed"), [("dit", 2, False), ("dit", 40, True), ("unet", 4, False), ("unet", 40, True)]
-)
-@torch.no_grad()
-def test_absorbed_adapters_run_in_their_blocks(name, hidden, absorbed):
-    backbone = make_backbone(name)
-    trained(agd.attach(backbone.denoiser, agd.AdapterConfig("cross_attention", hidden), spec=backbone.spec))
-    inputs = {**backbone.inputs(), "timestep": torch.tensor(10)}
-    if name == "dit":
-        inputs["timestep"] = torch.full((3,), 10)
-    with agd.guided(backbone.denoiser, 3.0):
-        plain = backbone(**inputs)
-    agd.optimize(backbone.denoiser, agd.EngineConfig(kernels="always"), spec=backbone.spec)
-    for _ in range(2):
-        with scoped(backbone.denoiser, torch.tensor([10])), agd.guided(backbone.denoiser, 3.0):
-            found = backbone(**inputs)
-    assert (found - plain).abs().max() <= 2**-15 * plain.abs().max()
-    kernels = engine_of(backbone.denoiser).info()["kernels"]
-    assert (
-        bool({"norm_scores", "projection_scores"} & kernels.keys()) == absorbed
-    )  # only where there are fewer tokens than channels
-
-
-@torch.no_grad()
-def test_thin_projections_in_another_dtype_than_the_model_ride_along():
-    backbone = make_backbone("dit")
-    trained(agd.attach(backbone.denoiser, agd.AdapterConfig("cross_attention", 8), spec=backbone.spec))
-    backbone.denoiser.to(torch.bfloat16)
-    attachment_of(backbone.denoiser).adapter.float()
-    agd.optimize(backbone.denoiser, agd.EngineConfig(kernels="always", absorb=False), spec=backbone.spec)
-    inputs = {**backbone.inputs(), "timestep": torch.full((3,), 10)}
-    inputs["hidden_states"] = inputs["hidden_states"].bfloat16()
-    for _ in range(2):
-        with scoped(backbone.denoiser, torch.tensor([10])), agd.guided(backbone.denoiser, 3.0):
-            found = backbone(**inputs)
-    assert not engine_of(backbone.denoiser).info()["plain_because"]
-    (program,) = programs(backbone.denoiser)
-    assert sum(node.name.startswith("joined") for node in program.constants) == 2 * 2  # weight and bias, in two blocks
-    with agd.guided(backbone.denoiser, 3.0):
-        plain = backbone(**inputs)
-    assert (found - plain).abs().max() <= 0.05 * plain.abs().max()
-
-
-def test_changes_of_the_model_are_followed():
-    plain, fast = twins(small_pipeline)
-    agd.optimize(fast, agd.EngineConfig(kernels="always"))
-
-    def compare():
-        for _ in range(2):
-            found, expected = call(fast), call(plain)
-            assert (found - expected).abs().max() <= 2**-15 * expected.abs().max()
-        assert engine_of(fast.unet).info()["kernels"]
-        return expected
-
-    seen = [compare()]
-    for pipe in (plain, fast):
-        add_lora(pipe)
-    seen.append(compare())
-    for pipe in (plain, fast):
-        pipe.unet.delete_adapters("style")
-    seen.append(compare())
-    with torch.no_grad():
-        for pipe in (plain, fast):
-            pipe.unet.conv_out.weight.mul_(1.5)
-    seen.append(compare())
-    assert all((one - other).abs().max() > 1e-4 for one, other in pairwise(seen))
-    with agd.disabled(plain), agd.disabled(fast):
-        compare()
-
-
-@pytest.mark.parametrize(("name", "value"), [("kernels", "sometimes"), ("kernels", True)])
-def test_an_unknown_policy_names_the_known_ones(name, value):
-    with pytest.raises(ValueError, match="kernels must be one of 'auto', 'always', 'never'; found"):
-        agd.EngineConfig(**{name: value})
-
-
-def test_the_environment_decides_where_nothing_else_does(monkeypatch):
-    monkeypatch.setenv("AGD_FAST_KERNELS", "always")
-    pipe = small_pipeline()
-    attach(pipe)
-    agd.optimize(pipe)
-    call(pipe)
-    assert agd.info(pipe)["engine"]["kernels"]
-    agd.optimize(pipe, agd.EngineConfig(kernels="never"))
-    call(pipe)
-    assert agd.info(pipe)["engine"]["kernels"] == agd.info(pipe)["engine"]["not_on_kernels"] == {}
-    monkeypatch.setenv("AGD_FAST_KERNELS", "perhaps")
-    with pytest.raises(ValueError, match="environment variable AGD_FAST_KERNELS must be one of"):
-        ops.default_policy()

@@ -9,6 +9,7 @@ from torch import nn
 from agd_fast.attaching import attachment_of, components_of, spec_of, uncompiled, unwrap, wrap
 from agd_fast.engine.config import EngineConfig
 from agd_fast.engine.engine import Engine
+from agd_fast.ops import default_policy
 from agd_fast.spec import DenoiserSpec
 
 Model = TypeVar("Model")
@@ -23,8 +24,11 @@ def optimize(model: Model, config: EngineConfig | None = EngineConfig(), *, spec
     (offloading hooks, code that asks for values of tensors), the plain path runs, a warning says so once, and
     `agd_fast.info(model)` says why.
     config: None takes the engine off: everything is as before.
-    Raises: TypeError for an unknown denoiser without a spec; ValueError for one that is compiled already.
+    Raises: TypeError for an unknown denoiser without a spec; ValueError for one that is compiled already, and for an unknown
+        AGD_FAST_KERNELS.
     """
+    if config is not None and config.kernels is None:
+        default_policy()
     spec = spec_of(model, spec)
     for component in components_of(model, spec).values():
         denoiser = uncompiled(component)

@@ -31,7 +31,7 @@ def _fuse_attention(fusing: Fusing, node: fx.Node) -> None:
     hidden, output, A, U, score_bias, heads = arguments_of(node, None, None, None, None, None, 1)
     end, residual, gate = _ending(fusing, node)
     few = value_of(A).shape[1] <= MAX_SCORES and _all_before(hidden, A, score_bias)
-    if is_layer_norm(hidden) and residual is not None and few:
+    if is_layer_norm(hidden) and residual is not None and few and fusing.written.isdisjoint([hidden, end]):
         gamma, beta, eps = rows_of_norm(fusing, hidden)
         normed_by: tuple[Any, ...] = (hidden.args[0], gamma, beta, A, score_bias, eps, heads)
         if fusing.takes(ops.norm_scores, *normed_by):
@@ -41,8 +41,10 @@ def _fuse_attention(fusing: Fusing, node: fx.Node) -> None:
                 end.replace_all_uses_with(fusing.put(ops.gated_residual, *sum_by, before=end)[0])
                 hidden.replace_all_uses_with(normed)
                 return
-    projection = next((user for user in hidden.users if is_plain_linear(user) and user.args[0] is hidden), None)
+    projections = (user for user in hidden.users if is_plain_linear(user) and user.args[0] is hidden)
+    projection = next((user for user in projections if user is not output), None)
     in_order = projection is not None and projection < end and _all_before(projection, A, score_bias)
+    in_order = in_order and fusing.written.isdisjoint([projection, end])
     if projection is None or not in_order or not is_plain_linear(output) or only_user(output) is not node:
         fusing.left["projection_scores", "no plain projection at the block's input or output"] += 1
         return

@@ -93,6 +93,8 @@ class _Norm:
             return
         while self._takes(list(self.end.users)):
             pass
+        if self.end in self.written:  # what takes its place would be, too
+            return
         if self._on_kernel():
             return
         if not self.grouped and self.batched:  # PyTorch has no such norm
@@ -113,7 +115,7 @@ class _Norm:
     def _on_kernel(self) -> bool:
         """Whether a norm of ours takes its place: a group norm with the SiLU behind it, a layer norm with rows a sample."""
         after = only_user(self.end)
-        silu = self.grouped and after is not None and schema_name(after) == "aten::silu"
+        silu = self.grouped and after is not None and schema_name(after) == "aten::silu" and after not in self.written
         if self.fusing is None or not (silu or (not self.grouped and self.batched and len(self.channels) == 1)):
             return False
         if not self.value.is_contiguous():

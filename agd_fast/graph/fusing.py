@@ -26,8 +26,9 @@ class Fusing:
 
     @property
     def nodes(self) -> list[fx.Node]:
-        """What may be replaced."""
-        return [node for node in self.graph.nodes if self.level.get(node, Level.MOVING) == Level.MOVING]
+        """What may be replaced: not what is written in place, as others read what takes its place."""
+        moving = (node for node in self.graph.nodes if self.level.get(node, Level.MOVING) == Level.MOVING)
+        return [node for node in moving if node not in self.written]
 
     def takes(self, op: Op, *args: Any) -> bool:
         """Whether the op's kernel is to run on these nodes."""
@@ -107,7 +108,9 @@ def row_and_rest(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
 
 
 def is_plain_linear(node: Any) -> bool:
-    return isinstance(node, fx.Node) and schema_name(node) == "aten::linear" and not node.kwargs
+    if not isinstance(node, fx.Node) or schema_name(node) != "aten::linear" or node.kwargs:
+        return False
+    return value_of(node.args[1]).ndim == 2  # type: ignore[arg-type]
 
 
 def linear_arguments(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None]:

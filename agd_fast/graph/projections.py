@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from agd_fast.graph.capture import add_call, sort, value_of
 from agd_fast.graph.fusing import Fusing, is_plain_linear, linear_arguments
-from agd_fast.graph.levels import Level
+from agd_fast.graph.levels import Level, is_view
 from agd_fast.ops import refusal_of_join
 
 aten = torch.ops.aten
@@ -62,11 +62,18 @@ def _is_joinable(fusing: Fusing, node: fx.Node, x: fx.Node) -> bool:
 
 def _takes_strides(user: fx.Node) -> bool:
     """Whether an operation takes tokens whose channels lie within wider rows."""
+    if _is_viewed(user):
+        return False
     if user.target is aten.view.default:
         shape: Any = user.args[1]
         like = value_of(user.args[0])  # type: ignore[arg-type]
         return tuple(value_of(user).shape[: like.ndim - 1]) == tuple(like.shape[:-1]) and len(shape) >= like.ndim
     return user.target in (aten.linear.default, aten.mul.Tensor, aten.unflatten.int, aten.add.Tensor)
+
+
+def _is_viewed(node: fx.Node) -> bool:
+    """Whether it is a view of which a further `view` may need the layout as it is."""
+    return is_view(node) and any(user.target is aten.view.default or _is_viewed(user) for user in node.users)
 
 
 def _join(fusing: Fusing, x: fx.Node, linears: list[fx.Node], concatenate: Concatenate) -> bool:

@@ -17,7 +17,7 @@ def fuse_residuals(fusing: Fusing) -> None:
         if (found := sum_of(node)) is not None:
             residual, y, gate = found
             norm = min(node.users, default=None)
-            if norm is not None and is_layer_norm(norm) and norm.args[0] is node:
+            if norm is not None and is_layer_norm(norm) and norm.args[0] is node and norm not in fusing.written:
                 _with_norm(fusing, node, norm, residual, y, gate)
             elif gate is not None:
                 args = (residual, y, fusing.row(gate, node))

@@ -7,6 +7,7 @@ import hashlib
 import inspect
 import json
 import os
+import tempfile
 import types
 from collections.abc import Callable, Mapping, Sequence
 from importlib import util
@@ -27,8 +28,12 @@ WARMUP_MS, MEASURED_MS = 10, 50
 
 def cache_dir() -> Path:
     """AGD_FAST_CACHE, or agd_fast in the user's cache folder."""
-    own = os.environ.get("AGD_FAST_CACHE")
-    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "agd_fast"
+    if own := os.environ.get("AGD_FAST_CACHE"):
+        return Path(own)
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "agd_fast"
+    except RuntimeError:  # a user without a home, as in containers
+        return Path(tempfile.gettempdir()) / "agd_fast"
 
 
 def key_of(name: str, args: tuple[Any, ...]) -> str:
@@ -67,14 +72,14 @@ class Verdicts:
             warn(f"what was measured of kernels is kept for this process only: {error}")
 
     def _read(self) -> dict[str, dict[str, Any]]:
-        if not self.path.exists():
-            return {}
         try:
             found = read_json(self.path)
+        except (FileNotFoundError, NotADirectoryError):
+            return {}
         except (OSError, ValueError) as error:
             warn(f"what was measured of kernels is measured again: {self.path} cannot be read ({error})")
             return {}
-        return found if isinstance(found, dict) else {}
+        return {key: one for key, one in found.items() if isinstance(one, dict)} if isinstance(found, dict) else {}
 
 
 @functools.cache

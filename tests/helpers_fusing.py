@@ -1,0 +1,76 @@
+"""Small functions rewritten for kernels: what they give, and what became of them."""
+
+import math
+
+import torch
+from torch import fx, nn
+from torch.nn import functional as F
+
+from agd_fast import ops
+from agd_fast.backend.compile import _joined
+from agd_fast.graph.capture import capture
+from agd_fast.graph.levels import Level
+from agd_fast.graph.rewriting import rewrite
+from conftest import assert_as_exact
+
+B, T, C = 3, 7, 8
+
+
+def as_list(found):
+    return list(found) if isinstance(found, tuple) else [found]
+
+
+def rewritten(function, *inputs, policy="always"):
+    """What a rewritten graph of `function` gives, and what became of it; parameters among the inputs do not move."""
+    captured = capture(lambda *tensors: as_list(function(*tensors)), inputs)
+    graph = captured.graph
+    levels = {
+        node: Level.STATIC if isinstance(one, nn.Parameter) else Level.MOVING
+        for node, one in zip(captured.inputs, inputs, strict=True)
+    }
+    done = rewrite(graph, levels, policy, lambda pieces: _joined(graph, pieces))
+    graph.lint()
+    return fx.GraphModule({}, graph)(*inputs, *captured.constants), done
+
+
+@torch.no_grad()
+def check(function, *inputs, kernels, joined=0):
+    """The same numbers, on these kernels and no others."""
+    found, done = rewritten(function, *inputs)
+    assert (done.kernels["kernels"], done.joined) == (kernels, joined)
+    exact = as_list(function(*(one.double() if one.is_floating_point() else one for one in inputs)))
+    for one, plain, true in zip(found, as_list(function(*inputs)), exact, strict=True):
+        assert one.shape == plain.shape and one.dtype == plain.dtype
+        assert_as_exact(one, plain, true)
+    return done
+
+
+def parameter(*shape):
+    return nn.Parameter(torch.randn(shape) / math.sqrt(shape[-1]), requires_grad=False)
+
+
+def row(*shape):
+    return torch.randn(shape) / 2
+
+
+x, y, z = (torch.randn(B, T, C) for _ in range(3))
+
+
+def norm(x, weight=None, bias=None):
+    return F.layer_norm(x, x.shape[-1:], weight, bias, 1e-6)
+
+
+def attention(S, *, heads=1, masked=False, gated=False, plain_norm=True):
+    """A block with an absorbed adapter: norm, two projections, what mixes them, the residual."""
+    bias = torch.zeros(B, 1, heads * S)
+    if masked:
+        bias[:, :, -1] = -math.inf
+    inputs = [x, parameter(C, C), parameter(C, C), torch.randn(B, heads * S, C), torch.randn(B, heads * S, C), bias, row(B, 1, C)]
+
+    def function(x, w_in, w_out, A, U, bias, gate):
+        n = norm(x) if plain_norm else x.relu()
+        output = F.linear(F.linear(n, w_in).sin(), w_out)
+        mixed = ops.absorbed_attention(n, output, A, U, bias.float() if masked else None, heads)
+        return x + (gate * mixed if gated else mixed)
+
+    return function, inputs
