@@ -1,4 +1,4 @@
-"""Warnings that point at the caller's own line, however deep in here they arise."""
+"""What is said to a caller: warnings at their own line, however deep in here they arise, and errors on one line."""
 
 from __future__ import annotations
 
@@ -14,3 +14,12 @@ def warn(message: str) -> None:
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _INSIDE:
         level, frame = level + 1, frame.f_back
     warnings.warn(message, stacklevel=level)
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[0][:200]
+
+
+def described(error: Exception) -> str:
+    """Its class and its first line."""
+    return f"{type(error).__name__}: {first_line(error)}"

@@ -1,5 +1,6 @@
 """Small models, and children that can be killed, for the tests of collecting, training and storing."""
 
+import json
 import multiprocessing
 import os
 import resource
@@ -180,3 +181,8 @@ def assert_same_tensors(found, expected):
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         assert torch.equal(found[name], value), name
+
+
+def logged(directory):
+    """The entries of a training run's log."""
+    return [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]

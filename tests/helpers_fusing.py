@@ -30,7 +30,7 @@ def rewritten(function, *inputs, policy="always"):
     }
     done = rewrite(graph, levels, policy, lambda pieces: _joined(graph, pieces))
     graph.lint()
-    return fx.GraphModule({}, graph)(*inputs, *captured.constants), done
+    return fx.GraphModule({}, graph)(*inputs, *captured.constants.values()), done
 
 
 @torch.no_grad()

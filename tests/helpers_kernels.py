@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 from unittest.mock import patch
 
 import torch
-from agd_fast_kernels.shapes import FLOAT32
 from torch import Tensor
 
 Case = tuple[Any, ...]
@@ -47,28 +45,19 @@ def outputs(found: Any) -> tuple[Tensor, ...]:
 
 def assert_kernel(op_name: str, *args: Any, config: Mapping[str, int] | None = None) -> None:
     """Off the float64 reference by at most twice what the reference in its own dtype is, and a rounding; arguments stay."""
-    from agd_fast.ops.registry import OPS  # not needed by what compiles ahead of time, and slow to import
+    from agd_fast.ops import OPS  # not needed by what compiles ahead of time, and slow to import
+    from agd_fast.ops.exactness import off
 
-    reference = OPS[op_name].reference
-    names = list(inspect.signature(reference).parameters)[: len(args)]
+    op = OPS[op_name]
     before = [arg.clone() if isinstance(arg, Tensor) else arg for arg in args]
-    in_double = [
-        arg.double() if isinstance(arg, Tensor) and name not in FLOAT32 else arg for name, arg in zip(names, args, strict=True)
-    ]
-    found, plain, exact = interpreted(op_name, *args, config=config), reference(*args), reference(*in_double)
-    for index, (one, its_plain, its_exact) in enumerate(zip(*map(outputs, (found, plain, exact)), strict=True)):
-        what = f"{op_name}, output {index}, config {config}"
-        assert one.shape == its_plain.shape and one.dtype == its_plain.dtype, what
-        assert torch.isfinite(one).all(), f"{what}: {(~torch.isfinite(one)).sum()} of {one.numel()} are not finite"
-        if one.numel():
-            error, lost = (float((tensor.double() - its_exact).abs().max()) for tensor in (one, its_plain))
-            floor = torch.finfo(one.dtype).eps * float(its_exact.abs().max())
-            assert error <= 2 * lost + floor, f"{what}: off by {error:.3g}, plain torch by {lost:.3g}, a rounding is {floor:.3g}"
-    for name, was, arg in zip(names, before, args, strict=True):
+    found, plain, exact = interpreted(op_name, *args, config=config), op.reference(*args), op.reference(*op.in_double(args))
+    assert not off(found, plain, exact), f"{op_name}, config {config}: {off(found, plain, exact)}"
+    assert all(torch.isfinite(one).all() for one in outputs(found)), f"{op_name}, config {config}"
+    for name, was, arg in zip(op.signature.parameters, before, args, strict=False):
         assert not isinstance(arg, Tensor) or torch.equal(was, arg), f"{op_name}: {name} was changed"
 
 
-def made(layout: str, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+def made(layout: str, *shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
     """Random numbers of the shape, as one of several views."""
     last = len(shape) - 1
     sizes = {
@@ -78,12 +67,52 @@ def made(layout: str, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor
         "transposed": shape[::-1],
         "expanded": (*shape[:-2], 1, shape[-1]) if last else shape,
     }[layout]
-    numbers = torch.randn(sizes).to(dtype)
+    numbers = (scale * torch.randn(sizes)).to(dtype)
     if layout == "offset":
         return numbers[(slice(1, None), *[slice(2, -1)] * last)]
     if layout == "strided":
         return numbers[..., 1]
     return numbers.permute(*reversed(range(len(shape)))) if layout == "transposed" else numbers.expand(shape)
+
+
+def arguments(
+    name: str,
+    B: int = 2,
+    T: int = 3,
+    C: int = 8,
+    K: int = 6,
+    S: int = 4,
+    r: int = 4,
+    dtype: torch.dtype = torch.float32,
+) -> Case:
+    """All that an op may be given, optional ones too. C: channels of its result; K: of what it multiplies."""
+
+    def new(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.randn(shape).to(dtype)
+
+    tokens, rows = (B, T, C), (B, C)
+    scored = {"norm_scores": (B, S, C), "projection_scores": (B, S, K)}
+    score_bias = new(B, 1, S, dtype=torch.float32)
+    omega, a, b = (torch.rand(size) * 5 for size in (B, B, 1))
+    return {
+        "ada_layer_norm": lambda: (new(*tokens), new(*rows), new(*rows)),
+        "norm_scores": lambda: (
+            *(new(*tokens), new(*rows), new(*rows)),
+            *(new(*scored[name]) / max(C, 1) ** 0.5, score_bias, 1e-5, 2),
+        ),
+        "gated_residual": lambda: (new(*tokens), new(*tokens), new(*rows), new(B, T, S), new(B, S, C)),
+        "residual_norm": lambda: (new(*tokens), new(*tokens), *(new(*rows) for _ in range(3))),
+        "ada_group_norm": lambda: (new(B, C, T), 2, new(*rows), new(*rows), 1e-5, True),
+        "guidance_combine": lambda: (new(*tokens), new(*tokens), omega),
+        "guided_update": lambda: (new(*tokens), new(*tokens), omega, new(*tokens), a, b),
+        "projection_scores": lambda: (new(B, T, K), new(C, K), new(C), new(*scored[name]), score_bias),
+        "projection_mix": lambda: (
+            *(new(B, T, K), new(C, K), new(*rows)),
+            *(new(B, T, S), new(B, S, C), new(*tokens), new(*rows)),
+        ),
+        "activated_linear": lambda: (new(B, T, K), new(C, K), new(*rows), "geglu"),
+        "gated_lora": lambda: (new(B, T, K), new(*tokens), new(r, K), new(C, r), new(B, r)),
+    }[name]()
 
 
 def ada_layer_norm_cases(dtype: torch.dtype) -> list[Case]:

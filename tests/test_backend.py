@@ -203,6 +203,12 @@ def joined_model():
     return Both().requires_grad_(False)
 
 
+def assert_as_the_model(found, model, x):
+    """As exact as the model itself."""
+    for one, plain, exact in zip(found, model(x), double(model)(x.double()), strict=True):
+        assert_as_exact(one, plain, exact)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("change", ["in place", "data", "other", "thin"])
 def test_joined_weights_follow_the_model(change):
@@ -210,8 +216,7 @@ def test_joined_weights_follow_the_model(change):
     compiled = torch.compile(model, backend="agd_fast", options=EAGER)
     first = [one.clone() for one in compiled(x)]
     assert graphs_info()[-1]["joined"] == 1
-    for found, plain in zip(first, model(x), strict=True):
-        torch.testing.assert_close(found, plain)
+    assert_as_the_model(first, model, x)
     if change == "in place":
         model.wide.weight.mul_(2)
     elif change == "data":
@@ -221,19 +226,23 @@ def test_joined_weights_follow_the_model(change):
     else:
         model.thin.weight.add_(1)
     again = compiled(x)
-    for found, plain in zip(again, model(x), strict=True):
-        torch.testing.assert_close(found, plain)
+    assert_as_the_model(again, model, x)
     assert not all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
 
 
 @torch.no_grad()
 def test_weights_that_are_cast_where_they_are_used_are_joined_too():
-    model, x = joined_model(), torch.randn(2, 5, 8, dtype=torch.bfloat16)
-    model.wide.bfloat16()
-    forward = lambda x: (model.wide(x) * 2, torch.nn.functional.linear(x, model.thin.weight.to(x.dtype)) * 3)  # noqa: E731
-    compiled = torch.compile(forward, backend="agd_fast", options=EAGER)
-    for found, plain in zip(compiled(x), forward(x), strict=True):
-        torch.testing.assert_close(found, plain)
+    class Casting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.wide, self.thin = nn.Linear(8, 16).bfloat16(), nn.Linear(8, 8, bias=False)
+
+        def forward(self, x):
+            return self.wide(x) * 2, nn.functional.linear(x, self.thin.weight.to(x.dtype)) * 3
+
+    model, x = Casting().requires_grad_(False), torch.randn(2, 5, 8, dtype=torch.bfloat16)
+    compiled = torch.compile(model, backend="agd_fast", options=EAGER)
+    assert_as_the_model(compiled(x), model, x)
     assert graphs_info()[-1]["joined"] == 1
 
 

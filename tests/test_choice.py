@@ -10,7 +10,8 @@ import torch
 from agd_fast_kernels.shapes import SHAPES, require
 
 from agd_fast import ops
-from agd_fast.ops import choice, measuring
+from agd_fast.ops import choice
+from agd_fast.ops.exactness import off
 from agd_fast.ops.measuring import Verdicts, cache_dir, key_of, verdict_of
 from agd_fast.ops.registry import OPS
 
@@ -142,9 +143,9 @@ def test_what_was_measured_is_not_measured_again_and_what_could_not_be_is(tmp_pa
 def test_a_result_off_the_reference_is_seen():
     exact = [torch.randn(1000).double()]
     plain = [exact[0].half()]
-    assert measuring._as_exact(plain, plain, exact)
-    assert not measuring._as_exact([plain[0] * 1.02], plain, exact)
-    assert not measuring._as_exact([plain[0] * math.nan], plain, exact)
+    assert off(plain, plain, exact) == ""
+    assert "off by" in off([plain[0] * 1.02], plain, exact)
+    assert "off by nan" in off([plain[0] * math.nan], plain, exact)
 
 
 def test_reasons_to_leave_an_op_to_torch():

@@ -1,16 +1,12 @@
 """agd_fast.distill: what is trained, on what, and what comes out."""
 
-import itertools
-import json
 import math
 import socket
-import warnings
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DiTPipeline, EulerDiscreteScheduler, HeunDiscreteScheduler
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -21,27 +17,19 @@ from agd_fast.distillation.checkpoint import load_checkpoint, save_checkpoint
 from agd_fast.distillation.loss import distillation_loss
 from agd_fast.distillation.student import Student
 from agd_fast.distillation.train import batch_rows
-from agd_fast.evaluation.explained import guidance_explained
-from agd_fast.files import fingerprint, read_json, read_tensors
+from agd_fast.files import read_json, read_tensors
 from agd_fast.freezing import frozen
 from agd_fast.trajectories import Trajectories, collect
 from helpers_distillation import (
     assert_same_tensors,
     contents,
-    custom_teacher,
-    ddim,
     distill_tiny,
-    dit,
     in_children,
+    logged,
     short,
     small,
     tiny_teacher,
-    unet,
 )
-
-
-def logged(directory):
-    return [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
 
 
 class Spoiled(Trajectories):
@@ -414,251 +402,6 @@ def test_distill_in_two_processes_refuses_a_batch_they_cannot_share(tmp_path):
         assert "batch_size must be a multiple of the 2 processes, found 7" in str(error)
 
 
-@pytest.mark.parametrize("kind", ["modulation", "offset", "cross_attention"])
-def test_distill_a_custom_denoiser(tmp_path, kind):
-    teacher = custom_teacher()
-    config = TrainConfig(steps=60, batch_size=16, learning_rate=1e-2)
-    result = distill_tiny(
-        tmp_path, teacher, adapter=small(kind=kind), train_config=config, trajectories=30, shard_size=30, validation=12
-    )
-    assert result.explained.mean > 0
-    images = agd.sample(teacher, [0, 1], guidance_scale=3.0, steps=3, seed=0)
-    agd.load(fresh := custom_teacher(), tmp_path)
-    assert torch.equal(agd.sample(fresh, [0, 1], guidance_scale=3.0, steps=3, seed=0), images)
-
-
-@pytest.mark.parametrize("kind", ["modulation", "cross_attention"])
-def test_distill_a_unet_with_prompts(tmp_path, kind):
-    torch.manual_seed(0)
-    denoiser = unet()
-    prompts, empty = torch.randn(5, 3, 8), torch.zeros(1, 3, 8)
-    settings = {
-        "scheduler": ddim(),
-        "class_labels": None,
-        "conditions": {"encoder_hidden_states": prompts},
-        "adapter": small(kind=kind),
-        "train_config": TrainConfig(steps=100, batch_size=16, learning_rate=1e-2),
-        "trajectories": 100,
-        "shard_size": 10,
-        "validation": 5,
-    }
-    with pytest.raises(ValueError, match="the null value of 'encoder_hidden_states' is unknown"):
-        distill_tiny(tmp_path, denoiser, **settings)
-    assert attachment_of(denoiser) is None
-    result = distill_tiny(tmp_path, denoiser, null_condition={"encoder_hidden_states": empty}, **settings)
-    assert result.explained.mean > 0.15  # measured: .30 to .45 over seeds and kinds
-    rows = Trajectories(tmp_path / "trajectories")[torch.arange(20)]
-    assert torch.equal(rows.conditions["encoder_hidden_states"], prompts[torch.arange(20) % 5])
-
-
-def test_distill_a_pipeline(tmp_path):
-    pipe = DiTPipeline(dit(channels=4), AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, sample_size=4), ddim())
-    result = distill_tiny(tmp_path, pipe)
-    assert attachment_of(pipe).adapter is result.adapter
-    assert attachment_of(pipe.transformer).adapter is result.adapter
-    assert agd.sample(pipe, [0, 1], steps=2, seed=0).shape == (2, 4, 4, 4)
-    assert read_json(tmp_path / "adapter_config.json")["about"]["base_model"] == "DiTPipeline"
-    agd.unload(pipe)
-    assert attachment_of(agd.load(pipe, tmp_path)) is not None
-
-
-@pytest.mark.parametrize("scheduler", [EulerDiscreteScheduler(), HeunDiscreteScheduler()])
-def test_distill_with_another_scheduler(tmp_path, scheduler):
-    result = distill_tiny(tmp_path, dit(), scheduler=scheduler, validation=3)
-    assert math.isfinite(result.explained.mean)
-    scheduler.set_timesteps(3)
-    assert set(result.explained.by_time) == {float(t) for t in scheduler.timesteps}
-
-
-@pytest.mark.parametrize(
-    ("labels", "message"),
-    [
-        ([0, 7], r"class_labels must lie in 0\.\.\d; found 0\.\.7"),
-        ([-1], r"class_labels must lie in 0\.\.\d; found -1"),
-        ([], "expected conditions of one positive length"),
-    ],
-)
-def test_distill_refuses_labels_that_do_not_fit(tmp_path, labels, message):
-    teacher = tiny_teacher()
-    with pytest.raises(ValueError, match=message):
-        distill_tiny(tmp_path / "run", teacher, class_labels=labels)
-    assert attachment_of(teacher) is None
-    assert not (tmp_path / "run").exists()
-
-
-def test_distill_without_labels_takes_all_but_the_null_label(tmp_path):
-    distill_tiny(tmp_path, class_labels=None, trajectories=6, shard_size=6)
-    labels = Trajectories(tmp_path / "trajectories").shards[0]["condition/class_labels"]
-    assert labels.tolist() == [0, 1, 2, 0, 1, 2]
-
-
-def test_distill_without_conditions_names_what_a_text_model_needs(tmp_path):
-    teacher = agd.Teacher(unet(), ddim(), null_condition={"encoder_hidden_states": torch.zeros(1, 2, 8)})
-    with pytest.raises(ValueError, match=r"expected the conditions .*missing \['encoder_hidden_states'\]"):
-        distill_tiny(tmp_path / "run", teacher, class_labels=None)
-
-
-def test_distill_refuses_an_unknown_condition(tmp_path):
-    with pytest.raises(ValueError, match=r"unknown \['prompt'\]"):
-        distill_tiny(tmp_path, conditions={"prompt": torch.zeros(3)})
-
-
-def test_distill_refuses_a_model_with_an_adapter_and_keeps_it(tmp_path):
-    teacher = tiny_teacher()
-    adapter = agd.attach(teacher, small())
-    with pytest.raises(ValueError, match="already has an adapter"):
-        distill_tiny(tmp_path, teacher)
-    assert attachment_of(teacher).adapter is adapter
-
-
-def test_distill_on_trajectories_collected_before(tmp_path):
-    distill_tiny(tmp_path / "a")
-    states = Trajectories(tmp_path / "a" / "trajectories")
-    distill_tiny(tmp_path / "b", trajectories=states)
-    assert contents(tmp_path / "a")["adapter.safetensors"] == contents(tmp_path / "b")["adapter.safetensors"]
-    assert not (tmp_path / "b" / "trajectories").exists()
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"teacher": tiny_teacher(channels=2)}, r"sample_shape: expected \[2, 4, 4\], found \[1, 4, 4\]"),
-        ({"teacher": custom_teacher()}, "model.class: expected 'Net', found 'DiTTransformer2DModel'"),
-        ({"guidance_range": (1, 12)}, r"guidance_range: expected \[1.0, 12.0\], found \[1.0, 6.0\]"),
-        ({"scheduler": EulerDiscreteScheduler()}, "prediction_type: expected 'epsilon', found 'v_prediction'"),
-    ],
-)
-def test_distill_refuses_trajectories_that_do_not_fit(tmp_path, change, message):
-    distill_tiny(tmp_path / "a")
-    states = Trajectories(tmp_path / "a" / "trajectories")
-    with pytest.raises(ValueError, match=message):
-        distill_tiny(tmp_path / "b", trajectories=states, **change)
-    assert not (tmp_path / "b").exists()
-
-
-def test_distill_warns_of_trajectories_of_other_weights(tmp_path):
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        distill_tiny(tmp_path / "a")
-    states = Trajectories(tmp_path / "a" / "trajectories")
-    with pytest.warns(UserWarning, match="collected from other weights than this DiTTransformer2DModel"):
-        distill_tiny(tmp_path / "b", tiny_teacher(seed=1), trajectories=states)
-
-
-def first_loss(directory, teacher, config, **settings):
-    """The logged loss of a first training step, and that of the teacher's adapter as it is, on the same states."""
-    distill_tiny(directory, tiny_teacher(), train_config=config, **settings)
-    states = Trajectories(directory / "trajectories")
-    batch = states[batch_rows(0, config.batch_size, len(states), 0)]
-    with torch.no_grad():
-        prediction = teacher.predict_agd(batch.sample, batch.timestep, batch.conditions, batch.omega)
-    expected = distillation_loss(prediction, batch.target, batch.omega, config.loss, config.weighting)
-    return logged(directory)[0]["loss"], float(expected)
-
-
-@pytest.fixture(scope="module")
-def before(tmp_path_factory):
-    """A trained adapter to go on from, of a range and a width that are not the defaults."""
-    directory = tmp_path_factory.mktemp("before") / "adapter"
-    distill_tiny(directory, adapter=small(hidden=5), guidance_range=(1.0, 4.0))
-    return directory
-
-
-@pytest.mark.parametrize("source", ["trajectories", "student"])
-def test_distill_goes_on_from_another_adapter(tmp_path, before, source):
-    teacher = agd.load(tiny_teacher(), before)
-    found, expected = first_loss(tmp_path, teacher, short(log_every=1), adapter=None, init=before, source=source)
-    assert found == expected
-    config, trained_before = (read_json(folder / "adapter_config.json") for folder in (tmp_path, before))
-    assert config["adapter"] == trained_before["adapter"]
-    weights = fingerprint(read_tensors(before / "adapter.safetensors")[0])
-    assert (config["about"]["source"], config["about"]["init"]) == (source, weights)
-    assert (trained_before["about"]["source"], trained_before["about"]["init"]) == ("trajectories", None)
-    assert config["about"]["teacher"] == "agd_fast.ops.guidance_combine"
-    collected_with = read_json(tmp_path / "trajectories" / "manifest.json")["plan"]["adapter"]
-    assert (collected_with and collected_with["hash"]) == (weights if source == "student" else None)
-
-
-def test_distill_on_its_own_states_lowers_the_error_there(tmp_path):
-    settings = {"train_config": TrainConfig(steps=60, batch_size=16), "trajectories": 30, "shard_size": 30}
-    distill_tiny(tmp_path / "a", **settings)
-    distill_tiny(tmp_path / "b", teacher := tiny_teacher(), source="student", init=tmp_path / "a", **settings)
-    table, options = teacher.conditions(list(range(3)) * 4), {"states": "student", "steps": 4}
-    after = guidance_explained(teacher, table, **options).mean
-    earlier = guidance_explained(agd.load(tiny_teacher(), tmp_path / "a"), table, **options).mean
-    assert after > earlier > 0
-
-
-def test_distill_goes_on_at_another_checkpoint_of_the_base(tmp_path, before):
-    result = distill_tiny(tmp_path, tiny_teacher(seed=1), adapter=None, init=before)
-    assert result.adapter.config.guidance_range == (1.0, 4.0)
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"adapter": small(hidden=4, guidance_range=(1.0, 4.0))}, "adapter.* asked for .hidden: expected 4, found 5"),
-        ({"adapter": agd.AdapterConfig(kind="offset", guidance_range=(1.0, 4.0))}, "kind: expected 'offset', found 'modulation'"),
-        ({"guidance_range": (1, 6)}, r"guidance_range: expected \[1.0, 6.0\], found \[1.0, 4.0\]"),
-        ({"teacher": dit(width=32)}, r"width mismatch at .* 16 → 96 channels, this base 32 → 192"),
-        ({"teacher": custom_teacher()}, "adapter for a DiTTransformer2DModel, expected one for this Net"),
-        ({"scheduler": EulerDiscreteScheduler()}, "prediction_type='v_prediction', expected 'epsilon'"),
-    ],
-)
-def test_distill_refuses_an_adapter_that_does_not_fit(tmp_path, before, settings, message):
-    settings = {"teacher": tiny_teacher(), "adapter": None, **settings}
-    if isinstance(settings["teacher"], torch.nn.Module):
-        settings["scheduler"] = ddim()
-    with pytest.raises(ValueError, match=message):
-        distill_tiny(tmp_path / "run", init=before, **settings)
-    assert attachment_of(settings["teacher"]) is None
-    assert not (tmp_path / "run").exists()
-
-
-def test_distill_leaves_open_what_a_config_does_not_decide(tmp_path, before):
-    config = agd.AdapterConfig(guidance_range=(1.0, 4.0))
-    assert config.hidden is None
-    assert distill_tiny(tmp_path, adapter=config, init=before).adapter.config.hidden == 5
-
-
-def test_distill_needs_a_trained_adapter_for_its_own_states(tmp_path, before):
-    with pytest.raises(ValueError, match=r"source='student' expects init=.*found None"):
-        distill_tiny(tmp_path, source="student")
-    with pytest.raises(FileNotFoundError, match="expected adapter_config.json"):
-        distill_tiny(tmp_path, source="student", init=tmp_path / "nothing")
-    saved = contents(before)
-    with pytest.raises(ValueError, match="expected an output_dir other than init"):
-        distill_tiny(before, init=before.parent / "." / before.name, adapter=None)
-    assert contents(before) == saved
-    assert contents(tmp_path) == {}
-
-
-def test_distill_takes_the_range_of_the_config_or_its_own(tmp_path):
-    ranges = {"config": ({}, (1.0, 3.0)), "own": ({"guidance_range": (2, 5)}, (2.0, 5.0))}
-    for name, (settings, expected) in ranges.items():
-        result = distill_tiny(tmp_path / name, adapter=small(guidance_range=(1.0, 3.0)), **settings)
-        assert result.adapter.config.guidance_range == expected
-        omega = Trajectories(tmp_path / name / "trajectories")[torch.arange(18)].omega
-        assert expected[0] <= omega.min() < omega.max() <= expected[1]
-
-
-def conditional(uncond, cond, omega):
-    """A rule that does not guide: what a fresh adapter predicts already."""
-    return cond
-
-
-def test_distill_follows_the_teachers_rule_of_guidance(tmp_path):
-    base = tiny_teacher()
-    teacher = agd.Teacher(base.denoiser, base.scheduler, guidance=conditional)
-    distill_tiny(tmp_path / "a", teacher)
-    assert logged(tmp_path / "a")[0]["loss"] == pytest.approx(0, abs=torch.finfo(torch.float32).eps)
-    assert read_json(tmp_path / "a" / "adapter_config.json")["about"]["teacher"] == "test_distillation.conditional"
-    states = Trajectories(tmp_path / "a" / "trajectories")
-    expected = "guidance: expected 'agd_fast.ops.guidance_combine', found 'test_distillation.conditional'"
-    with pytest.raises(ValueError, match=expected):
-        distill_tiny(tmp_path / "b", trajectories=states)
-
-
 @pytest.mark.parametrize(
     "change",
     [{"steps": 0}, {"loss": "l3"}, {"weighting": "time"}, {"mixed_precision": "fp8"}, {"warmup": 2.0}, {"ema": 1.0}],
@@ -666,45 +409,6 @@ def test_distill_follows_the_teachers_rule_of_guidance(tmp_path):
 def test_train_config_refuses(change):
     with pytest.raises(ValueError, match=f"{next(iter(change))} .*found"):
         TrainConfig(**change)
-
-
-@pytest.mark.parametrize("scheduler", [ddim(), HeunDiscreteScheduler()])  # Heun's method visits a t twice
-def test_guidance_explained_matches_the_formula(tmp_path, scheduler):
-    teacher = tiny_teacher()
-    teacher.scheduler = scheduler
-    distill_tiny(tmp_path, teacher, train_config=short(steps=40))
-    table = teacher.conditions([0, 1, 2])
-    found = guidance_explained(teacher, table, scales=(2.0, 5.0), steps=3, seed=9, batch_size=2)
-    errors = []
-    noise = torch.randn(3, 1, 4, 4, generator=torch.Generator().manual_seed(9))
-    for omega, rows in itertools.product((2.0, 5.0), (slice(0, 2), slice(2, 3))):
-        scheduler.set_timesteps(3)
-        x, part = noise[rows] * scheduler.init_noise_sigma, {"class_labels": table["class_labels"][rows]}
-        for t in scheduler.timesteps:
-            state = scheduler.scale_model_input(x, t), t.expand(len(x)), part
-            with torch.no_grad():
-                cfg, cond = teacher.predict_cfg(*state, torch.full((len(x),), omega))
-                with agd.guided(teacher, omega):
-                    student = teacher.predict(*state)
-            errors.append((omega, float(t), float((student - cfg).square().sum()), float((cond - cfg).square().sum())))
-            x = scheduler.step(cfg, t, x).prev_sample
-
-    def explained(column, value):
-        selected = [row for row in errors if row[column] == value]
-        return 1 - sum(row[2] for row in selected) / sum(row[3] for row in selected)
-
-    by_scale = {omega: explained(0, omega) for omega in (2.0, 5.0)}
-    by_time = {t: explained(1, t) for t in scheduler.timesteps.tolist()}
-    assert found.by_scale == pytest.approx(by_scale)
-    assert found.by_time == pytest.approx(by_time)
-    assert found.mean == pytest.approx(sum(by_scale.values()) / 2)
-    assert json.loads(json.dumps(found.to_dict()))["by_scale"] == {"2": found.by_scale[2.0], "5": found.by_scale[5.0]}
-
-
-def test_guidance_explained_without_adapter():
-    teacher = tiny_teacher()
-    with pytest.raises(ValueError, match="no adapter is attached"):
-        guidance_explained(teacher, teacher.conditions(range(3)))
 
 
 def test_distill_of_a_float16_base_asks_for_a_scaler(tmp_path):
@@ -723,8 +427,3 @@ def test_distill_trains_with_its_own_seed(tmp_path):
         distill_tiny(tmp_path / name, tiny_teacher(), seed=5, train_config=config, validation=0)
         orders[name] = read_json(tmp_path / name / "adapter_config.json")["about"]["train"]["seed"]
     assert orders == {"followed": 5, "named": 3}
-
-
-def test_distill_of_the_null_label_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match="class_labels holds the null label"):
-        distill_tiny(tmp_path, agd.datasets.digits_teacher(), class_labels=[3, 10])

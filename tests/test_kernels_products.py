@@ -1,6 +1,5 @@
 """Kernels of the products, interpreted: at the borders of tiles, of views, with every optional argument and configuration."""
 
-import inspect
 import math
 
 import pytest
@@ -8,8 +7,7 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from agd_fast.ops import OPS
-from helpers_kernels import assert_kernel, configs, interpreted, outputs
+from helpers_kernels import arguments, assert_kernel, configs, interpreted, made, outputs
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # of which the reciprocal is taken, as it should be
 NAMES = ("projection_scores", "projection_mix", "activated_linear", "gated_lora")
@@ -22,25 +20,6 @@ LAYOUTS = st.sampled_from(["contiguous", "offset", "strided", "transposed", "exp
 
 def few(test):
     return settings(derandomize=True, deadline=None, max_examples=80, phases=[Phase.generate])(test)  # to shrink takes minutes
-
-
-def made(layout, *shape, dtype, scale=1.0):
-    """Random numbers of the shape, as one of several views."""
-    sizes = {
-        "contiguous": shape,
-        "offset": (shape[0] + 1, *shape[1:-1], shape[-1] + 3) if len(shape) > 1 else (shape[0] + 1,),
-        "strided": (*shape, 2),
-        "transposed": shape[::-1],
-        "expanded": (*shape[:-2], 1, shape[-1]) if len(shape) > 1 else shape,
-    }[layout]
-    whole = (scale * torch.randn(sizes)).to(dtype)
-    if layout == "offset":
-        return whole[1:, ..., 2:-1] if len(shape) > 1 else whole[1:]
-    if layout == "strided":
-        return whole[..., 1]
-    if layout == "transposed":
-        return whole.permute(*reversed(range(len(shape))))
-    return whole.expand(shape)
 
 
 @st.composite
@@ -107,35 +86,18 @@ def test_gated_lora(data):
     assert_kernel("gated_lora", hidden, output, down, up, gates, first, config=data.draw(a_config("gated_lora")))
 
 
-def arguments(name, B=2, T=5, K=6, N=8, S=3, r=4, dtype=torch.float32):
-    """Of every tensor that an op may have."""
-
-    def normal(*shape, dtype=dtype):
-        return torch.randn(*shape, dtype=dtype)
-
-    return {
-        "projection_scores": (normal(B, T, K), normal(N, K), normal(N), normal(B, S, K), normal(B, 1, S, dtype=torch.float32)),
-        "projection_mix": (
-            *(normal(B, T, K), normal(N, K), normal(B, N)),
-            *(normal(B, T, S), normal(B, S, N), normal(B, T, N), normal(B, N)),
-        ),
-        "activated_linear": (normal(B, T, K), normal(N, K), normal(B, N), "geglu"),
-        "gated_lora": (normal(B, T, K), normal(B, T, N), normal(r, K), normal(N, r), normal(B, r)),
-    }[name]
-
-
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(
     "sizes",
     [
         {"B": 64},
         {"K": 0},
-        {"N": 0},
+        {"C": 0},
         {"S": 0, "r": 0},
-        {"S": 0, "N": 0},
-        {"T": 1, "K": 1, "N": 2, "S": 1, "r": 1},
-        {"T": 130, "K": 130, "N": 514, "S": 128, "r": 64},
-        {"B": 5, "T": 130, "K": 17, "N": 258},
+        {"S": 0, "C": 0},
+        {"T": 1, "K": 1, "C": 2, "S": 1, "r": 1},
+        {"T": 130, "K": 130, "C": 514, "S": 128, "r": 64},
+        {"B": 5, "T": 130, "K": 17, "C": 258},
     ],
     ids=str,
 )
@@ -145,10 +107,10 @@ def test_sizes(name, sizes):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize(("sizes", "shape"), [({"B": 0}, (0, 5)), ({"T": 0}, (2, 0))], ids=str)
+@pytest.mark.parametrize(("sizes", "shape"), [({"B": 0}, (0, 3)), ({"T": 0}, (2, 0))], ids=str)
 def test_empty(name, sizes, shape):
     found = interpreted(name, *arguments(name, **sizes))
-    last = {"projection_scores": (8, 3), "activated_linear": (4,)}.get(name, (8,))
+    last = {"projection_scores": (8, 4), "activated_linear": (4,)}.get(name, (8,))
     assert [one.shape for one in outputs(found)] == [(*shape, channels) for channels in last]
 
 
@@ -158,7 +120,7 @@ def test_gated_lora_channels_first_as_channels_last():
 
 
 def test_projection_scores_leave_masked_tokens_out():
-    x, weight, bias, A, score_bias = arguments("projection_scores", S=17)
+    x, weight, bias, A, score_bias = arguments("projection_scores", T=5, S=17)
     score_bias[:, :, 3:] = -math.inf
     assert_kernel("projection_scores", x, weight, bias, A, score_bias)
     assert not interpreted("projection_scores", x, weight, bias, A, score_bias)[1][..., 3:].any()
@@ -170,7 +132,7 @@ def test_projection_scores_of_large_scores(dtype):
     x, weight, bias, A, _ = arguments("projection_scores", T=17, S=31, dtype=dtype)
     found = interpreted("projection_scores", 40 * x, weight, bias, 10 * A)[1]
     exact = torch.softmax((40 * x).double() @ (10 * A).double().mT, -1)
-    assert (found.double() - exact).abs().max() <= 3e-4
+    assert (found.double() - exact).abs().max() <= 3e-4  # float16 rounds what is near 1 by 2.4e-4
 
 
 @pytest.mark.parametrize("activation", ["geglu", "gelu", "gelu_tanh"])
@@ -181,66 +143,6 @@ def test_activated_linear_of_large_values(activation):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_another_config_is_the_same_to_a_rounding(name):
-    given = arguments(name, T=33, K=70, N=40)
+    given = arguments(name, T=33, K=70, C=40)
     for config in configs(name):
         assert_kernel(name, *given, config=config)
-
-
-ERRORS = {
-    "projection_scores": [
-        ({"weight": torch.zeros(8, 5)}, "weight must be"),
-        ({"A": torch.zeros(2, 129, 6), "score_bias": None}, "A must have at most 128"),
-        ({"heads": 3, "score_bias": None}, "heads must be 1, found 3"),
-        ({"score_bias": torch.zeros(2, 1, 3).half()}, "score_bias must be torch.float32"),
-    ],
-    "projection_mix": [
-        ({"U": None}, "found P alone"),
-        ({"P": None}, "found U alone"),
-        ({"gate": torch.zeros(3, 8)}, "gate must be"),
-        ({"residual": torch.zeros(2, 5, 8).half()}, "residual must be torch.float32"),
-    ],
-    "activated_linear": [
-        ({"activation": "relu"}, "activation must be one of geglu, gelu, gelu_tanh; found 'relu'"),
-        ({"weight": torch.zeros(7, 6), "bias": None}, "even number of rows for geglu, found 7"),
-        ({"bias": torch.zeros(9)}, "bias must be"),
-    ],
-    "gated_lora": [
-        ({"down": torch.zeros(65, 6), "up": torch.zeros(8, 65), "gates": None}, "rank of at most 64, found 65"),
-        ({"output": torch.zeros(2, 4, 8)}, "output must be"),
-        ({"up": torch.zeros(4, 8)}, "up must be"),
-    ],
-}
-
-
-@pytest.mark.parametrize(("name", "change", "message"), [(name, *case) for name in NAMES for case in ERRORS[name]])
-def test_errors_name_the_argument(name, change, message):
-    parameters = inspect.signature(OPS[name].reference).parameters
-    given = {**dict(zip(parameters, arguments(name), strict=False)), **change}
-    with pytest.raises(ValueError, match=f"{name}: .*{message}"):
-        OPS[name].kernel()(**given)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_float64_is_refused(name):
-    with pytest.raises(ValueError, match="found torch.float64"):
-        interpreted(name, *arguments(name, dtype=torch.float64))
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_opcheck(name):
-    given = [arg.requires_grad_() if isinstance(arg, torch.Tensor) else arg for arg in arguments(name)]
-    torch.library.opcheck(OPS[name].overload, tuple(given))
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_gradients_are_the_references(name):
-    given = [arg.requires_grad_() if isinstance(arg, torch.Tensor) else arg for arg in arguments(name)]
-    tensors = [arg for arg in given if isinstance(arg, torch.Tensor)]
-
-    def gradients(function):
-        found = function(*given)
-        total = sum((one * one).sum() for one in (found if isinstance(found, tuple) else (found,)))
-        return torch.autograd.grad(total, tensors)
-
-    for found, expected in zip(gradients(OPS[name].overload), gradients(OPS[name].reference), strict=True):
-        assert torch.equal(found, expected)

@@ -23,8 +23,7 @@ from agd_fast.graph.levels import Level, is_view
 from agd_fast.graph.partition import Part, partition
 from agd_fast.graph.rewriting import Rewritten, rewrite
 from agd_fast.ops import Kernels, checked_policy, default_policy
-from agd_fast.ops.measuring import described
-from agd_fast.warning import warn
+from agd_fast.warning import described, warn
 
 aten = torch.ops.aten
 
@@ -89,12 +88,11 @@ def _compiled(
         raise _UntouchedError(str(error)) from error
     graph = captured.graph
     levels = {node: Level.STATIC if is_weight(one) else Level.MOVING for node, one in zip(captured.inputs, inputs, strict=True)}
-    constants = dict(zip(list(graph.nodes)[len(inputs) :], captured.constants, strict=False))
     rewritten = rewrite(graph, levels, policy, lambda pieces: _joined(graph, pieces))
     _require_changed(rewritten)
     views = frozenset(node for node in graph.nodes if node.op == "call_function" and is_view(node))  # free where they are
     parts = partition(graph, levels, rewritten.kept | views)
-    compiled = _assembled(captured, constants, parts.once, parts.body, inputs, compiler, options)
+    compiled = _assembled(captured, parts.once, parts.body, inputs, compiler, options)
     _graphs.append({**rewritten.kernels, "joined": rewritten.joined, "untouched_because": ""})
     return compiled
 
@@ -107,7 +105,6 @@ def _require_changed(rewritten: Rewritten) -> None:
 
 def _assembled(
     captured: Captured,
-    constants: dict[fx.Node, Tensor],
     once_part: Part,
     body: Part,
     inputs: Sequence[Tensor],
@@ -115,7 +112,7 @@ def _assembled(
     options: dict[str, Any],
 ) -> CompiledFn:
     """What runs: the part of the weights, where they are not the same as before, and the compiled rest."""
-    places = {node: index for index, node in enumerate(captured.inputs)}
+    constants, places = captured.constants, {node: index for index, node in enumerate(captured.inputs)}
     once = Once(once_part, [constants[node] if node in constants else places[node] for node in once_part.arguments])
 
     def arguments(given: Sequence[Tensor]) -> list[Tensor]:

@@ -20,10 +20,10 @@ from agd_fast.engine.config import EngineConfig
 from agd_fast.engine.fingerprint import Fingerprint, obstacle, version
 from agd_fast.engine.program import Prepared, Program
 from agd_fast.engine.request import Request
-from agd_fast.graph.capture import NotCapturableError, capture, first_line
+from agd_fast.graph.capture import NotCapturableError, capture
 from agd_fast.graph.levels import Level
 from agd_fast.spec import DenoiserSpec, device_of, forward_parameters
-from agd_fast.warning import warn
+from agd_fast.warning import described, warn
 
 PROGRAMS = 16  # kept at once: shapes, armed or not
 VALUES = 2  # that a static argument may have in one scope: conditional and unconditional forwards one after another
@@ -190,7 +190,7 @@ def _program(request: Request, config: EngineConfig) -> Program:
     try:
         return Program(captured, request.levels, request.timestep, config)
     except Exception as error:
-        raise NotCapturableError(f"its graph cannot be cut ({type(error).__name__}: {first_line(error)})") from error
+        raise NotCapturableError(f"its graph cannot be cut ({described(error)})") from error
 
 
 def _first_results(program: Program, request: Request) -> list[Tensor]:
@@ -205,7 +205,7 @@ def _first_results(program: Program, request: Request) -> list[Tensor]:
             program.do_without_compiling(error)
             return program.step(request.inputs, prepared)
     except Exception as error:
-        raise NotCapturableError(f"its captured form does not run ({type(error).__name__}: {first_line(error)})") from error
+        raise NotCapturableError(f"its captured form does not run ({described(error)})") from error
 
 
 def _require_same(found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:

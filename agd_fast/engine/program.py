@@ -13,11 +13,12 @@ from torch import Tensor, fx
 from agd_fast.engine.config import EngineConfig
 from agd_fast.engine.graphs import GraphedStep
 from agd_fast.engine.tables import RowLayout, Rows, Table, fill_table
-from agd_fast.graph.capture import Captured, first_line, value_of
+from agd_fast.graph.capture import Captured, value_of
 from agd_fast.graph.levels import Level
 from agd_fast.graph.partition import partition
 from agd_fast.graph.rewriting import rewrite
 from agd_fast.ops import default_policy
+from agd_fast.warning import described, first_line
 
 Values = dict[fx.Node, Tensor]
 
@@ -47,8 +48,7 @@ class Program:
         self.graph = captured.graph
         self.trouble = ""  # why steps are slower than they might be
         self.cuts = 0  # how often it was cut: what was prepared for one does not fit the next
-        placeholders = [node for node in self.graph.nodes if node.op == "placeholder"]
-        self.constants: Values = dict(zip(placeholders[len(self.inputs) :], captured.constants, strict=True))
+        self.constants: Values = dict(captured.constants)
         self.device = _device([node for node, level in self._leveled if level == Level.MOVING])
         self.compiles, self.graphs = config.compiles(self.device), config.graphs(self.device)
         policy = self.config.kernels or default_policy()
@@ -98,7 +98,7 @@ class Program:
 
     def do_without_compiling(self, error: Exception) -> None:
         self.compiles, self.body = False, self.parts.body.module.forward
-        self.trouble = f"torch.compile failed ({type(error).__name__}: {first_line(error)}), so steps run uncompiled"
+        self.trouble = f"torch.compile failed ({described(error)}), so steps run uncompiled"
 
     def let_move(self, index: int) -> None:
         """Treat an input as one that changes at every step."""

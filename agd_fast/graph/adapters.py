@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from agd_fast_kernels.shapes import MAX_SCORES
 from torch import fx
 
 from agd_fast import ops
 from agd_fast.graph.capture import arguments_of, value_of
 from agd_fast.graph.fusing import Fusing, is_plain_linear, linear_arguments, only_user, row_and_rest
 from agd_fast.graph.residuals import is_layer_norm, rows_of_norm, sum_of
-from agd_fast.ops.norm_scores import MAX_SCORES
 
 _gated_lora = ops.OPS["gated_lora"]
 
@@ -28,37 +28,62 @@ def fuse_adapters(fusing: Fusing) -> None:
 
 def _fuse_attention(fusing: Fusing, node: fx.Node) -> None:
     """The scores beside the norm of the block's input, or beside its projection; the mix beside the block's output."""
-    hidden, output, A, U, score_bias, heads = arguments_of(node, None, None, None, None, None, 1)
-    end, residual, gate = _ending(fusing, node)
-    few = value_of(A).shape[1] <= MAX_SCORES and _all_before(hidden, A, score_bias)
-    if is_layer_norm(hidden) and residual is not None and few and fusing.written.isdisjoint([hidden, end]):
-        gamma, beta, eps = rows_of_norm(fusing, hidden)
-        normed_by: tuple[Any, ...] = (hidden.args[0], gamma, beta, A, score_bias, eps, heads)
-        if fusing.takes(ops.norm_scores, *normed_by):
-            normed, P = fusing.put(ops.norm_scores, *normed_by, before=hidden)
-            sum_by = (residual, output, gate, P, U)
-            if fusing.takes(ops.gated_residual, *sum_by):
-                end.replace_all_uses_with(fusing.put(ops.gated_residual, *sum_by, before=end)[0])
-                hidden.replace_all_uses_with(normed)
-                return
-    projections = (user for user in hidden.users if is_plain_linear(user) and user.args[0] is hidden)
-    projection = next((user for user in projections if user is not output), None)
-    in_order = projection is not None and projection < end and _all_before(projection, A, score_bias)
-    in_order = in_order and fusing.written.isdisjoint([projection, end])
-    if projection is None or not in_order or not is_plain_linear(output) or only_user(output) is not node:
+    site = _Site(fusing, node)
+    if not site.beside_norm() and not site.beside_projections() and not site.asked:
         fusing.left["projection_scores", "no plain projection at the block's input or output"] += 1
-        return
-    projected_by = (*linear_arguments(projection), A, score_bias, heads)
-    if fusing.takes(ops.projection_scores, *projected_by):
-        q, P = fusing.put(ops.projection_scores, *projected_by, before=projection)
-        mixed_by = (*linear_arguments(output), P, U, residual, gate)
-        if fusing.takes(ops.projection_mix, *mixed_by):
-            end.replace_all_uses_with(fusing.put(ops.projection_mix, *mixed_by, before=end)[0])
-            projection.replace_all_uses_with(q)
 
 
-def _all_before(node: fx.Node, *others: Any) -> bool:
-    return all(other < node for other in others if other is not None)
+class _Site:
+    """An absorbed attention in its block. end: the last operation that the mix can take with it; residual: what is added there;
+    gate: [B or 1, C] or None. asked: whether a kernel could have taken it."""
+
+    def __init__(self, fusing: Fusing, node: fx.Node) -> None:
+        self.fusing, self.node, self.asked = fusing, node, False
+        self.hidden, self.output, *scored = arguments_of(node, None, None, None, None, None, 1)
+        self.A, self.U, self.score_bias, self.heads = scored
+        self.end, self.residual, self.gate = _ending(fusing, node)
+
+    def beside_norm(self) -> bool:
+        """Few scores need no product of their own, where the block begins with a norm and ends with a sum."""
+        norm, few = self.hidden, value_of(self.A).shape[1] <= MAX_SCORES["norm_scores"]
+        if not few or not is_layer_norm(norm) or self.residual is None or not self._is_clear(norm):
+            return False
+        gamma, beta, eps = rows_of_norm(self.fusing, norm)
+        args = (norm.args[0], gamma, beta, self.A, self.score_bias, eps, self.heads)
+        if not self.fusing.takes(ops.norm_scores, *args):
+            return False
+        normed, P = self.fusing.put(ops.norm_scores, *args, before=norm)
+        return self._mixes(ops.gated_residual, (self.residual, self.output, self.gate, P, self.U), norm, normed)
+
+    def beside_projections(self) -> bool:
+        projection = next((user for user in self.hidden.users if self._is_projection(user)), None)
+        if projection is None or not is_plain_linear(self.output) or only_user(self.output) is not self.node:
+            return False
+        self.asked = True
+        args = (*linear_arguments(projection), self.A, self.score_bias, self.heads)
+        if not self.fusing.takes(ops.projection_scores, *args):
+            return False
+        q, P = self.fusing.put(ops.projection_scores, *args, before=projection)
+        mixed_by = (*linear_arguments(self.output), P, self.U, self.residual, self.gate)
+        return self._mixes(ops.projection_mix, mixed_by, projection, q)
+
+    def _is_projection(self, user: fx.Node) -> bool:
+        """Whether it is one of the block's input, in front of the mix."""
+        own = is_plain_linear(user) and user.args[0] is self.hidden and user is not self.output
+        return own and user < self.end and self._is_clear(user)
+
+    def _is_clear(self, beside: fx.Node) -> bool:
+        """Whether the scores can be made there, and neither is written in place: others would read what takes its place."""
+        made = all(one < beside for one in (self.A, self.score_bias) if one is not None)
+        return made and self.fusing.written.isdisjoint([beside, self.end])
+
+    def _mixes(self, op: ops.Op, args: tuple[Any, ...], beside: fx.Node, result: fx.Node) -> bool:
+        """Put the mix at the end, and `result` in place of what the scores stand beside; what is not used goes."""
+        if not self.fusing.takes(op, *args):
+            return False
+        self.end.replace_all_uses_with(self.fusing.put(op, *args, before=self.end)[0])
+        beside.replace_all_uses_with(result)
+        return True
 
 
 def _ending(fusing: Fusing, node: fx.Node) -> tuple[fx.Node, fx.Node | None, Any]:

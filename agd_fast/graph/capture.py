@@ -17,6 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
+from agd_fast.warning import described
+
 _MODES = ("_set_grad_enabled", "_enter_autocast", "_exit_autocast")  # how code switches what is off here anyway
 
 
@@ -26,11 +28,11 @@ class NotCapturableError(Exception):
 
 @dataclass(frozen=True)
 class Captured:
-    """graph: placeholders for the inputs, in their order, then for the constants. constants: what it reads of the model."""
+    """graph: placeholders for the inputs, in their order, then for the constants: what it reads of the model, by placeholder."""
 
     graph: fx.Graph
     inputs: tuple[fx.Node, ...]
-    constants: tuple[Tensor, ...]
+    constants: dict[fx.Node, Tensor]
 
 
 def capture(function: Callable[..., list[Tensor]], inputs: Iterable[Tensor]) -> Captured:
@@ -42,7 +44,7 @@ def capture(function: Callable[..., list[Tensor]], inputs: Iterable[Tensor]) -> 
     try:
         module = make_fx(function, tracing_mode="fake", pre_dispatch=True, _allow_non_fake_inputs=True)(*inputs)
     except Exception as error:  # whatever the code of a model may raise on tensors without values
-        raise NotCapturableError(f"its forward cannot be recorded ({type(error).__name__}: {first_line(error)})") from error
+        raise NotCapturableError(f"its forward cannot be recorded ({described(error)})") from error
     graph = module.graph
     _drop_modes(graph)
     constants = _constants_as_inputs(graph, module)
@@ -111,7 +113,7 @@ def _drop_modes(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
-def _constants_as_inputs(graph: fx.Graph, module: fx.GraphModule) -> tuple[Tensor, ...]:
+def _constants_as_inputs(graph: fx.Graph, module: fx.GraphModule) -> dict[fx.Node, Tensor]:
     constants: dict[int, tuple[Tensor, fx.Node]] = {}
     last = [node for node in graph.nodes if node.op == "placeholder"][-1]
     for node in [node for node in graph.nodes if node.op == "get_attr"]:
@@ -125,8 +127,4 @@ def _constants_as_inputs(graph: fx.Graph, module: fx.GraphModule) -> tuple[Tenso
             constants[id(tensor)] = tensor, last
         node.replace_all_uses_with(constants[id(tensor)][1])
         graph.erase_node(node)
-    return tuple(tensor for tensor, _ in constants.values())
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [""])[0][:200]
+    return {node: tensor for tensor, node in constants.values()}

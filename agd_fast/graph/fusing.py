@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from agd_fast.graph.capture import add_call, fake_mode_of, first_line, schema_name, value_of
+from agd_fast.graph.capture import add_call, fake_mode_of, schema_name, value_of
 from agd_fast.graph.levels import Level, in_place_groups, is_view
 from agd_fast.ops import OPS, Kernels, Op, refusal
+from agd_fast.warning import first_line
 
 
 class Fusing:

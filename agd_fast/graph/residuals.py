@@ -17,21 +17,24 @@ def fuse_residuals(fusing: Fusing) -> None:
         if (found := sum_of(node)) is not None:
             residual, y, gate = found
             norm = min(node.users, default=None)
-            if norm is not None and is_layer_norm(norm) and norm.args[0] is node and norm not in fusing.written:
-                _with_norm(fusing, node, norm, residual, y, gate)
-            elif gate is not None:
+            joins = norm is not None and is_layer_norm(norm) and norm.args[0] is node and norm not in fusing.written
+            if joins and _with_norm(fusing, node, norm, residual, y, gate):  # type: ignore[arg-type]
+                continue
+            if gate is not None:
                 args = (residual, y, fusing.row(gate, node))
                 if fusing.takes(ops.gated_residual, *args):
                     node.replace_all_uses_with(fusing.put(ops.gated_residual, *args, before=node)[0])
 
 
-def _with_norm(fusing: Fusing, node: fx.Node, norm: fx.Node, residual: fx.Node, y: fx.Node, gate: Any) -> None:
+def _with_norm(fusing: Fusing, node: fx.Node, norm: fx.Node, residual: fx.Node, y: fx.Node, gate: Any) -> bool:
     gamma, beta, eps = rows_of_norm(fusing, norm)
     args = (residual, y, fusing.row(gate, norm), gamma, beta, eps)
-    if fusing.takes(ops.residual_norm, *args):
-        h, normed = fusing.put(ops.residual_norm, *args, before=norm)
-        node.replace_all_uses_with(h)
-        norm.replace_all_uses_with(normed)
+    if not fusing.takes(ops.residual_norm, *args):
+        return False
+    h, normed = fusing.put(ops.residual_norm, *args, before=norm)
+    node.replace_all_uses_with(h)
+    norm.replace_all_uses_with(normed)
+    return True
 
 
 def sum_of(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None] | None:

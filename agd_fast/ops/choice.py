@@ -15,9 +15,9 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from agd_fast.ops.measuring import Verdicts, described, key_of, measure, measure_join
+from agd_fast.ops.measuring import Verdicts, key_of, measure, measure_join
 from agd_fast.ops.registry import NAMESPACE, OPS, Op, tensors_of
-from agd_fast.warning import warn
+from agd_fast.warning import described, warn
 
 Kernels = Literal["auto", "always", "never"]
 VARIABLE = "AGD_FAST_KERNELS"

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import torch
-from agd_fast_kernels.shapes import require
+from agd_fast_kernels.shapes import MAX_RANK, require
 from torch import Tensor
 from torch.nn import functional as F
 
 from agd_fast.ops.registry import define, define_composite, row
-
-MAX_RANK = 64
 
 
 def gated_lora_ref(

@@ -6,8 +6,7 @@ import torch
 from agd_fast_kernels.shapes import require
 from torch import Tensor
 
-from agd_fast.ops.norm_scores import MAX_SCORES
-from agd_fast.ops.registry import define, row, tokens
+from agd_fast.ops.registry import define, row, tokens, too_many_scores
 
 
 def gated_residual_ref(
@@ -31,7 +30,7 @@ def _flops(residual: Tensor, y: Tensor, gate: object, P: Tensor | None = None, U
 
 
 def _limit(residual: Tensor, y: Tensor, gate: object, P: Tensor | None = None, U: Tensor | None = None) -> str:
-    return "" if U is None or U.shape[1] <= MAX_SCORES else f"{U.shape[1]} scores a token, more than {MAX_SCORES}"
+    return "" if U is None else too_many_scores("gated_residual", U)
 
 
 gated_residual = define(gated_residual_ref, flops=_flops, limit=_limit)

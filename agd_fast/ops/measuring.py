@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import inspect
 import json
 import os
 import tempfile
@@ -15,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from agd_fast_kernels.shapes import FLOAT32
 from torch import Tensor
 from torch.nn import functional as F
 
 from agd_fast.files import read_json, write_json
-from agd_fast.ops.registry import NAMESPACE, Op, tensors_of
-from agd_fast.warning import warn
+from agd_fast.ops.exactness import off
+from agd_fast.ops.registry import NAMESPACE, Op
+from agd_fast.warning import described, warn
 
 WARMUP_MS, MEASURED_MS = 10, 50
 
@@ -107,7 +106,7 @@ def measure(op: Op, args: tuple[Any, ...]) -> dict[str, Any]:
     given = [_random(one) for one in args]
     kernels = {json.dumps(config, sort_keys=True): config for config in op.configs()}
     launchers = {name: functools.partial(op.kernel(), config=config) for name, config in kernels.items()}
-    return _race(op.reference, launchers, given, _double(op, given), kernels)
+    return _race(op.reference, launchers, given, op.in_double(given), kernels)
 
 
 def measure_join(x: Tensor, thin: Tensor, wide: Tensor) -> dict[str, Any]:
@@ -137,25 +136,20 @@ def _race(
     """
     from triton.testing import do_bench
 
-    true, plain = tensors_of(reference(*exact)), tensors_of(reference(*given))
+    true, plain = reference(*exact), reference(*given)
     times: dict[str, float] = {}
     reasons: list[str] = []
     torch_ways = {"eager": reference, "compiled": torch.compile(_anew(reference), fullgraph=True, dynamic=False)}
     for name, function in {**torch_ways, **ours}.items():
         try:
-            if not _as_exact(tensors_of(function(*given)), plain, true):
-                reasons.append(f"{name} is off the reference")
+            if reason := off(function(*given), plain, true):
+                reasons.append(f"{name} is off the reference ({reason})")
                 continue
             run = functools.partial(function, *given)
             times[name] = do_bench(run, warmup=WARMUP_MS, rep=MEASURED_MS, return_mode="median")
         except Exception as error:  # whatever a compiler may raise: then it is no contender
             reasons.append(f"{name} failed ({described(error)})")
     return verdict_of(times, configs, reasons)
-
-
-def described(error: Exception) -> str:
-    """On one line."""
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:120]}"
 
 
 def _anew(function: Any) -> Callable[..., Any]:
@@ -185,20 +179,3 @@ def _random(leaf: Any) -> Any:
     own = torch.Generator(leaf.device).manual_seed(size)  # a user's own numbers are not to depend on what is measured
     values = torch.randn(size if leaf.numel() else 0, generator=own, device=leaf.device).to(leaf.dtype)
     return values.as_strided(leaf.shape, leaf.stride())
-
-
-def _double(op: Op, given: Sequence[Any]) -> list[Any]:
-    """float64 but where an op insists on float32."""
-    names = list(inspect.signature(op.reference).parameters)
-    return [
-        one.double() if isinstance(one, Tensor) and name not in FLOAT32 else one for name, one in zip(names, given, strict=False)
-    ]
-
-
-def _as_exact(found: list[Tensor], plain: list[Tensor], exact: list[Tensor]) -> bool:
-    """Off the exact result by twice what the reference loses, and a rounding, at most."""
-    for one, own, true in zip(found, plain, exact, strict=True):
-        lost, off = ((result.double() - true.double()).abs().max() for result in (own, one))
-        if not off <= 2 * lost + torch.finfo(own.dtype).eps * true.double().abs().max():
-            return False
-    return True

@@ -7,9 +7,7 @@ from torch import Tensor
 
 from agd_fast.ops.absorbed_attention import scores
 from agd_fast.ops.ada_layer_norm import ada_layer_norm_ref
-from agd_fast.ops.registry import define
-
-MAX_SCORES = 16  # so many columns are reduced beside the norm itself
+from agd_fast.ops.registry import define, too_many_scores
 
 
 def norm_scores_ref(
@@ -36,7 +34,7 @@ def _flops(x: Tensor, gamma: object, beta: object, A: Tensor, *_: object) -> int
 
 
 def _limit(x: Tensor, gamma: object, beta: object, A: Tensor, *_: object) -> str:
-    return "" if A.shape[1] <= MAX_SCORES else f"{A.shape[1]} scores a token, more than {MAX_SCORES}"
+    return too_many_scores("norm_scores", A)
 
 
 norm_scores = define(norm_scores_ref, flops=_flops, limit=_limit)

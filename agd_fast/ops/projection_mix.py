@@ -7,8 +7,7 @@ from agd_fast_kernels.shapes import require
 from torch import Tensor
 from torch.nn import functional as F
 
-from agd_fast.ops.projection_scores import MAX_SCORES
-from agd_fast.ops.registry import define, row, tokens
+from agd_fast.ops.registry import define, row, tokens, too_many_scores
 
 
 def projection_mix_ref(
@@ -45,7 +44,7 @@ def _flops(attended: Tensor, weight: Tensor, bias: object, P: object, U: Tensor 
 
 
 def _limit(attended: Tensor, weight: Tensor, bias: object, P: object, U: Tensor | None, *_: object) -> str:
-    return "" if U is None or U.shape[1] <= MAX_SCORES else f"{U.shape[1]} scores a token, more than {MAX_SCORES}"
+    return "" if U is None else too_many_scores("projection_mix", U)
 
 
 projection_mix = define(projection_mix_ref, flops=_flops, limit=_limit)

@@ -7,9 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from agd_fast.ops.absorbed_attention import scores
-from agd_fast.ops.registry import define
-
-MAX_SCORES = 128  # one tile of the product
+from agd_fast.ops.registry import define, too_many_scores
 
 
 def projection_scores_ref(
@@ -31,7 +29,7 @@ def _flops(x: Tensor, weight: Tensor, bias: object, A: Tensor, *_: object) -> in
 def _limit(x: Tensor, weight: Tensor, bias: object, A: Tensor, score_bias: object = None, heads: int = 1) -> str:
     if heads != 1:
         return f"{heads} heads, more than 1"
-    return "" if A.shape[1] <= MAX_SCORES else f"{A.shape[1]} scores a token, more than {MAX_SCORES}"
+    return too_many_scores("projection_scores", A)
 
 
 projection_scores = define(projection_scores_ref, flops=_flops, limit=_limit)

@@ -11,11 +11,13 @@ import functools
 import importlib
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
+from agd_fast_kernels.shapes import FLOAT32, MAX_SCORES
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils import _pytree as pytree
@@ -28,11 +30,12 @@ _COMPOSITES = torch.library.Library("agd_fast", "DEF")
 
 @dataclass(frozen=True, eq=False)
 class Op:
-    """reference: the same in torch. overload: the opaque operator. launches: kernels that it starts.
+    """reference: the same in torch, of this signature. overload: the opaque operator. launches: kernels that it starts.
     limit: why the kernel cannot take these arguments, or empty."""
 
     name: str
     reference: Callable[..., Any]
+    signature: inspect.Signature
     overload: Any
     launches: int
     limit: Callable[..., str]
@@ -45,11 +48,16 @@ class Op:
         """How the kernel may be launched; the first is the default."""
         return importlib.import_module(f"{NAMESPACE}.{self.name}").CONFIGS
 
-    def complete(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """With the defaults of those left out, as torch leaves them out for an operator."""
-        bound = inspect.signature(self.reference).bind(*args)
+    def complete(self, args: Sequence[Any], kwargs: Mapping[str, Any] = MappingProxyType({})) -> tuple[Any, ...]:
+        """All arguments by position, with the defaults of those left out, as torch leaves them out for an operator."""
+        bound = self.signature.bind(*args, **kwargs)
         bound.apply_defaults()
         return bound.args
+
+    def in_double(self, args: Sequence[Any]) -> tuple[Any, ...]:
+        """The arguments in float64, but for what the op insists on float32 for."""
+        pairs = zip(self.signature.parameters, args, strict=False)
+        return tuple(one.double() if isinstance(one, Tensor) and name not in FLOAT32 else one for name, one in pairs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The opaque operator."""
@@ -77,7 +85,6 @@ def define(
 
     custom = torch.library.custom_op(f"{NAMESPACE}::{name}", implementation, mutates_args=(), schema=schema)
     custom.register_fake(lambda *args: _contiguous(reference(*args)))
-    signature = inspect.signature(reference)
 
     def keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         tensors = [leaf if isinstance(leaf, Tensor) else None for leaf in inputs]
@@ -106,14 +113,10 @@ def define(
     overload = getattr(getattr(torch.ops, NAMESPACE), name).default
 
     def formula(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
-        if flops is None:
-            return 0
-        bound = signature.bind(*args, **kwargs)
-        bound.apply_defaults()
-        return flops(*bound.args)
+        return 0 if flops is None else flops(*op.complete(args, kwargs))
 
     register_flop_formula(getattr(getattr(torch.ops, NAMESPACE), name), get_raw=True)(formula)
-    op = Op(name, reference, overload, launches, limit)
+    op = Op(name, reference, inspect.signature(reference), overload, launches, limit)
     OPS[name] = op
     return op
 
@@ -149,6 +152,12 @@ def tensors_of(args: Any) -> list[Tensor]:
 def tokens(x: Tensor) -> Tensor:
     """[B, ..., C] → [B, T, C]."""
     return x.reshape(x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1])
+
+
+def too_many_scores(op: str, keys: Tensor) -> str:
+    """Why a kernel does not take keys or values [B, S, C] of so many tokens; empty where it does."""
+    most = MAX_SCORES[op]
+    return "" if keys.shape[1] <= most else f"{keys.shape[1]} scores a token, more than {most}"
 
 
 def row(values: Tensor, like: Tensor, channel_dim: int = -1) -> Tensor:

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from speed.kernels import Case, Random, Row, in_double, odd_cases, off, real_cases
+from agd_fast.ops.exactness import off
+from agd_fast.warning import described
+from speed.kernels import Case, Random, Row, odd_cases, real_cases
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 BATCHES = (1, 4, 64)
@@ -39,7 +41,7 @@ def check_case(case: Case, batch: int, dtype: torch.dtype, device: torch.device 
         return
     args = case.arguments(Random(dtype, device, sliced=sliced), batch)
     before = [arg.clone() if isinstance(arg, Tensor) else arg for arg in args]
-    plain, exact = case.op.reference(*args), case.op.reference(*in_double(case.op, args))
+    plain, exact = case.op.reference(*args), case.op.reference(*case.op.in_double(args))
     for config in case.op.configs():
         try:
             with poisoned():
@@ -50,7 +52,7 @@ def check_case(case: Case, batch: int, dtype: torch.dtype, device: torch.device 
                 args[index].copy_(before[index])
             reason = f"arguments {changed} were changed" if changed else reason
         except Exception as error:  # what does not compile is red, not the end of the checks
-            reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"[:300]
+            reason = described(error)
         yield {
             "op": case.op.name,
             "shape": case.shape,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -11,12 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from agd_fast_kernels.shapes import FLOAT32
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
 from agd_fast.ops import OPS, Op, kernels_info
+from agd_fast.ops.exactness import off
 from agd_fast.ops.registry import tensors_of
+from agd_fast.warning import described
 
 Row = dict[str, Any]
 Arguments = tuple[Any, ...]
@@ -241,28 +241,6 @@ def flops(op: Op, args: Arguments) -> int:
     return int(flop_registry[op.overload._overloadpacket](*args, out_val=None))
 
 
-def in_double(op: Op, args: Arguments) -> Arguments:
-    """The same in float64, but for what an op insists on float32 for."""
-    names = list(inspect.signature(op.reference).parameters)
-    return tuple(
-        arg.double() if isinstance(arg, Tensor) and name not in FLOAT32 else arg for name, arg in zip(names, args, strict=False)
-    )
-
-
-def off(found: Any, plain: Any, exact: Any) -> str:
-    """Why a result is not right: off the exact one by more than twice what the reference loses in its dtype, and a rounding."""
-    for index, (one, own, true) in enumerate(zip(*map(tensors_of, (found, plain, exact)), strict=True)):
-        if one.shape != own.shape or one.dtype != own.dtype:
-            return f"output {index}: expected {own.dtype} {list(own.shape)}, found {one.dtype} {list(one.shape)}"
-        if not one.numel():
-            continue
-        error, lost = (float((result.double() - true.double()).abs().max()) for result in (one, own))
-        floor = torch.finfo(own.dtype).eps * float(true.abs().max())
-        if not error <= 2 * lost + floor:
-            return f"output {index}: off by {error:.3g}, torch by {lost:.3g}, a rounding is {floor:.3g}"
-    return ""
-
-
 @dataclass(frozen=True)
 class Ceiling:
     """bandwidth: bytes/s read and written by a copy. rate: FLOP/s of a product in bfloat16. Both as measured on this card."""
@@ -353,7 +331,7 @@ def passes_of(
     args = inputs[0]
     passes: dict[str, Pass] = {}
     reasons: dict[str, str] = {}
-    plain, exact = case.op.reference(*args), case.op.reference(*in_double(case.op, args))
+    plain, exact = case.op.reference(*args), case.op.reference(*case.op.in_double(args))
     for name, function in contenders(case.op).items():
         if not wanted(name):
             continue
@@ -363,7 +341,7 @@ def passes_of(
             else:
                 passes[name] = Pass(function, inputs)
         except Exception as error:  # whatever a compiler may raise: the others are timed all the same
-            reasons[name] = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"[:300]
+            reasons[name] = described(error)
     return passes, reasons
 
 

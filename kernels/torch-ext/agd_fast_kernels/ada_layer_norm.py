@@ -43,6 +43,17 @@ def normalised(x, inside, C, eps):
 
 
 @triton.jit
+def modulated(x, gamma, beta, gamma_here, beta_here, inside, C, eps):
+    """[ROWS, BLOCK] float32 → its norm, times a sample's γ, plus its β; None for 1 and 0."""
+    normed = normalised(x, inside, C, eps)
+    if gamma is not None:
+        normed *= one_row(gamma, gamma_here, inside)
+    if beta is not None:
+        normed += one_row(beta, beta_here, inside)
+    return normed
+
+
+@triton.jit
 def ada_layer_norm_fwd_kernel(
     x, gamma, beta, out, x_b, x_t, gamma_b, beta_b, T, C, eps, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -52,11 +63,7 @@ def ada_layer_norm_fwd_kernel(
     inside = columns < C
     mask = (tokens < T)[:, None] & inside[None, :]
     rows = tl.load(x + sample * x_b + (tokens * x_t)[:, None] + columns[None, :], mask=mask, other=0.0).to(tl.float32)
-    normed = normalised(rows, inside, C, eps)
-    if gamma is not None:
-        normed *= one_row(gamma, sample * gamma_b + columns, inside)
-    if beta is not None:
-        normed += one_row(beta, sample * beta_b + columns, inside)
+    normed = modulated(rows, gamma, beta, sample * gamma_b + columns, sample * beta_b + columns, inside, C, eps)
     there = ((sample * T + tokens) * C)[:, None] + columns[None, :]
     tl.store(out + there, normed.to(out.dtype.element_ty), mask=mask)
 

@@ -11,9 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ._tiles import chosen, packed, per_sample
-from .shapes import require
+from .shapes import MAX_RANK, require
 
-MAX_RANK = 64
 # Few tokens a program, so that a batch of one has enough of them: it is the reading that takes time
 CONFIGS: tuple[dict[str, int], ...] = (
     {"BLOCK_M": 32, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._tiles import chosen, packed, per_sample, rows_of
-from .ada_layer_norm import normalised, one_row, place, row_tiles
+from .ada_layer_norm import modulated, one_row, place, row_tiles
 from .shapes import require
 
 # As ada_layer_norm's, with fewer warps: every key is a sum across them, and is read once for all rows of a tile.
@@ -44,11 +44,7 @@ def norm_scores_fwd_kernel(
     inside = columns < C
     mask = (tokens < T)[:, None] & inside[None, :]
     rows = tl.load(x + sample * x_b + (tokens * x_t)[:, None] + columns[None, :], mask=mask, other=0.0).to(tl.float32)
-    normed = normalised(rows, inside, C, eps)
-    if gamma is not None:
-        normed *= one_row(gamma, sample * gamma_b + columns, inside)
-    if beta is not None:
-        normed += one_row(beta, sample * beta_b + columns, inside)
+    normed = modulated(rows, gamma, beta, sample * gamma_b + columns, sample * beta_b + columns, inside, C, eps)
     rounded = normed.to(out.dtype.element_ty)
     tl.store(out + ((sample * T + tokens) * C)[:, None] + columns[None, :], rounded, mask=mask)
 

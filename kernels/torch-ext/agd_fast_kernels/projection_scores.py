@@ -9,9 +9,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ._tiles import IN_FLOAT32, chosen, packed, product, rows_of, tile_of
-from .shapes import require
+from .shapes import MAX_SCORES, require
 
-MAX_SCORES = 128  # one tile: the softmax is over all of it
+MOST = MAX_SCORES["projection_scores"]  # one tile: the softmax is over all of it
 CONFIGS: tuple[dict[str, int], ...] = (
     {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP_M": 8, "num_warps": 8, "num_stages": 3},
     {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "GROUP_M": 8, "num_warps": 8, "num_stages": 2},
@@ -73,8 +73,8 @@ def projection_scores_fwd(
     if heads != 1:
         raise ValueError(f"projection_scores: heads must be 1, found {heads}")
     (N, C), S = weight.shape, A.shape[1]
-    if S > MAX_SCORES:
-        raise ValueError(f"projection_scores: A must have at most {MAX_SCORES} scores a token, found {S}")
+    if S > MOST:
+        raise ValueError(f"projection_scores: A must have at most {MOST} scores a token, found {S}")
     launch = chosen("projection_scores", CONFIGS, config, x.dtype, **IN_FLOAT32)
     q, P = x.new_empty(*x.shape[:-1], N), x.new_empty(*x.shape[:-1], S)
     rows, weight, A = rows_of(x), packed(weight), packed(A)

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._tiles import chosen, packed, per_sample, rows_of
-from .ada_layer_norm import normalised, one_row, place, row_tiles
+from .ada_layer_norm import modulated, one_row, place, row_tiles
 from .shapes import require
 
 # As ada_layer_norm's.
@@ -40,11 +40,8 @@ def residual_norm_fwd_kernel(
     rounded = (total + added).to(h.dtype.element_ty)
     tl.store(h + there, rounded, mask=mask)
 
-    normed = normalised(rounded.to(tl.float32), inside, C, eps)  # of the sum as it is written
-    if gamma is not None:
-        normed *= one_row(gamma, sample * gamma_b + columns, inside)
-    if beta is not None:
-        normed += one_row(beta, sample * beta_b + columns, inside)
+    written = rounded.to(tl.float32)  # the norm is of the sum as it is written
+    normed = modulated(written, gamma, beta, sample * gamma_b + columns, sample * beta_b + columns, inside, C, eps)
     tl.store(out + there, normed.to(out.dtype.element_ty), mask=mask)
 
 

@@ -29,6 +29,9 @@ SHAPES: dict[str, dict[str, str]] = {
     "guidance_combine": {"uncond": "B ...", "cond": "B ...", "omega": "B|1"},
     "guided_update": {"uncond": "B ...", "cond": "B ...", "omega": "B|1", "sample": "B ...", "a": "B|1", "b": "B|1"},
 }
+# What a kernel takes at most: scores of a token, those of all heads; the rank of a low-rank term.
+MAX_SCORES = {"norm_scores": 16, "gated_residual": 16, "projection_scores": 128, "projection_mix": 128}
+MAX_RANK = 64
 FLOAT32 = {"omega", "score_bias", "a", "b"}  # whatever the dtype of the others
 
 
