@@ -7,7 +7,7 @@ not a subclass. The entries that ship are in `agd_fast.families`; any `nn.Module
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -323,6 +323,14 @@ def prediction_type_of(scheduler: Any) -> str:
 def forward_parameters(denoiser: nn.Module) -> tuple[str, ...]:
     """Names of the denoiser's forward parameters, in positional order."""
     return tuple(inspect.signature(denoiser.forward).parameters)
+
+
+def argument_of(name: str, parameters: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """The value of a (dotted) name in a call of a forward with these parameters; None where it is not passed."""
+    outer, _, inner = name.partition(".")
+    position = parameters.index(outer) if outer in parameters else len(args)
+    value = kwargs[outer] if outer in kwargs else args[position] if position < len(args) else None
+    return value.get(inner) if inner and value is not None else value
 
 
 def nest(values: Mapping[str, Any]) -> dict[str, Any]:

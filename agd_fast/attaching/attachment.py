@@ -15,7 +15,7 @@ from agd_fast.adapters import Adapter
 from agd_fast.adapters.base import Ahead, Prepared, SiteAdapter
 from agd_fast.attaching.find import bring, bring_embedders, denoiser_of
 from agd_fast.conditioning import embed_conditions, embed_time
-from agd_fast.spec import Condition, DenoiserSpec, config_value
+from agd_fast.spec import Condition, DenoiserSpec, argument_of, config_value
 
 ROOT, SITES = "_agd", "_agd_sites"
 
@@ -37,7 +37,7 @@ class Attachment:
 
     def __init__(self, adapter: Adapter, spec: DenoiserSpec, parameters: tuple[str, ...], sites: list[AttachedSite]) -> None:
         self.adapter, self.spec, self.sites = adapter, spec, sites
-        self.positions = {name: position for position, name in enumerate(parameters)}
+        self.parameters = parameters
         self.handles: list[Any] = []
         self.checkpoints: list[tuple[Any, Any]] = []  # modules whose checkpointing was wrapped for one forward, and their own
         self.enabled = True
@@ -53,10 +53,7 @@ class Attachment:
         return self.omega is not None and self.enabled
 
     def argument(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        outer, _, inner = name.partition(".")
-        position = self.positions.get(outer, len(args))
-        value = kwargs[outer] if outer in kwargs else args[position] if position < len(args) else None
-        return value.get(inner) if inner and value is not None else value
+        return argument_of(name, self.parameters, args, kwargs)
 
     def prepare(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Prepared:
         """One entry a site, for a call with these arguments.

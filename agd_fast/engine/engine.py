@@ -22,7 +22,7 @@ from agd_fast.engine.program import Prepared, Program
 from agd_fast.engine.request import Request
 from agd_fast.graph.capture import NotCapturableError, capture
 from agd_fast.graph.levels import Level
-from agd_fast.spec import DenoiserSpec, device_of, forward_parameters
+from agd_fast.spec import DenoiserSpec, argument_of, device_of, forward_parameters
 from agd_fast.warning import described, warn
 
 PROGRAMS = 16  # kept at once: shapes, armed or not
@@ -54,7 +54,7 @@ class Engine:
 
     def __init__(self, denoiser: nn.Module, spec: DenoiserSpec, config: EngineConfig) -> None:
         self.denoiser, self.spec, self.config = denoiser, spec, config
-        self.positions = {name: position for position, name in enumerate(forward_parameters(denoiser))}
+        self.parameters = forward_parameters(denoiser)
         self.captured: dict[Any, Captured] = {}
         self.refused: dict[Any, str] = {}  # why calls with a key are plain
         self.obstacle = ""  # why all calls are, for the model as it is
@@ -104,13 +104,9 @@ class Engine:
         return self.denoiser._call_impl(*args, **kwargs)
 
     def _request(self, scope: Scope, attachment: Attachment | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Request:
-        sample, time = (self._argument(name, args, kwargs) for name in (self.spec.sample, self.spec.timestep))
+        sample, time = (argument_of(name, self.parameters, args, kwargs) for name in (self.spec.sample, self.spec.timestep))
         guidance = scope.guidance if attachment is not None and attachment.enabled else None
         return Request(self.denoiser._call_impl, args, kwargs, sample, time, attachment, guidance, self.config)
-
-    def _argument(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        position = self.positions.get(name, len(args))
-        return kwargs[name] if name in kwargs else args[position] if position < len(args) else None
 
     def _look(self, scope: Scope, attachment: Attachment | None) -> None:
         """Forget everything if the model is not what it was: once a scope, or before every forward where the caller's own code

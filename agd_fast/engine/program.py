@@ -66,7 +66,10 @@ class Program:
         self.rows = self.layout.empty_rows(self.device)
         self.places = self.layout.views(self.rows)
         stored = dict(zip(parts.step.results, self.places, strict=True))
-        self.row_values: Values = {**stored, **dict(zip(parts.views.results, parts.views(stored), strict=True))}
+        row_values: Values = {**stored, **dict(zip(parts.views.results, parts.views(stored), strict=True))}
+        known = {**self.constants, **row_values}  # the same tensors at every step
+        self.wired = [(node, known.get(node)) for node in parts.body.arguments]
+        self.in_rows = [node in row_values for node in parts.body.results]  # where the next step writes
         self.body: Callable[..., Any] = parts.body.module.forward
         if self.compiles:
             self.body = torch.compile(parts.body.module, fullgraph=True, dynamic=False, mode=self.config.mode)
@@ -156,16 +159,14 @@ class Program:
 
     def step(self, inputs: Sequence[Tensor], prepared: Prepared, number: Tensor | None = None) -> list[Tensor]:
         """`run`, operation by operation."""
-        values = {**self.constants, **prepared.static, **prepared.borrowed, **dict(zip(self.inputs, inputs, strict=True))}
+        given = {**prepared.static, **prepared.borrowed, **dict(zip(self.inputs, inputs, strict=True))}
         if prepared.table is not None:
             prepared.table.copy_row(inputs[self.timestep], number, self.rows)
         elif self.places:
-            for place, found in zip(self.places, self.parts.step(values), strict=True):
+            for place, found in zip(self.places, self.parts.step({**self.constants, **given}), strict=True):
                 place.copy_(found)
-        values.update(self.row_values)
-        results = self.body(*[values[node] for node in self.parts.body.arguments])
-        fixed = [node in self.row_values for node in self.parts.body.results]  # the next step writes there
-        return [result.clone() if is_fixed else result for result, is_fixed in zip(results, fixed, strict=True)]
+        results = self.body(*[given[node] if known is None else known for node, known in self.wired])
+        return [result.clone() if in_rows else result for result, in_rows in zip(results, self.in_rows, strict=True)]
 
     def _kept(self, inputs: Sequence[Tensor], prepared: Prepared) -> list[Tensor]:
         table = prepared.table
