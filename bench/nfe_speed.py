@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 
 from agd_fast.environment import environment
-from agd_fast.files import write_json
+from agd_fast.files import read_json, write_json
+from agd_fast.ops import default_policy
 from quality.teachers import TEACHERS, load_teacher
 from speed.architectures import ARCHITECTURES, find_architecture
 from speed.arms import ARMS, require_arms
@@ -60,6 +61,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=DTYPES, help="default: bf16 for a model, fp32 for a teacher")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="meta: count only")
     parser.add_argument("--reference-repo", type=Path, help="clone of github.com/cristianpjensen/agd, for agd_naive on a model")
+    parser.add_argument("--counts", type=Path, nargs="+", default=[], help="JSON of runs with --device meta, to count nothing")
+    parser.add_argument("--processes", action="store_true", help="a process for each of a model's arms, all at once")
+    parser.add_argument("--lock", type=Path, help="file that is locked while times are taken, for others on the card")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     parser.add_argument("--plot", type=Path, help="of a picture; default: beside the JSON")
     return parser
@@ -68,8 +72,9 @@ def _parser() -> argparse.ArgumentParser:
 def _settings(args: argparse.Namespace) -> Settings:
     """Raises: ValueError, FileNotFoundError for what does not go together or is not there."""
     require_arms(args.arms or ())
-    if not args.model and (args.device == "meta" or args.reference_repo):
-        found = "--device meta" if args.device == "meta" else "--reference-repo"
+    of_models = {"--device meta": args.device == "meta", "--reference-repo": args.reference_repo, "--processes": args.processes}
+    if not args.model and any(of_models.values()):
+        found = next(name for name, given in of_models.items() if given)
         raise ValueError(f"{found} goes with --model; expected one or several of {', '.join(ARCHITECTURES)}, found none")
     return Settings(
         arms=args.arms or (tuple(ARMS) if args.model else DEFAULT_ARMS),
@@ -80,6 +85,9 @@ def _settings(args: argparse.Namespace) -> Settings:
         guidance_scale=args.guidance_scale,
         kind=args.kind,
         reference=ReferenceAdapters(args.reference_repo) if args.reference_repo else None,
+        counts=[row for path in args.counts for row in read_json(path)["rows"]],
+        processes=args.processes,
+        lock=args.lock,
     )
 
 
@@ -102,6 +110,7 @@ def _report(rows: list[Row], settings: Settings, args: argparse.Namespace) -> No
         path = args.plot or (args.json.with_suffix(".png") if args.json else None)
         if path:
             save_bars(path if len(rows) == len(own) else path.with_stem(f"{path.stem}-{model}"), own, title)
+    where["kernels"] = f"{where['kernels']}; {default_policy()}"
     if args.json:
         write_json(args.json, {"environment": where, "commit": commit(), "rows": rows})
 

@@ -225,3 +225,16 @@ def test_the_roofline_is_the_higher_of_two():
 def test_the_reference_must_be_there(tmp_path):
     with pytest.raises(FileNotFoundError, match="expected a clone"):
         ReferenceAdapters(tmp_path)
+
+
+@pytest.mark.parametrize("kind", [None, "cross_attention", "offset"])
+def test_every_adapter_runs_in_16_bit(kind):
+    bench = Workbench(TINY, 1, 1, torch.device("cpu"), torch.bfloat16, kind=kind)
+    assert {bench.run(bench.arm(arm)).dtype for arm in ("unguided", "agd", "agd_naive")} == {torch.bfloat16}
+
+
+def test_counts_of_an_earlier_run_are_taken():
+    made = settings(arms=["unguided", "cfg"], device=META)
+    rows = measure_model("tiny", [1], made, TINY)
+    again = measure_model("tiny", [1, 2], replace(made, counts=rows), TINY)
+    assert [row["flops_per_step"] for row in again] == [rows[0]["flops_per_step"], rows[1]["flops_per_step"], None, None]

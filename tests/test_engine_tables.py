@@ -8,7 +8,7 @@ from agd_fast.attaching import scoped
 from agd_fast.attaching.timesteps import position_of, ways_to_pass
 from agd_fast.engine.config import EngineConfig
 from agd_fast.engine.program import Program, at_all_steps
-from agd_fast.engine.tables import RowLayout, Rows, _index, fill_table, find
+from agd_fast.engine.tables import RowLayout, Rows, Table, fill_rows, find, index_of
 from agd_fast.graph.capture import capture
 from agd_fast.graph.levels import Level
 from agd_fast.spec import DenoiserSpec
@@ -16,9 +16,7 @@ from helpers_engine import SCALE, assert_same, small_unet, tables
 from helpers_pipelines import attach, noise
 
 STATIC, STEP, MOVING = Level.STATIC, Level.STEP, Level.MOVING
-
-
-STATIC, STEP, MOVING = Level.STATIC, Level.STEP, Level.MOVING
+CPU = torch.device("cpu")
 
 
 def captured(function, *inputs):
@@ -38,7 +36,7 @@ def test_a_program_gives_every_step_from_its_table_or_without_one(bound):
     times = torch.tensor([0.9, 0.5, 0.1])
     inputs = [torch.randn(3, 3), times[0], torch.randn(3, 3)]
     program = Program(captured(function, *inputs), [STATIC, STEP, MOVING], 1, EngineConfig(max_table_bytes=bound))
-    prepared = program.tabulated(program.prepare(inputs), inputs, rows_at(times), {1: times})
+    prepared = program.prepare(inputs, rows_at(times), {1: times})
     assert (prepared.table is not None) == (bound > 0)
     for t in (*times, *times.flip(0)):
         x = torch.randn(3, 3)
@@ -72,7 +70,7 @@ def test_tensors_of_a_row_are_aligned_and_come_back():
     layout = RowLayout(((3,), (2, 5), ()), (torch.float32, torch.float32, torch.bfloat16))
     columns = [torch.randn(4, 3), torch.randn(4, 2, 5), torch.randn(4).bfloat16()]
     times = torch.tensor([900, 600, 300, 20])
-    table = fill_table(layout, columns, rows_at(times))
+    table = Table(fill_rows(layout, columns), index_of(rows_at(times), CPU))
     assert table.bytes == 5 * layout.row_bytes
     rows = layout.empty_rows(torch.device("cpu"))
     views = layout.views(rows)
@@ -86,7 +84,7 @@ def test_tensors_of_a_row_are_aligned_and_come_back():
 
 def test_steps_at_one_timestep_are_told_apart_by_their_number():
     times, numbers = torch.tensor([900.0, 600.0, 600.0, 300.0]), torch.arange(4)
-    index = _index(Rows(times, numbers, numbered=True))
+    index = index_of(Rows(times, numbers, numbered=True), CPU)
     for row, (time, number) in enumerate(zip(times, numbers, strict=True)):
         assert int(find(index, time, number[None].float())) == row
     for time, number in ((900.0, 1.0), (600.0, 3.0), (450.0, 2.0)):
@@ -107,7 +105,7 @@ SCHEDULES = {
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_a_timestep_is_found_whatever_its_dtype_and_shape(name):
     times = SCHEDULES[name]
-    index, listed = _index(rows_at(times)), times.tolist()
+    index, listed = index_of(rows_at(times), CPU), times.tolist()
     for time in times:
         for given in (time, time[None], time.expand(3)):
             assert int(find(index, given)) == listed.index(time.item())
@@ -116,7 +114,7 @@ def test_a_timestep_is_found_whatever_its_dtype_and_shape(name):
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_a_timestep_that_is_not_in_the_schedule_finds_the_last_row(name):
     times = SCHEDULES[name]
-    index, listed = _index(rows_at(times)), set(times.double().tolist())
+    index, listed = index_of(rows_at(times), CPU), set(times.double().tolist())
     gap = 1 if not times.is_floating_point() else float(times.double().unique().diff().min()) / 8 if len(times) > 1 else 1.0
     strangers = {time + sign * gap for time in listed for sign in (-1, 1)} - listed | {-1e4, 1e4, float("inf")}
     for stranger in strangers:

@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -17,7 +18,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 
 import on_gpu
 from agd_fast.ops import OPS
-from speed import kernels
+from speed import kernel_checks, kernels
+from speed.hardware import busy, quiet
 from speed.kernel_checks import Meta, check_case, checks
 from speed.kernels import Case, Ceiling, Random, figures, flops, measure_case, odd_cases, real_cases, traffic
 
@@ -90,7 +92,7 @@ def test_checks_go_through_batches_dtypes_and_layouts(monkeypatch):
     seen = []
     monkeypatch.setattr("speed.kernel_checks.odd_cases", lambda: [CASE])
     monkeypatch.setattr("speed.kernel_checks.check_case", lambda *args, sliced: iter([seen.append((*args[1:3], sliced))]))
-    list(checks("cpu", odd_only=True))
+    list(checks(None, "cpu", odd=True))
     dtypes = (torch.bfloat16, torch.float16, torch.float32)
     expected = {(batch, dtype, False) for batch in (1, 4, 64) for dtype in dtypes} | {(4, dtype, True) for dtype in dtypes}
     assert len(seen) == len(expected) and set(seen) == expected
@@ -182,22 +184,56 @@ def test_more_shapes_are_compiled_than_pytorch_keeps(fake_card, monkeypatch):
         assert list(ways[0]) == ["compiled"] and not ways[1], width
 
 
-def test_red_checks_stop(tmp_path, capsys):
-    path = tmp_path / "checks.json"
-    with pytest.raises(SystemExit, match="1 checks are red, first"):
-        on_gpu.once(path, lambda: {"rows": [{"ok": True}, {"ok": False, "op": "x"}]})
-    with pytest.raises(SystemExit, match="delete it to check again"):
-        on_gpu.once(path, lambda: pytest.fail("they were made already"))
-    on_gpu.once(tmp_path / "green.json", lambda: {"rows": [{"ok": True}]})
+WRITE = "import json, sys; json.dump({'rows': [{'ok': %s}]}, open(sys.argv[sys.argv.index('--json') + 1], 'w')); print('said')"
 
 
-def test_red_kernels_are_kept_and_others_counted(monkeypatch):
+def test_a_task_writes_its_json_once(tmp_path, capsys):
+    task = on_gpu.Task("checks/a", ["-c", WRITE % "True"])
+    on_gpu.run_all([task], tmp_path, 2, math.inf)
+    written = (tmp_path / "checks/a.json").stat().st_mtime_ns
+    on_gpu.run_all([task], tmp_path, 2, math.inf)
+    assert (tmp_path / "checks/a.json").stat().st_mtime_ns == written
+    assert (tmp_path / "checks/a.log").read_text() == "said\n" and capsys.readouterr().out.count("checks/a: done after") == 1
+    on_gpu.require_green(tmp_path)
+
+
+def test_what_fails_or_takes_too_long_is_said(tmp_path, capsys):
+    tasks = [on_gpu.Task("a", ["-c", "import sys; sys.exit(3)"]), on_gpu.Task("b", ["-c", "import time; time.sleep(60)"])]
+    on_gpu.run_all(tasks, tmp_path, 2, time.monotonic() + 1)
+    said = capsys.readouterr().out
+    assert "a: failed (3) after" in said and "b: failed (no time left) after" in said
+
+
+def test_red_checks_stop(tmp_path):
+    on_gpu.run_all([on_gpu.Task("checks/a", ["-c", WRITE % "False"])], tmp_path, 1, math.inf)
+    with pytest.raises(SystemExit, match=r"1 checks are red, first {'ok': False}: see .*a.json; delete it to check again"):
+        on_gpu.require_green(tmp_path)
+
+
+def test_times_are_taken_while_nobody_is_busy(tmp_path):
+    lock, seen = tmp_path / "lock", []
+
+    def timed():
+        with quiet(lock):
+            seen.append("timed")
+
+    thread = threading.Thread(target=timed)
+    with busy(lock), busy(lock):
+        thread.start()
+        thread.join(0.2)
+        seen.append("checked")
+    thread.join()
+    assert seen == ["checked", "timed"]
+
+
+def test_red_kernels_are_written_and_all_counted(tmp_path, monkeypatch):
     rows = [{"op": "a", "ok": True}, {"op": "a", "ok": False}, {"op": "b", "ok": True}]
-    monkeypatch.setattr(on_gpu, "kernel_checks", lambda device: iter(rows))
-    monkeypatch.setattr(on_gpu, "kernels_info", lambda: {"missing": ""})
-    assert on_gpu.check_kernels() == {"checked": {"a": 2, "b": 1}, "rows": [rows[1]]}
-    monkeypatch.setattr(on_gpu, "kernels_info", lambda: {"missing": "triton is not installed"})
-    assert on_gpu.check_kernels()["rows"] == [{"ok": False, "reason": "triton is not installed"}]
+    monkeypatch.setattr(kernel_checks, "checks", lambda *_, **__: iter(rows))
+    monkeypatch.setattr("sys.argv", ["kernel_checks", "--device", "cpu", "--json", str(tmp_path / "checks.json")])
+    with pytest.raises(SystemExit, match="True"):
+        kernel_checks.main()
+    found = json.loads((tmp_path / "checks.json").read_text())
+    assert found["checked"] == 3 and found["rows"] == rows[1:2]
 
 
 @pytest.mark.parametrize(("errors", "code", "ok"), [(0, 0, True), (3, 1, False), (None, 0, False)])
@@ -210,15 +246,13 @@ def test_sanitizer(tmp_path, monkeypatch, errors, code, ok):
     tool.chmod(0o755)
     (row,) = on_gpu.sanitize()["rows"]
     assert row["ok"] == ok and row["summary"] == ([] if errors is None else [f"ERROR SUMMARY: {errors} errors"])
-    assert "--tool memcheck" in row["end"] and "-m speed.kernel_checks 1\n" in row["end"]
+    assert "--tool memcheck" in row["end"] and "-m speed.kernel_checks --odd 1\n" in row["end"]
 
 
-def test_without_a_gpu_it_is_said_what_would_run(capsys):
-    on_gpu.list_kernels()
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[2] for line in lines] == sorted(OPS) and "2 odd and 4 real shapes" in next(
-        line for line in lines if "guided_update" in line
-    )
+def test_tasks_are_of_every_op_and_model():
+    names = [task.name for task in (*on_gpu.checks(), *on_gpu.speeds())]
+    assert len(set(names)) == len(names) and {f"kernels/{op}" for op in OPS} < set(names)
+    assert {f"checks/kernel_{op}_bfloat16" for op in OPS} | {"checks/engine_sdxl", "nfe_speed/sdxl-1024_16"} < set(names)
 
 
 def test_pytest_benchmarks_every_op(tmp_path):

@@ -113,7 +113,7 @@ def rows_of(context: Context) -> tuple[list[Tensor], Tensor | None, Tensor | Non
     tokens, mask = context.tokens, _joined_mask(context)
     sizes = [token.shape[1] for token in tokens]
     positions = torch.arange(sum(sizes), device=tokens[0].device) if mask is None else mask.cumsum(dim=1) - 1
-    embedded = sinusoidal_positions(positions, tokens[0].shape[2]).split(sizes, dim=-2)
+    embedded = sinusoidal_positions(positions, tokens[0].shape[2]).to(tokens[0].dtype).split(sizes, dim=-2)
     rows = [token + position for token, position in zip(tokens, embedded, strict=True)]
     return rows, None if context.gain is None else context.gain[:, None, None], mask
 

@@ -18,6 +18,8 @@ from agd_fast.conditioning import embed_conditions, embed_time
 from agd_fast.spec import Condition, DenoiserSpec, argument_of, config_value
 
 ROOT, SITES = "_agd", "_agd_sites"
+# asked once: older versions of torch cannot trace the question
+_AUTOCASTING = frozenset(filter(torch.amp.is_autocast_available, ("cpu", "cuda", "mps", "xpu", "hpu", "xla")))
 
 
 class AttachedSite:
@@ -117,9 +119,7 @@ class Attachment:
 
 def _no_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """Where there is such a thing: "meta" has none."""
-    if not torch.amp.is_autocast_available(device.type):
-        return nullcontext()
-    return torch.autocast(device.type, enabled=False)
+    return torch.autocast(device.type, enabled=False) if device.type in _AUTOCASTING else nullcontext()
 
 
 def _image_tokens(denoiser: nn.Module, spec: DenoiserSpec, shape: tuple[int, ...]) -> int:

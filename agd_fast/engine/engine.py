@@ -161,10 +161,8 @@ class Engine:
             for index in moving:
                 program.let_move(index)
             return self._prepared(program, request, scope)
-        prepared = program.prepare(request.inputs)
         rows = None if timesteps is None else request.rows(timesteps, self.spec)
-        if rows is not None:
-            prepared = program.tabulated(prepared, request.inputs, rows, request.steps(rows))
+        prepared = program.prepare(request.inputs, rows, None if rows is None else request.steps(rows))
         run = _Run([(tensor, version(tensor)) for tensor in inputs], timesteps, prepared)
         runs[:] = [*runs[-VALUES + 1 :], run]
         self.ahead_bytes = sum(one.prepared.bytes for one in runs)

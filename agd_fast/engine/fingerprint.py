@@ -1,14 +1,15 @@
 """Everything of a model that its captured forward took for granted, so that a change of it is seen.
 
-Weights by identity, version, dtype, device and address; modules, hooks and processors by identity; flags and scales (those of
+Weights by identity, version and address; modules, hooks and processors by identity; flags and scales (those of
 LoRA among them) by value. A write through `tensor.data` has no version: between runs nothing depends on it, as nothing computed
 ahead outlives a run; inside a run torch itself cannot tell.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
+from operator import is_
 from typing import Any
 
 from torch import Tensor, nn
@@ -31,29 +32,35 @@ class Fingerprint:
 
     def __init__(self, roots: Iterable[nn.Module]) -> None:
         self.roots = list(roots)
-        self.types: list[tuple[nn.Module, type]] = []
-        self.tensors: list[tuple[Tensor, Any]] = []
-        self.containers: list[tuple[Callable[[], Iterable[Any]], list[Any], list[int]]] = []  # what is in each, and identities
+        self.modules: list[nn.Module] = []
+        self.tensors: list[Tensor] = []
+        self.containers: list[tuple[Callable[[], Collection[Any]], list[Any]]] = []  # and what is in each
         for root in self.roots:
             for module in root.modules():
-                self.types.append((module, type(module)))
+                self.modules.append(module)
                 self._take_attributes(module, is_root=module is root)
+        self.types = list(map(type, self.modules))
+        self.counted = [tensor for tensor in self.tensors if not tensor.is_inference()]
+        self.state = self._state()
 
     def holds(self, roots: Iterable[nn.Module]) -> bool:
         """Whether the model is these roots, and as it was."""
         if list(map(id, roots)) != list(map(id, self.roots)):
             return False
-        if any(type(module) is not kind for module, kind in self.types):
+        if list(map(type, self.modules)) != self.types or self._state() != self.state:
             return False
-        if any(_state(tensor) != state for tensor, state in self.tensors):
-            return False
-        for contents, values, identities in self.containers:
-            if [*map(id, contents())] != identities:
-                found = list(contents())
-                if len(found) != len(values) or not all(map(_equal, found, values)):
+        for contents, values in self.containers:
+            found = contents()
+            if len(found) != len(values) or not all(map(is_, found, values)):
+                again = list(contents())
+                if len(again) != len(values) or not all(map(_equal, again, values)):
                     return False
-                values[:], identities[:] = found, map(id, found)
+                values[:] = again
         return True
+
+    def _state(self) -> list[Any]:
+        """Of tensors all that a write, a move or a cast changes: looked at before a forward, so that little may be asked."""
+        return [*[tensor._version for tensor in self.counted], *[tensor.data_ptr() for tensor in self.tensors]]
 
     def _take_attributes(self, module: nn.Module, is_root: bool) -> None:
         attributes = vars(module)
@@ -64,19 +71,18 @@ class Fingerprint:
 
     def _take(self, value: Any, depth: int) -> None:
         if isinstance(value, Tensor):
-            self.tensors.append((value, _state(value)))
+            self.tensors.append(value)
         elif isinstance(value, (nn.Module, *_PLAIN)) or not depth:
             return  # a module is looked at by itself; what is plain, in what holds it
         elif isinstance(value, (dict, list, tuple, set, frozenset)):
-            self._take_contents(value.values if isinstance(value, dict) else partial(iter, value))
+            self._take_contents(value.values if isinstance(value, dict) else partial(tuple, value))
             for inner in value.values() if isinstance(value, dict) else value:
                 self._take(inner, depth - 1)
         elif isinstance(getattr(value, "__dict__", None), dict):
             self._take(value.__dict__, depth)
 
-    def _take_contents(self, contents: Callable[[], Iterable[Any]]) -> None:
-        values = list(contents())
-        self.containers.append((contents, values, list(map(id, values))))
+    def _take_contents(self, contents: Callable[[], Collection[Any]]) -> None:
+        self.containers.append((contents, list(contents())))
 
 
 def obstacle(root: nn.Module) -> str:
@@ -101,10 +107,6 @@ def obstacle(root: nn.Module) -> str:
 def version(tensor: Tensor) -> int | None:
     """How often the tensor was written to; None where torch does not count."""
     return None if tensor.is_inference() else tensor._version
-
-
-def _state(tensor: Tensor) -> Any:
-    return version(tensor), tensor.dtype, tensor.device, tensor.shape, tensor.data_ptr()
 
 
 def _without_calls(attributes: Mapping[str, Any]) -> list[Any]:

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-WARMUP = 3  # runs before the recording: compilation, autotuning and workspaces must be done with
+from agd_fast.warning import first_line
+
+WARMUP = 3  # runs before a step is recorded: compilation, autotuning and workspaces must be done with
 
 Step = Callable[[Sequence[Tensor], Sequence[Tensor]], list[Tensor]]
 
@@ -26,17 +28,19 @@ class GraphedStep:
     """`step(moving, kept)` recorded once and replayed on memory of its own, to which the tensors of each call are copied: those
     of `kept` only when their `serial` is another than the last time."""
 
-    def __init__(self, step: Step, moving: Sequence[Tensor], kept: Sequence[Tensor], serial: int = 0) -> None:
+    def __init__(
+        self, step: Step, moving: Sequence[Tensor], kept: Sequence[Tensor], serial: int = 0, warmup: int = WARMUP
+    ) -> None:
         self.device = moving[0].device
         self.moving, self.kept, self.loaded = [tensor.clone() for tensor in moving], [tensor.clone() for tensor in kept], serial
         with torch.cuda.device(self.device):  # streams and graphs are those of the current one
-            self._record(step)
+            self._record(step, warmup)
 
-    def _record(self, step: Step) -> None:
+    def _record(self, step: Step, warmup: int) -> None:
         current, side = torch.cuda.current_stream(), torch.cuda.Stream()
         side.wait_stream(current)
         with torch.cuda.stream(side):
-            for _ in range(WARMUP):
+            for _ in range(warmup):
                 step(self.moving, self.kept)
         current.wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
@@ -57,3 +61,25 @@ class GraphedStep:
         with torch.cuda.device(self.device):
             self.graph.replay()
         return [tensor.clone() for tensor in self.outputs]  # schedulers keep what they are given
+
+
+class Recorded:
+    """A function of tensors that runs once a scope: as it is the first time at shapes, as one CUDA graph from the second on."""
+
+    def __init__(self) -> None:
+        self.key: Any = None
+        self.graph: GraphedStep | None = None
+        self.trouble = ""  # why there is no graph
+
+    def __call__(self, function: Callable[[Sequence[Tensor]], list[Tensor]], tensors: Sequence[Tensor], key: Any) -> list[Tensor]:
+        """key: all that the function depends on but the tensors."""
+        key = (key, *((tensor.shape, tensor.dtype) for tensor in tensors))
+        if key != self.key:
+            self.key, self.graph, self.trouble = key, None, ""
+            return function(tensors)
+        if self.graph is None and not self.trouble:
+            try:
+                self.graph = GraphedStep(lambda moving, _: function(moving), tensors, [], warmup=1)
+            except RuntimeError as error:
+                self.trouble = first_line(error)
+        return function(tensors) if self.graph is None else self.graph(tensors, [])

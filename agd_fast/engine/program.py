@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, fx
 
 from agd_fast.engine.config import EngineConfig
-from agd_fast.engine.graphs import GraphedStep
-from agd_fast.engine.tables import RowLayout, Rows, Table, fill_table
+from agd_fast.engine.graphs import GraphedStep, Recorded
+from agd_fast.engine.tables import RowLayout, Rows, Table, fill_rows, index_of
 from agd_fast.graph.capture import Captured, value_of
 from agd_fast.graph.levels import Level
 from agd_fast.graph.partition import partition
@@ -21,22 +21,27 @@ from agd_fast.ops import default_policy
 from agd_fast.warning import described, first_line
 
 Values = dict[fx.Node, Tensor]
+ByDtype = dict[torch.dtype, Tensor]
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """All of one run that does not move with x_t. static: what does not move at all. borrowed: of it, what is the model's own
-    memory. table: what moves with the step, where the schedule is known. serial: of this and no other."""
+    """All of one run that does not move with x_t.
+
+    static: what does not move at all; of a program that records graphs it lies in `packed`, one row for each dtype, instead.
+    table: what moves with the step, where the schedule is known. serial: of this and no other.
+    """
 
     static: Values
-    borrowed: Values
+    packed: ByDtype
     table: Table | None
     serial: int = field(default_factory=itertools.count(1).__next__)
 
     @property
     def bytes(self) -> int:
         """Of memory that is held for it."""
-        storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in self.static.values()}
+        held = [*self.static.values(), *self.packed.values()]
+        storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in held}
         return sum(storages.values()) + (self.table.bytes if self.table else 0)
 
 
@@ -47,6 +52,7 @@ class Program:
         self.inputs, self.levels, self.timestep, self.config = captured.inputs, list(levels), timestep, config
         self.graph = captured.graph
         self.trouble = ""  # why steps are slower than they might be
+        self.packing: RowLayout | None = None  # of what does not move
         self.cuts = 0  # how often it was cut: what was prepared for one does not fit the next
         self.constants: Values = dict(captured.constants)
         self.device = _device([node for node, level in self._leveled if level == Level.MOVING])
@@ -74,6 +80,7 @@ class Program:
         if self.compiles:
             self.body = torch.compile(parts.body.module, fullgraph=True, dynamic=False, mode=self.config.mode)
         self.graphed: GraphedStep | None = None
+        self.recorded, self.borrowed, self.packing = Recorded(), Values(), None
         read = {*parts.body.arguments, *parts.step.arguments} - self.constants.keys()
         if self.graphs and any(node.meta["val"].device != self.device for node in read):
             self.graphs, self.trouble = False, "a step reads tensors of other devices, so it is launched operation by operation"
@@ -111,32 +118,62 @@ class Program:
     def of_level(self, level: Level) -> list[int]:
         return [index for index, found in enumerate(self.levels) if found == level]
 
-    def prepare(self, inputs: Sequence[Tensor]) -> Prepared:
-        """What does not move at all, without a table. inputs: of any step."""
-        static = dict(zip(self.parts.once.results, self.parts.once(self._given(inputs)), strict=True))
-        own = {tensor.untyped_storage()._cdata for tensor in self.constants.values()}
-        borrowed = {node: tensor for node, tensor in static.items() if tensor.untyped_storage()._cdata in own}
-        return Prepared({node: tensor for node, tensor in static.items() if node not in borrowed}, borrowed, None)
+    def prepare(self, inputs: Sequence[Tensor], rows: Rows | None = None, steps: Mapping[int, Tensor] | None = None) -> Prepared:
+        """What does not move with x_t, with a table of all steps if they are given, unless that is larger than the config allows.
 
-    def tabulated(self, prepared: Prepared, inputs: Sequence[Tensor], rows: Rows, steps: Mapping[int, Tensor]) -> Prepared:
-        """`prepared` with a table of all steps, unless that is larger than the config allows.
-
-        steps: values [R, …] of the inputs that move with the step, by index.
+        inputs: of any step. rows: of the table. steps: values [R, …] of the inputs that move with the step, by index.
         """
-        if not self.places or (len(rows.times) + 1) * self.layout.row_bytes > self.config.max_table_bytes:
-            return prepared
-        moving = {self.inputs[index]: values for index, values in steps.items()}
-        values = {**self._given(inputs), **prepared.static, **prepared.borrowed, **moving}
-        nodes = self.parts.step.arguments
-        columns = at_all_steps(
-            self.parts.step.module.forward,
-            [values[node] for node in nodes],
-            tuple(0 if node in moving else None for node in nodes),
-        )
-        return Prepared(prepared.static, prepared.borrowed, fill_table(self.layout, columns, rows))
+        given = [inputs[index] for index in self.of_level(Level.STATIC)]
+        if rows is None or not self.places or (len(rows.times) + 1) * self.layout.row_bytes > self.config.max_table_bytes:
+            rows, steps = None, {}
+        if self.packing is None:
+            self._look_at_static(given)
+        static, packed, filled = self._ahead(given, steps or {}) if not self.graphs else self._packed_ahead(given, steps or {})
+        return Prepared(static, packed, None if rows is None else Table(filled, index_of(rows, self.device)))
 
-    def _given(self, inputs: Sequence[Tensor]) -> Values:
-        return {**self.constants, **{self.inputs[index]: inputs[index] for index in self.of_level(Level.STATIC)}}
+    def _look_at_static(self, given: Sequence[Tensor]) -> None:
+        """Which of what does not move is the model's own memory, which is borrowed, and how the rest is to lie."""
+        results = dict(zip(self.parts.once.results, self.parts.once(self._given(given)), strict=True))
+        own = {tensor.untyped_storage()._cdata for tensor in self.constants.values()}
+        self.borrowed = {node: tensor for node, tensor in results.items() if tensor.untyped_storage()._cdata in own}
+        self.packing = RowLayout.of([tensor for node, tensor in results.items() if node not in self.borrowed])
+
+    @property
+    def _made(self) -> list[fx.Node]:
+        """What is made of what does not move."""
+        return [node for node in self.parts.once.results if node not in self.borrowed]
+
+    def _given(self, given: Sequence[Tensor]) -> Values:
+        """Of the inputs that do not move, and of the model."""
+        return {**self.constants, **{self.inputs[i]: one for i, one in zip(self.of_level(Level.STATIC), given, strict=True)}}
+
+    def _ahead(self, given: Sequence[Tensor], steps: Mapping[int, Tensor]) -> tuple[Values, ByDtype, ByDtype]:
+        """What does not move, none of it packed, and the rows of the table."""
+        values = self._given(given)
+        static = dict(zip(self.parts.once.results, self.parts.once(values), strict=True))
+        own = {node: static[node] for node in self._made}
+        if not steps:
+            return own, {}, {}
+        moving = {self.inputs[index]: found for index, found in steps.items()}
+        values = {**values, **static, **moving}
+        nodes = self.parts.step.arguments
+        dims = tuple(0 if node in moving else None for node in nodes)
+        columns = at_all_steps(self.parts.step.module.forward, [values[node] for node in nodes], dims)
+        return own, {}, fill_rows(self.layout, columns)
+
+    def _packed_ahead(self, given: Sequence[Tensor], steps: Mapping[int, Tensor]) -> tuple[Values, ByDtype, ByDtype]:
+        """The same, packed: from the second time at the same shapes on as one CUDA graph."""
+        assert self.packing is not None
+        packing, count = self.packing, len(given)
+
+        def compute(tensors: Sequence[Tensor]) -> list[Tensor]:
+            static, _, filled = self._ahead(tensors[:count], dict(zip(steps, tensors[count:], strict=True)))
+            return [*packing.packed([*static.values()], self.device).values(), *filled.values()]
+
+        found = self.recorded(compute, [*given, *steps.values()], tuple(steps))
+        dtypes = [*packing.offsets[1]]
+        filled = dict(zip(self.layout.offsets[1], found[len(dtypes) :], strict=True)) if steps else {}
+        return {}, dict(zip(dtypes, found, strict=False)), filled
 
     def run(self, inputs: Sequence[Tensor], prepared: Prepared, number: Tensor | None = None) -> list[Tensor]:
         """The forward's outputs. number: of the step [1], where ω changes with it."""
@@ -159,7 +196,7 @@ class Program:
 
     def step(self, inputs: Sequence[Tensor], prepared: Prepared, number: Tensor | None = None) -> list[Tensor]:
         """`run`, operation by operation."""
-        given = {**prepared.static, **prepared.borrowed, **dict(zip(self.inputs, inputs, strict=True))}
+        given = {**self._static(prepared), **self.borrowed, **dict(zip(self.inputs, inputs, strict=True))}
         if prepared.table is not None:
             prepared.table.copy_row(inputs[self.timestep], number, self.rows)
         elif self.places:
@@ -168,11 +205,18 @@ class Program:
         results = self.body(*[given[node] if known is None else known for node, known in self.wired])
         return [result.clone() if in_rows else result for result, in_rows in zip(results, self.in_rows, strict=True)]
 
+    def _static(self, prepared: Prepared) -> Values:
+        """What does not move, but for what is borrowed."""
+        if not prepared.packed:
+            return prepared.static
+        assert self.packing is not None
+        return dict(zip(self._made, self.packing.views(prepared.packed), strict=True))
+
     def _kept(self, inputs: Sequence[Tensor], prepared: Prepared) -> list[Tensor]:
         table = prepared.table
         return [
             *(inputs[index] for index in self.of_level(Level.STATIC)),
-            *prepared.static.values(),
+            *prepared.packed.values(),
             *([] if table is None else [*table.rows.values(), *table.index]),
         ]
 
@@ -182,11 +226,11 @@ class Program:
         """What `_kept` gave, in other memory, in its places."""
         own, rest = iter(kept), iter(moving)
         inputs = [next(own if level == Level.STATIC else rest) for level in self.levels]
-        static = {node: next(own) for node in prepared.static}
+        packed = {dtype: next(own) for dtype in prepared.packed}
         table = prepared.table
         if table is not None:
             table = Table({dtype: next(own) for dtype in table.rows}, tuple(own))
-        return inputs, Prepared(static, prepared.borrowed, table), next(rest, None)
+        return inputs, Prepared({}, packed, table), next(rest, None)
 
     @property
     def _leveled(self) -> list[tuple[fx.Node, Level]]:

@@ -17,10 +17,21 @@ ALIGNMENT = 64  # bytes, of every tensor in a row: kernels may assume it
 
 @dataclass(frozen=True)
 class RowLayout:
-    """Where the tensors of a step lie in its rows, one row for each dtype. shapes, dtypes: of the tensors."""
+    """Where tensors lie in rows, one row for each dtype. shapes, dtypes, strides: of the tensors; None for contiguous ones."""
 
     shapes: tuple[tuple[int, ...], ...]
     dtypes: tuple[torch.dtype, ...]
+    strides: tuple[tuple[int, ...], ...] | None = None
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor]) -> RowLayout:
+        """In the tensors' own strides, so far as they leave no gaps."""
+        dense = [tensor if _leaves_no_gaps(tensor) else tensor.contiguous() for tensor in tensors]
+        return cls(
+            tuple(tuple(tensor.shape) for tensor in tensors),
+            tuple(tensor.dtype for tensor in tensors),
+            tuple(tensor.stride() for tensor in dense),
+        )
 
     @property
     def offsets(self) -> tuple[tuple[int, ...], dict[torch.dtype, int]]:
@@ -40,10 +51,20 @@ class RowLayout:
     def views(self, rows: dict[torch.dtype, Tensor]) -> list[Tensor]:
         """The tensors in `rows`, [length] each."""
         starts, _ = self.offsets
-        return [
+        found = [
             rows[dtype][start : start + torch.Size(shape).numel()].view(shape)
             for start, shape, dtype in zip(starts, self.shapes, self.dtypes, strict=True)
         ]
+        if self.strides is None:
+            return found
+        return [view.as_strided(view.shape, strides) for view, strides in zip(found, self.strides, strict=True)]
+
+    def packed(self, tensors: Sequence[Tensor], device: torch.device) -> dict[torch.dtype, Tensor]:
+        """Copies of the tensors in new rows."""
+        rows = self.empty_rows(device)
+        for place, tensor in zip(self.views(rows), tensors, strict=True):
+            place.copy_(tensor)
+        return rows
 
     def empty_rows(self, device: torch.device, count: int | None = None) -> dict[torch.dtype, Tensor]:
         """One row for each dtype, [length], or `count` of them, [count, length]; 0 where nobody writes."""
@@ -51,6 +72,16 @@ class RowLayout:
             dtype: torch.zeros(length if count is None else (count, length), dtype=dtype, device=device)
             for dtype, length in self.offsets[1].items()
         }
+
+
+def _leaves_no_gaps(tensor: Tensor) -> bool:
+    """Whether its elements lie in one piece of memory, each once, in any order of dimensions."""
+    elements = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1 and stride != elements:
+            return False
+        elements *= size
+    return True
 
 
 @dataclass(frozen=True)
@@ -84,27 +115,26 @@ class Table:
             torch.index_select(table, 0, found, out=rows[dtype][None])
 
 
-def fill_table(layout: RowLayout, columns: Sequence[Tensor], rows: Rows) -> Table:
-    """The table of columns [R, …], one a tensor of the layout."""
-    count, device = len(rows.times), columns[0].device
-    filled = layout.empty_rows(device, count + 1)
+def fill_rows(layout: RowLayout, columns: Sequence[Tensor]) -> dict[torch.dtype, Tensor]:
+    """The rows of a table from its columns [R, …], one a tensor of the layout."""
+    count = len(columns[0])
+    filled = layout.empty_rows(columns[0].device, count + 1)
     starts, _ = layout.offsets
     for column, start, dtype in zip(columns, starts, layout.dtypes, strict=True):
         filled[dtype][:count, start : start + column[0].numel()] = column.reshape(count, -1)
     for dtype, row in filled.items():
         row[count] = float("nan") if dtype.is_floating_point or dtype.is_complex else 0
-    return Table(filled, tuple(part.to(device) for part in _index(rows)))
+    return filled
 
 
-def _index(rows: Rows) -> tuple[Tensor, ...]:
+def index_of(rows: Rows, device: torch.device) -> tuple[Tensor, ...]:
     """(a, b) [R + 1], and (c, d) where rows are numbered: |a + b·t| + |c + d·number| is 0 at the row of both. Of the last row it
     is less than at any other, whatever t and number are."""
     times = rows.times.float()
     a = torch.cat([times, torch.tensor([torch.finfo(torch.float32).tiny])])
     b = torch.cat([-torch.ones_like(times), torch.zeros(1)])
-    if not rows.numbered:
-        return a, b
-    return a, b, torch.cat([rows.numbers.float(), torch.zeros(1)]), b
+    index = (a, b, torch.cat([rows.numbers.float(), torch.zeros(1)]), b) if rows.numbered else (a, b)
+    return tuple(part.to(device) for part in index)
 
 
 def find(index: tuple[Tensor, ...], timestep: Tensor, number: Tensor | None = None) -> Tensor:

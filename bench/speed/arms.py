@@ -203,6 +203,10 @@ def engine_config(name: str, *, counted: bool = False) -> agd.EngineConfig:
     return UNFUSED if counted or name == "agd_hoisted" else agd.EngineConfig()
 
 
+def is_compiled(name: str) -> bool:
+    return name.endswith(("_compiled", "_engine", "_kernels"))
+
+
 def untimed(name: str, device: torch.device) -> str:
     """Why an arm has no times on this device; empty where it has."""
     if name != "agd_kernels":

@@ -15,7 +15,7 @@ from agd_fast.evaluation.evaluate import arm_sampler, count_evaluations
 from agd_fast.teacher import Conditions
 from speed.arms import engine_config, note_of, randomise_zeros, reference_config, require_arms, shared_copy, untimed, weight_bytes
 from speed.counting import counting
-from speed.measure import Measured, Row, Run, attempt, kernels, rows_of, time_runs
+from speed.measure import Measured, Row, Run, attempt, compare, kernels, rows_of, time_runs
 from speed.models import Settings
 
 HIDDEN = 16  # width of the reference's adapters on so small a base: near the share of it that they have of theirs
@@ -34,6 +34,7 @@ def measure_teacher(teacher: agd.Teacher, table: Conditions, batch: int, setting
     runs: dict[str, Run] = {}
     for name, one in measured.items():
         attempt(one, partial(_measure_arm, teacher, name, conditions, noise, settings, runs))
+    compare({name: run().float() for name, run in runs.items()}, measured)
     time_runs(runs, measured, settings.rounds, settings.device)
     card = torch.cuda.get_device_name(settings.device) if settings.device.type == "cuda" else ""
     return rows_of(measured, model=teacher.name, batch=batch, steps=settings.steps, dtype=settings.dtype, device=card)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -28,6 +32,30 @@ def roofline_ms(device: str, dtype: torch.dtype, flops: float, weight_bytes: int
     if card is None or dtype not in (torch.bfloat16, torch.float16):
         return None
     return max(flops / card.flops, weight_bytes / card.bandwidth) * 1e3
+
+
+@contextmanager
+def busy(lock: Path | None) -> Iterator[None]:
+    """While something is compiled or checked that may go on beside other such things. lock: file that all of them share."""
+    with _locked(lock, fcntl.LOCK_SH):
+        yield
+
+
+@contextmanager
+def quiet(lock: Path | None) -> Iterator[None]:
+    """While times are taken: waits until nobody is busy, and nobody begins to be."""
+    with _locked(lock, fcntl.LOCK_EX):
+        yield
+
+
+@contextmanager
+def _locked(lock: Path | None, how: int) -> Iterator[None]:
+    if lock is None:
+        yield
+        return
+    with lock.open("a") as file:
+        fcntl.flock(file, how)
+        yield
 
 
 def gpu_state() -> dict[str, str]:

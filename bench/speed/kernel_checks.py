@@ -1,21 +1,27 @@
 """Are the kernels right on this card? Every op with every configuration, dtype and many shapes against float64.
 
-python -m speed.kernel_checks    # in bench/: the odd shapes alone, small enough for compute-sanitizer
+python -m speed.kernel_checks --odd                              # in bench/: small enough for compute-sanitizer
+python -m speed.kernel_checks --op gated_lora --json checks.json
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from agd_fast.environment import environment
+from agd_fast.files import write_json
+from agd_fast.ops import OPS, kernels_info
 from agd_fast.ops.exactness import off
 from agd_fast.warning import described
+from speed.hardware import busy
 from speed.kernels import Case, Random, Row, odd_cases, real_cases
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -24,11 +30,20 @@ SLICED = 4  # the batch at which rows begin anywhere, too
 LARGEST = 2**29  # bytes of the arguments in float64: more is left to the speeds, which check what they time
 
 
-def checks(device: torch.device | str, batches: Iterable[int] = BATCHES, *, odd_only: bool = False) -> Iterator[Row]:
-    """A row a case, batch, dtype, layout and configuration; red where it is not ok."""
-    for case in odd_cases() if odd_only else [*odd_cases(), *real_cases()]:
+def checks(
+    op: str | None,
+    device: torch.device | str,
+    batches: Iterable[int] = BATCHES,
+    dtypes: Iterable[torch.dtype] = DTYPES,
+    *,
+    odd: bool = False,
+) -> Iterator[Row]:
+    """A row a case, batch, dtype, layout and configuration of an op, or all; red where not ok. odd: no shapes of models."""
+    for case in [*odd_cases(), *([] if odd else real_cases())]:
+        if op is not None and case.op.name != op:
+            continue
         for batch in batches:
-            for dtype in DTYPES:
+            for dtype in dtypes:
                 for sliced in (False, True) if batch == SLICED else (False,):
                     yield from check_case(case, batch, dtype, device, sliced=sliced)
 
@@ -85,10 +100,24 @@ class Meta(Random):
         return torch.empty(shape, dtype=dtype or self.dtype, device="meta")
 
 
-def main(device: str = "cuda") -> None:
-    found: list[dict[str, Any]] = list(checks(device, (1, 4), odd_only=True))
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--op", choices=sorted(OPS), help="default: all")
+    parser.add_argument("--dtype", choices=[str(dtype).removeprefix("torch.") for dtype in DTYPES], help="default: all")
+    parser.add_argument("--odd", action="store_true", help="only the odd shapes, at two batches")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--json", type=Path, help="write what is red to this file")
+    parser.add_argument("--lock", type=Path, help="see nfe_speed.py")
+    args = parser.parse_args()
+    if args.device == "cuda" and (reason := kernels_info()["missing"]):
+        parser.error(f"expected kernels that run, found none: {reason}")
+    with busy(args.lock):
+        dtypes = [getattr(torch, args.dtype)] if args.dtype else DTYPES
+        found = list(checks(args.op, args.device, (1, 4) if args.odd else BATCHES, dtypes, odd=args.odd))
     red = [row for row in found if not row["ok"]]
     print(f"{len(found)} kernel checks, {len(red)} red{f', first {json.dumps(red[0])}' if red else ''}")
+    if args.json:
+        write_json(args.json, {"environment": environment(), "checked": len(found), "rows": red})
     sys.exit(bool(red))
 
 

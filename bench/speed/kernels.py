@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from agd_fast.ops import OPS, Op, kernels_info
 from agd_fast.ops.exactness import off
 from agd_fast.ops.registry import tensors_of
 from agd_fast.warning import described
+from speed.hardware import busy, quiet
 
 Row = dict[str, Any]
 Arguments = tuple[Any, ...]
@@ -346,12 +348,19 @@ def passes_of(
 
 
 def measure_case(
-    case: Case, batch: int, ceiling: Ceiling, dtype: torch.dtype = torch.bfloat16, device: str = "cuda"
+    case: Case,
+    batch: int,
+    ceiling: Ceiling,
+    dtype: torch.dtype = torch.bfloat16,
+    device: str = "cuda",
+    lock: Path | None = None,
 ) -> list[Row]:
     """A row a contender: milliseconds of a call, or why there are none."""
-    inputs = rotated(case, batch, dtype, device)
-    passes, reasons = passes_of(case, inputs)
-    times = time_passes(passes) if passes else {}
+    with busy(lock):
+        inputs = rotated(case, batch, dtype, device)
+        passes, reasons = passes_of(case, inputs)
+    with quiet(lock):
+        times = time_passes(passes) if passes else {}
     rows = []
     for name in [*passes, *reasons]:
         arm, _, config = name.partition(" ")

@@ -97,16 +97,16 @@ def rows_of(
     return rows
 
 
-def time_runs(runs: Mapping[str, Run], measured: Mapping[str, Measured], rounds: int, device: torch.device) -> None:
-    """Interleaved times of what is there to run, into `measured`; none of an arm that does not give what it must."""
-    _compare({name: run().float() for name, run in runs.items()}, measured)
+def time_runs(runs: Mapping[str, Callable[[], Any]], measured: Mapping[str, Measured], rounds: int, device: torch.device) -> None:
+    """Interleaved times of what is there to run, into `measured`; none of an arm that has failed."""
     sound = {name: run for name, run in runs.items() if not measured[name].failed}
     if sound:
-        for name, timing in time_interleaved(sound, rounds=rounds, device=device, progress=True).items():
+        for name, timing in time_interleaved(sound, rounds=rounds, warmup=1, device=device, progress=True).items():
             measured[name].timing = timing
 
 
-def _compare(outputs: Mapping[str, Tensor], measured: Mapping[str, Measured]) -> None:
+def compare(outputs: Mapping[str, Tensor], measured: Mapping[str, Measured]) -> None:
+    """An arm that does not give what it must has failed. outputs: float32."""
     for name, plain in PLAIN.items():
         if name in outputs and plain in outputs:
             one, own, expected = measured[name], outputs[name], outputs[plain]

@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from speed.architectures import Architecture, find_architecture
-from speed.arms import Arm, Workbench, note_of, untimed, weight_bytes
-from speed.measure import Measured, Row, Run, attempt, kernels, rows_of, time_runs
+from speed.arms import Arm, Workbench, is_compiled, note_of, untimed, weight_bytes
+from speed.hardware import busy, quiet
+from speed.measure import Measured, Row, Run, attempt, compare, kernels, rows_of, time_runs
 from speed.reference import ReferenceAdapters
+from speed.workers import Worker, workers
 
 COUNTED_AS = {"cfg_compiled": "cfg", "agd_engine": "agd_hoisted"}  # the same operations, where nothing is compiled
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What holds for all arms of a benchmark. kind: of our adapter; None takes the backbone's."""
+    """What holds for all arms of a benchmark.
+
+    kind: of our adapter; None takes the backbone's. counts: rows of an earlier run, for FLOPs without counting anew.
+    processes: whether arms are made at the same time, each in its own. lock: see `speed.hardware`.
+    """
 
     arms: Sequence[str]
     steps: int
@@ -30,6 +37,9 @@ class Settings:
     guidance_scale: float
     kind: str | None = None
     reference: ReferenceAdapters | None = None
+    counts: Sequence[Row] = ()
+    processes: bool = False
+    lock: Path | None = None
 
 
 def measure_model(name: str, batches: Sequence[int], settings: Settings, architecture: Architecture | None = None) -> list[Row]:
@@ -43,14 +53,28 @@ def measure_model(name: str, batches: Sequence[int], settings: Settings, archite
     rows: list[Row] = []
     denoiser = None
     for batch in batches:
-        measured = _count(architecture, batch, settings)
-        if settings.device.type != "meta":
+        measured = _counted(name, batch, settings) if settings.counts else _count(architecture, batch, settings)
+        if settings.processes:
+            _time_processes(name, batch, measured, settings)
+        elif settings.device.type != "meta":
             bench = _workbench(architecture, batch, settings, settings.device, denoiser=denoiser)
             denoiser = bench.denoiser
             _time(bench, measured, settings)
         card = torch.cuda.get_device_name(settings.device) if settings.device.type == "cuda" else ""
         rows += rows_of(measured, model=name, batch=batch, steps=settings.steps, dtype=settings.dtype, device=card)
     return rows
+
+
+def _counted(name: str, batch: int, settings: Settings) -> dict[str, Measured]:
+    """The arms with what earlier rows say of their FLOPs."""
+    own = (name, batch, settings.steps, str(settings.dtype).removeprefix("torch."))
+    found = {arm: Measured() for arm in settings.arms}
+    for row in settings.counts:
+        adapter = row["adapter"]
+        of_kind = settings.kind is None or adapter is None or row["arm"] == "agd_naive" or adapter["kind"] == settings.kind
+        if row["arm"] in found and of_kind and (row["model"], row["batch"], row["steps"], row["dtype"]) == own:
+            found[row["arm"]].flops = row["flops_per_step"] * row["steps"]
+    return found
 
 
 def _count(architecture: Architecture, batch: int, settings: Settings) -> dict[str, Measured]:
@@ -74,12 +98,67 @@ def _count_arm(bench: Workbench, name: str, one: Measured) -> None:
 
 def _time(bench: Workbench, measured: dict[str, Measured], settings: Settings) -> None:
     runs: dict[str, Run] = {}
-    for name, one in measured.items():
-        if reason := untimed(name, bench.device):
-            one.note = "; ".join(filter(None, [one.note, reason]))
-        else:
+    with busy(settings.lock):
+        for name, one in _timed(measured, bench.device).items():
             attempt(one, partial(_make_run, bench, name, runs))
-    time_runs(runs, measured, settings.rounds, bench.device)
+        compare({name: run().float() for name, run in runs.items()}, measured)
+    with quiet(settings.lock):
+        time_runs(runs, measured, settings.rounds, bench.device)
+
+
+def _timed(measured: Mapping[str, Measured], device: torch.device) -> dict[str, Measured]:
+    """Without what has no times on this device, whose note says why."""
+    reasons = {name: untimed(name, device) for name in measured}
+    for name, one in measured.items():
+        one.note = "; ".join(filter(None, [one.note, reasons[name]])) or None
+    return {name: one for name, one in measured.items() if not reasons[name]}
+
+
+def _time_processes(name: str, batch: int, measured: dict[str, Measured], settings: Settings) -> None:
+    """As `_time`, on several denoisers of the same weights: one for each arm that is compiled, one for all others."""
+    timed = _timed(measured, settings.device)
+    groups = {arm: [arm] for arm in timed if is_compiled(arm)}
+    groups["eager"] = [arm for arm in timed if not is_compiled(arm)]
+    make = {group: partial(_made, arms, name, batch, settings) for group, arms in groups.items() if arms}
+    with workers(make) as found:
+        of_arm = {arm: found[group] for group, arms in groups.items() for arm in arms}
+        for group, worker in found.items():
+            for arm, one in _made_by(worker, groups[group]).items():
+                _take(one, measured[arm])
+        sound = {arm: worker for arm, worker in of_arm.items() if not measured[arm].failed}
+        compare({arm: worker.output(arm) for arm, worker in sound.items()}, measured)
+        print(f"{name} at batch {batch}: made", flush=True)
+        with quiet(settings.lock):
+            runs = {arm: partial(worker.run, arm) for arm, worker in sound.items()}
+            time_runs(runs, measured, settings.rounds, torch.device("cpu"))  # who runs waits for its own device
+
+
+def _made_by(worker: Worker, arms: Sequence[str]) -> dict[str, Measured]:
+    try:
+        return worker.made()
+    except EOFError:
+        return {arm: Measured(failed=True, note="its process ended") for arm in arms}
+
+
+def _made(arms: Sequence[str], name: str, batch: int, settings: Settings) -> tuple[dict[str, Measured], dict[str, Run]]:
+    """In a worker: arms that were run until all of it is compiled, and what was measured of them so far."""
+    found, runs = {arm: Measured() for arm in arms}, dict[str, Run]()
+    with busy(settings.lock):
+        bench = _workbench(find_architecture(name), batch, settings, settings.device)
+        for arm, one in found.items():
+            attempt(one, partial(_make_run, bench, arm, runs))
+        gc.collect()
+        if bench.device.type == "cuda":
+            torch.cuda.empty_cache()  # others need it
+    return found, runs
+
+
+def _take(made: Measured, one: Measured) -> None:
+    """What a worker measured, beside what was counted."""
+    one.failed, one.note = made.failed, "; ".join(dict.fromkeys(filter(None, [one.note, made.note]))) or None
+    for field in fields(made):
+        if field.name not in ("failed", "note") and (value := getattr(made, field.name)) is not None:
+            setattr(one, field.name, value)
 
 
 def _make_run(bench: Workbench, name: str, runs: dict[str, Run], one: Measured) -> None:

@@ -24,6 +24,15 @@ def tile_of(program, tiles_m, tiles_n, GROUP_M: tl.constexpr):
 
 
 @triton.jit
+def added(acc, a, b):
+    """acc + a·b. In float32 a block's products are summed before they meet acc: in one long sum the last ones lose their digits.
+    Triton makes one of acc + a·b, not of acc − (−a)·b."""
+    if a.dtype == tl.float32:
+        return acc - tl.dot(-a, b, input_precision="ieee")
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
 def product(x, x_rows, w, w_rows, K, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
     """x·wᵀ in float32 of rows of K: BLOCK_M at x + x_rows, BLOCK_N at w + w_rows. 32-bit offsets take half the registers."""
     k = tl.arange(0, BLOCK_K)
@@ -33,7 +42,7 @@ def product(x, x_rows, w, w_rows, K, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexp
         inside = k < K - start
         a = tl.load(x + x_offsets, mask=inside[None, :], other=0.0)
         b = tl.load(w + w_offsets, mask=inside[:, None], other=0.0)
-        acc = tl.dot(a, b, acc, input_precision="ieee")
+        acc = added(acc, a, b)
         x += BLOCK_K
         w += BLOCK_K
     return acc

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._tiles import IN_FLOAT32, chosen, joined, packed, per_sample, product, rows_of, tile_of
+from ._tiles import IN_FLOAT32, added, chosen, joined, packed, per_sample, product, rows_of, tile_of
 from .shapes import require
 
 ACTIVATIONS = ("geglu", "gelu", "gelu_tanh")
@@ -52,8 +52,8 @@ def activated_linear_fwd_kernel(
         for start in range(0, C, BLOCK_K):
             inside = k < C - start
             a = tl.load(x + x_offsets, mask=inside[None, :], other=0.0)
-            z = tl.dot(a, tl.load(weight + weight_offsets, mask=inside[:, None], other=0.0), z, input_precision="ieee")
-            g = tl.dot(a, tl.load(gates + weight_offsets, mask=inside[:, None], other=0.0), g, input_precision="ieee")
+            z = added(z, a, tl.load(weight + weight_offsets, mask=inside[:, None], other=0.0))
+            g = added(g, a, tl.load(gates + weight_offsets, mask=inside[:, None], other=0.0))
             x += BLOCK_K
             weight += BLOCK_K
             gates += BLOCK_K

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._tiles import chosen, packed, per_sample
+from ._tiles import added, chosen, packed, per_sample
 from .shapes import MAX_RANK, require
 
 # Few tokens a program, so that a batch of one has enough of them: it is the reading that takes time
@@ -42,7 +42,7 @@ def gated_lora_fwd_kernel(
         h = tl.load(there, mask=(tokens < T)[:, None] & (k < K)[None, :], other=0.0)
         there = down + (ranks.to(tl.int64) * down_r)[None, :] + k[:, None]
         w = tl.load(there, mask=(ranks < r)[None, :] & (k < K)[:, None], other=0.0)
-        low = tl.dot(h, w, low, input_precision="ieee")
+        low = added(low, h, w)
     if gates is not None:
         low *= tl.load(gates + sample * gates_b + ranks, mask=ranks < r, other=0.0).to(tl.float32)[None, :]
     low = low.to(up.dtype.element_ty)

@@ -1,0 +1,39 @@
+"""How fast one op is on its kernel, in eager PyTorch and compiled, at the shapes of real models.
+
+python -m speed.kernel_speeds --op gated_lora --json speeds.json    # in bench/
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+
+from agd_fast.environment import environment
+from agd_fast.files import write_json
+from agd_fast.ops import OPS
+from nfe_speed import commit
+from speed.hardware import gpu_state, quiet
+from speed.kernels import BATCHES, measure_case, measure_ceiling, real_cases
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--op", choices=sorted(OPS), required=True)
+    parser.add_argument("--batch", type=int, nargs="+", default=list(BATCHES))
+    parser.add_argument("--json", type=Path, required=True, help="written after every shape")
+    parser.add_argument("--lock", type=Path, help="see nfe_speed.py")
+    args = parser.parse_args()
+    with quiet(args.lock):
+        ceiling = measure_ceiling()
+    rows = []
+    for case in (case for case in real_cases() if case.op.name == args.op):
+        for batch in args.batch:
+            rows += measure_case(case, batch, ceiling, lock=args.lock)
+            where = {**environment(), **gpu_state()}
+            write_json(args.json, {"environment": where, "commit": commit(), "ceiling": asdict(ceiling), "rows": rows})
+    print(f"{args.op}: {sum(row['note'] is not None for row in rows)} of {len(rows)} not timed", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""Arms in processes of their own, made at the same time: compiling takes a CPU for minutes, and a card hardly at all."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Runs = dict[str, Callable[[], Tensor]]
+
+
+@dataclass(frozen=True)
+class Worker:
+    """A process that keeps some arms."""
+
+    process: Any
+    connection: Any
+
+    def made(self) -> Any:
+        """What became of making its arms; waits for that. Raises: EOFError when the process has ended."""
+        return self.connection.recv()
+
+    def run(self, arm: str) -> None:
+        """Returns when its device has finished."""
+        self.connection.send((arm, False))
+        self.connection.recv()
+
+    def output(self, arm: str) -> Tensor:
+        """What a run gives, float32 on the CPU."""
+        self.connection.send((arm, True))
+        return torch.from_numpy(self.connection.recv())
+
+
+@contextmanager
+def workers(make: Mapping[str, Callable[[], tuple[Any, Runs]]]) -> Iterator[dict[str, Worker]]:
+    """A worker a name. It begins with its function → what is to be told of its arms, and those that can run."""
+    context = multiprocessing.get_context("spawn")
+    started: dict[str, Worker] = {}
+    try:
+        for name, function in make.items():
+            here, there = context.Pipe()
+            process = context.Process(target=partial(_serve, there, function))
+            process.start()
+            there.close()
+            started[name] = Worker(process, here)
+        yield started
+    finally:
+        for worker in started.values():
+            worker.connection.close()  # which ends it
+        for worker in started.values():
+            worker.process.join()
+
+
+def _serve(connection: Any, make: Callable[[], tuple[Any, Runs]]) -> None:
+    told, runs = make()
+    connection.send(told)
+    while True:
+        try:
+            arm, shown = connection.recv()
+        except EOFError:
+            return
+        output = runs[arm]()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        connection.send(output.float().cpu().numpy() if shown else None)
