@@ -63,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--reference-repo", type=Path, help="clone of github.com/cristianpjensen/agd, for agd_naive on a model")
     parser.add_argument("--counts", type=Path, nargs="+", default=[], help="JSON of runs with --device meta, to count nothing")
     parser.add_argument("--processes", action="store_true", help="a process for each of a model's arms, all at once")
+    parser.add_argument("--no-compile", action="store_true", help="record the engine's steps as they are, which takes seconds")
     parser.add_argument("--lock", type=Path, help="file that is locked while times are taken, for others on the card")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     parser.add_argument("--plot", type=Path, help="of a picture; default: beside the JSON")
@@ -86,6 +87,7 @@ def _settings(args: argparse.Namespace) -> Settings:
         kind=args.kind,
         reference=ReferenceAdapters(args.reference_repo) if args.reference_repo else None,
         counts=[row for path in args.counts for row in read_json(path)["rows"]],
+        compiled=not args.no_compile,
         processes=args.processes,
         lock=args.lock,
     )
@@ -105,14 +107,15 @@ def _report(rows: list[Row], settings: Settings, args: argparse.Namespace) -> No
     for model in dict.fromkeys(row["model"] for row in rows):
         own = [row for row in rows if row["model"] == model]
         kinds = [f"{row['adapter']['kind']} adapter" for row in own if row["adapter"] and row["arm"] != "agd_naive"]
-        title = ", ".join([model, own[0]["dtype"], *kinds[:1], f"{settings.steps} steps", device])
+        how = [*kinds[:1], *([] if settings.compiled else ["engine not compiled"]), f"{settings.steps} steps", device]
+        title = ", ".join([model, own[0]["dtype"], *how])
         print_rows(own, title)
         path = args.plot or (args.json.with_suffix(".png") if args.json else None)
         if path:
             save_bars(path if len(rows) == len(own) else path.with_stem(f"{path.stem}-{model}"), own, title)
     where["kernels"] = f"{where['kernels']}; {default_policy()}"
     if args.json:
-        write_json(args.json, {"environment": where, "commit": commit(), "rows": rows})
+        write_json(args.json, {"environment": where, "commit": commit(), "compiled": settings.compiled, "rows": rows})
 
 
 def commit() -> str:

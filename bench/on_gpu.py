@@ -19,9 +19,10 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
@@ -34,6 +35,7 @@ from agd_fast.files import read_json, write_json
 from agd_fast.ops import OPS
 from nfe_speed import commit
 from speed.engine_checks import FAMILIES
+from speed.hardware import quiet
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "gpu"
@@ -42,16 +44,22 @@ MODELS = [(model, batch) for model in ("sdxl-1024", "dit-xl2-256") for batch in 
 MODELS += [(model, 1) for model in ("sd21-768", "sd3-medium-1024", "pixart-sigma-1024", "wan-1.3b", "qwen-image")]
 MANY = ("--steps", "10", "--rounds", "4")  # of what takes a second a step
 ARMS = ("cfg", "cfg_compiled", "unguided", "unguided_engine", "agd_engine", "agd_kernels")  # where a batch fills the card
+MEMORY = {  # of distilling SDXL at 1024²
+    "cap8": ("--cap", "8GiB", "--modes", "exact", "8bit", "4bit", "recompute", "--adapter", "default", "cross_attention"),
+    "int8_cap6": ("--cap", "6GiB", "--base", "int8", "--modes", "4bit", "recompute", "--adapter", "default", "cross_attention"),
+    "uncapped": ("--modes", "eager", "checkpointing"),
+    "images_at_24": ("--images-per-second", "--budget", "24GiB"),
+}
 THREADS = {"OMP_NUM_THREADS": "2", "TORCHINDUCTOR_COMPILE_THREADS": "2"}  # of each of many processes
 
 
 @dataclass(frozen=True)
 class Task:
-    """A command that writes the JSON at its name. locks: whether it knows of other work on the card."""
+    """A command that writes the JSON at its name. locks: whether it says itself when it must be alone on the card; else it always
+    is."""
 
     name: str
     command: Sequence[str]
-    environment: Mapping[str, str] = field(default_factory=dict)
     locks: bool = True
 
 
@@ -69,6 +77,9 @@ def speeds() -> list[Task]:
         command = ["nfe_speed.py", "--model", model, "--batch", str(batch), "--dtype", "bf16", "--processes", "--counts", *COUNTS]
         heavy = model != "dit-xl2-256" and batch > 1
         found.append(Task(f"nfe_speed/{model}_{batch}", command + ([*MANY, "--arms", *ARMS] if heavy else [])))
+    found.append(Task("packing_kernels", ["packing_kernels.py"], locks=False))
+    for name, options in MEMORY.items():
+        found.append(Task(f"distill_memory/{name}", ["distill_memory.py", "--model", "sdxl-1024", *options], locks=False))
     return found
 
 
@@ -103,19 +114,18 @@ def run_all(tasks: Sequence[Task], output: Path, jobs: int, deadline: float) -> 
 def run(task: Task, output: Path, deadline: float) -> None:
     """One task into its JSON, what it says beside it."""
     path = output / f"{task.name}.json"
-    left = deadline - time.monotonic()
-    if path.exists() or left <= 0:
+    if path.exists() or time.monotonic() >= deadline:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
+    lock = output / "lock"
     command = [sys.executable, *task.command, "--json", str(path)]
-    command += ["--lock", str(output / "lock")] if task.locks else []
+    command += ["--lock", str(lock)] if task.locks else []
     began = time.monotonic()
-    with path.with_suffix(".log").open("w") as log:
-        process = subprocess.Popen(
-            command, cwd=HERE, env={**THREADS, **os.environ, **task.environment}, stdout=log, stderr=subprocess.STDOUT
-        )
+    with nullcontext() if task.locks else quiet(lock), path.with_suffix(".log").open("w") as log:
+        process = subprocess.Popen(command, cwd=HERE, env={**THREADS, **os.environ}, stdout=log, stderr=subprocess.STDOUT)
+        left = deadline - time.monotonic()
         try:
-            code: int | str = process.wait(None if left == float("inf") else left)
+            code: int | str = process.wait(None if left == float("inf") else max(left, 0))
         except subprocess.TimeoutExpired:
             process.kill()
             code = "no time left"
@@ -139,13 +149,16 @@ def sanitize() -> dict[str, Any]:
     tool = shutil.which("compute-sanitizer")
     if tool is None:
         return {"tool": "not there", "rows": []}
-    command = [tool, "--tool", "memcheck", "--error-exitcode", "1", sys.executable, "-m", "speed.kernel_checks", "--odd"]
-    own = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # or tensors would be parts of larger allocations
-    done = subprocess.run(command, cwd=HERE, env=own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    summary = re.findall(r"ERROR SUMMARY: .*", done.stdout)
-    print(*summary, flush=True)
-    row = {"ok": done.returncode == 0 and bool(summary), "summary": summary, "end": done.stdout[-2000:]}
-    return {"tool": " ".join(command[1:4]), "rows": [row]}
+    rows = []
+    for checked in (["packing_kernels.py", "--check-only"], ["-m", "speed.kernel_checks", "--odd"]):
+        command = [tool, "--tool", "memcheck", "--error-exitcode", "1", sys.executable, *checked]
+        own = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # or tensors would be parts of larger allocations
+        done = subprocess.run(command, cwd=HERE, env=own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        summary = re.findall(r"ERROR SUMMARY: .*", done.stdout)
+        print(*checked, *summary, flush=True)
+        ok = done.returncode == 0 and bool(summary)
+        rows.append({"checked": checked, "ok": ok, "summary": summary, "end": done.stdout[-2000:]})
+    return {"tool": "memcheck", "rows": rows}
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ class Workbench:
     """A denoiser with random weights and one batch of inputs, and its arms.
 
     kind: of our adapter; None takes the backbone's. omega: the guidance scale. reference: the paper's own code.
-    counted: whether arms are made to be counted, so that nothing is compiled.
+    counted: whether arms are made to be counted, so that nothing is compiled. compiled: whether the engine compiles.
     """
 
     def __init__(
@@ -76,10 +76,12 @@ class Workbench:
         omega: float = 5.0,
         reference: ReferenceAdapters | None = None,
         counted: bool = False,
+        compiled: bool = True,
         denoiser: nn.Module | None = None,
     ) -> None:
         self.architecture, self.batch, self.device, self.dtype = architecture, batch, device, dtype
-        self.kind, self.omega, self.reference, self.counted = kind, omega, reference, counted
+        self.kind, self.omega, self.reference = kind, omega, reference
+        self.counted, self.compiled = counted, compiled
         self.denoiser = build(architecture, device, dtype) if denoiser is None else denoiser
         self.spec = find_spec(self.denoiser)
         self.x = torch.randn(batch, *architecture.sample, generator=torch.Generator().manual_seed(0)).to(device, dtype)
@@ -99,7 +101,7 @@ class Workbench:
         passes = 2 if name.startswith("cfg") else 1
         scope: Callable[[], AbstractContextManager[Any]] = nullcontext
         if name.endswith("_engine"):
-            agd.optimize(denoiser, engine_config(name, counted=self.counted))
+            agd.optimize(denoiser, engine_config(name, counted=self.counted, compiled=self.compiled))
             scope = self._scope(denoiser)
         call: Any = denoiser
         if name == "cfg_compiled" and not self.counted:
@@ -143,7 +145,7 @@ class Workbench:
         if name == "agd_naive":
             adapter.to(self.dtype)  # as its code has it
         if name in ("agd_hoisted", "agd_engine", "agd_kernels"):
-            agd.optimize(denoiser, engine_config(name, counted=self.counted))
+            agd.optimize(denoiser, engine_config(name, counted=self.counted, compiled=self.compiled))
         size = weight_bytes(denoiser) + weight_bytes(adapter)
         return Arm(denoiser, self._plain(denoiser), 1, size, self._scope(denoiser, armed=True), adapter.config)
 
@@ -196,11 +198,11 @@ def require_arms(names: Iterable[str]) -> None:
         raise ValueError(f"expected arms of {', '.join(ARMS)}; found {', '.join(map(repr, unknown))}")
 
 
-def engine_config(name: str, *, counted: bool = False) -> agd.EngineConfig:
+def engine_config(name: str, *, counted: bool = False, compiled: bool = True) -> agd.EngineConfig:
     """Of an optimized arm. Without a GPU nobody can say which kernels would win, so that none is counted, or every one."""
     if name == "agd_kernels":
-        return replace(UNFUSED, kernels="always") if counted else KERNELS
-    return UNFUSED if counted or name == "agd_hoisted" else agd.EngineConfig()
+        return replace(UNFUSED, kernels="always") if counted else replace(KERNELS, compile=None if compiled else False)
+    return UNFUSED if counted or name == "agd_hoisted" else agd.EngineConfig(compile=None if compiled else False)
 
 
 def is_compiled(name: str) -> bool:

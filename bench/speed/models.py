@@ -25,7 +25,8 @@ COUNTED_AS = {"cfg_compiled": "cfg", "agd_engine": "agd_hoisted"}  # the same op
 class Settings:
     """What holds for all arms of a benchmark.
 
-    kind: of our adapter; None takes the backbone's. counts: rows of an earlier run, for FLOPs without counting anew.
+    kind: of our adapter; None takes the backbone's. compiled: whether the engine compiles.
+    counts: rows of an earlier run, for FLOPs without counting anew.
     processes: whether arms are made at the same time, each in its own. lock: see `speed.hardware`.
     """
 
@@ -37,6 +38,7 @@ class Settings:
     guidance_scale: float
     kind: str | None = None
     reference: ReferenceAdapters | None = None
+    compiled: bool = True
     counts: Sequence[Row] = ()
     processes: bool = False
     lock: Path | None = None
@@ -197,5 +199,6 @@ def _workbench(architecture: Architecture, batch: int, settings: Settings, devic
         kind=settings.kind,
         omega=settings.guidance_scale,
         reference=settings.reference,
+        compiled=settings.compiled,
         **options,
     )
