@@ -12,6 +12,7 @@ from agd_fast.environment import info
 from agd_fast.families.discovery import discover
 from agd_fast.guiders import AdapterGuidance
 from agd_fast.hub import push_to_hub
+from agd_fast.memory import estimate_memory, frozen_backward
 from agd_fast.reference import convert
 from agd_fast.sampling import sample
 from agd_fast.spec import Condition, DenoiserSpec, PipelineSpec, Site
@@ -37,6 +38,8 @@ __all__ = [
     "disabled",
     "discover",
     "distill",
+    "estimate_memory",
+    "frozen_backward",
     "guided",
     "info",
     "load",

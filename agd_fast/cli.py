@@ -1,4 +1,4 @@
-"""The command line: agd-fast demo | distill | sample | evaluate | convert | push | info."""
+"""The command line: agd-fast demo | distill | estimate | sample | evaluate | convert | push | info."""
 
 from __future__ import annotations
 
@@ -99,6 +99,13 @@ def distill(
     ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Training steps.", show_default="800")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="States a training step.", show_default="128")] = None,
+    micro_batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Most states a forward.", show_default="the batch, or what fits with --memory auto")
+    ] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="What is kept for backward: exact, 8bit, 4bit, recompute, or auto: the first that fits.")
+    ] = None,
+    base_weights: Annotated[str | None, typer.Option(help="Keep the frozen weights as int8 or nf4 while training.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate; default: by kind.")] = None,
     ema: Annotated[float | None, typer.Option(help="Decay of an average of the weights, e.g. 0.999.")] = None,
     mixed_precision: Annotated[str | None, typer.Option(help="no, fp16 or bf16.", show_default="no")] = None,
@@ -116,6 +123,7 @@ def distill(
     of_training = {
         "steps": steps,
         "batch_size": batch_size,
+        "micro_batch_size": micro_batch_size,
         "learning_rate": learning_rate,
         "ema": ema,
         "mixed_precision": mixed_precision,
@@ -123,7 +131,7 @@ def distill(
     of_adapter = {"kind": kind, "hidden": hidden, "max_fraction": max_fraction}
     chosen = _given(of_adapter)
     result = agd.distill(
-        load_model(model, dtype),
+        load_model(model, dtype, place=memory is None),
         class_labels=None if labels is None else parse_labels(labels),
         prompts=prompts,
         call=None if call is None else parse_call(call),
@@ -138,6 +146,8 @@ def distill(
         output_dir=output,
         validation=validation,
         validate_every=validate_every,
+        memory=memory,  # type: ignore[arg-type]
+        base_weights=base_weights,  # type: ignore[arg-type]
         seed=seed,
         resume=not fresh,
         tensorboard=tensorboard,
@@ -149,6 +159,28 @@ def distill(
             f"{found.parameters:,} parameters ({found.fraction:.1%} of the base){explained}; written to {found.output_dir}",
             markup=False,
         )
+
+
+@app.command()
+def estimate(
+    model: Annotated[str, typer.Argument(help="'digits', or a folder or Hub id of a diffusers pipeline.")],
+    resolution: Annotated[
+        int | None, typer.Option(min=1, help="Edge of the pictures in pixels.", show_default="the model's own")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="States a forward.")] = 1,
+    kind: Annotated[str | None, typer.Option(help="Of adapter.", show_default="the backbone's")] = None,
+    base_weights: Annotated[str | None, typer.Option(help="int8 or nf4, as in distill.")] = None,
+    dtype: DtypeOption = "bfloat16",
+) -> None:
+    """How much memory distilling a model takes, by what is kept for backward. Needs no GPU."""
+    found = agd.estimate_memory(
+        load_model(model, dtype, place=False),
+        resolution=resolution,
+        batch_size=batch_size,
+        adapter=None if kind is None else agd.AdapterConfig(kind),
+        base_weights=base_weights,  # type: ignore[arg-type]
+    )
+    console.print(str(found), markup=False, highlight=False)
 
 
 @app.command()
@@ -339,9 +371,9 @@ def parse_call(text: str) -> dict[str, Any]:
     return value
 
 
-def load_model(name: str, dtype: str = "float32") -> Any:
-    """A model on the GPU, if there is one."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+def load_model(name: str, dtype: str = "float32", *, place: bool = True) -> Any:
+    """A model on the GPU, if there is one. place: False leaves that to who saves memory."""
+    device = "cuda" if place and torch.cuda.is_available() else "cpu"
     if dtype not in ("float32", "bfloat16", "float16"):
         raise typer.BadParameter(f"expected float32, bfloat16 or float16, found {dtype!r}")
     if name == "digits":
@@ -368,7 +400,7 @@ def main() -> None:
     warnings.showwarning = lambda message, *_, **__: stderr.print(f"[yellow]warning:[/yellow] {escape(str(message))}")
     try:
         app()
-    except (ValueError, TypeError, OSError, ImportError, FloatingPointError) as error:
+    except (ValueError, TypeError, OSError, ImportError, FloatingPointError, torch.OutOfMemoryError) as error:
         hint = "; expected pip install 'agd-fast[demo]'" if isinstance(error, ModuleNotFoundError) else ""
         stderr.print(f"[red]error:[/red] {escape(str(error))}{escape(hint)}")
         raise SystemExit(1) from error

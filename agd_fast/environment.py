@@ -11,6 +11,7 @@ import torch
 from agd_fast.adapters import count_parameters
 from agd_fast.attaching import attachment_of, denoiser_of
 from agd_fast.engine import engine_of
+from agd_fast.memory.extension import extension_info
 from agd_fast.ops import kernels_info
 from agd_fast.version import __version__
 
@@ -29,6 +30,7 @@ def environment() -> dict[str, str]:
         "device": torch.cuda.get_device_name() if cuda else "cpu",
         "threads": str(torch.get_num_threads()),
         "kernels": f"do not run: {missing}" if (missing := kernels_info()["missing"]) else "can run",
+        "extension": _extension(),
     }
 
 
@@ -59,6 +61,13 @@ def info(model: Any = None) -> dict[str, Any]:
         "armed": attachment.omega is not None,
     }
     return found
+
+
+def _extension() -> str:
+    found = extension_info()
+    if not found["loaded"]:
+        return f"PyTorch stands in for it: {found['reason']}"
+    return f"loaded, CUDA {found['cuda']}, for {' '.join(found['architectures'])}"
 
 
 def _version(package: str) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 _METADATA = "agd_fast"
 PARTIAL = ".partial"  # ending of a file that is still being written
@@ -133,9 +134,14 @@ def sha256(path: str | os.PathLike[str]) -> str:
 
 
 def fingerprint(tensors: Mapping[str, torch.Tensor]) -> str:
-    """A hash of names, shapes, dtypes and values, the same on every device."""
+    """A hash of names, shapes, dtypes and values, the same on every device. Of a tensor that is made of others (a quantised
+    weight), theirs."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
+        if is_traceable_wrapper_subclass(tensors[name]):
+            parts, _ = tensors[name].__tensor_flatten__()  # type: ignore[attr-defined]
+            digest.update(f"{name}{fingerprint({part: getattr(tensors[name], part) for part in parts})}".encode())
+            continue
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())

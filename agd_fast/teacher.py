@@ -122,7 +122,8 @@ class Teacher:
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(self.denoiser.parameters()).dtype
+        """What it computes in: that of its first weight that is no code of a quantised one."""
+        return next(p.dtype for p in self.denoiser.parameters() if p.is_floating_point())
 
     def to(self, device: torch.device) -> None:
         self.denoiser.to(device)

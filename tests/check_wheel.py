@@ -10,6 +10,8 @@ from pathlib import Path
 EXPECTED = {
     "agd_fast/py.typed",
     "agd_fast/datasets/assets/captions.txt",
+    "agd_fast/memory/handlers/linear.py",
+    "agd_fast/memory/ops/pack.py",
     "agd_fast/datasets/assets/digits_classifier.safetensors",
     "agd_fast/datasets/assets/digits_teacher/diffusion_pytorch_model.safetensors",
     "agd_fast/reporting/card.md.jinja",
@@ -20,6 +22,10 @@ EXPECTED = {
     "agd_fast_kernels/shapes.py",
 }
 SOURCES = {  # of the sdist; those of kernels/ make a package for the Kernel Hub
+    "csrc/bindings.cpp",
+    "csrc/codec.h",
+    "csrc/pack.cu",
+    "csrc/pack.cuh",
     "kernels/CARD.md",
     "kernels/README.md",
     "kernels/build.toml",
@@ -40,6 +46,8 @@ teacher = agd_fast.datasets.digits_teacher()
 agd_fast.attach(teacher)
 images = agd_fast.sample(teacher, class_labels=[3], guidance_scale=4.0, steps=2, seed=0)
 assert images.shape == (1, 1, 8, 8) and torch.isfinite(images).all()
+with agd_fast.frozen_backward(torch.nn.Linear(8, 8).requires_grad_(False), "4bit"):
+    print("extension:", agd_fast.info()["environment"]["extension"])
 print("wheel works:", here.parent.name, agd_fast.__version__)
 """
 

@@ -364,7 +364,8 @@ def one_of_two(rank, directory, port, settings):
         lambda _, args, kwargs: batches.extend([len(kwargs["timestep"])] * torch.is_grad_enabled()), with_kwargs=True
     )
     try:
-        result = distill_tiny(directory, teacher, train_config=short(**settings))
+        saving = {name: settings.pop(name, None) for name in ("memory", "base_weights")}
+        result = distill_tiny(directory, teacher, train_config=short(**settings), **saving)
     except (ValueError, FloatingPointError) as error:
         return error
     finally:
@@ -380,12 +381,15 @@ def in_two(directory, **settings):
     return in_children(one_of_two, 2, directory, port, settings)
 
 
-@pytest.mark.parametrize("ema", [None, 0.9])
-def test_distill_in_two_processes_is_as_in_one(tmp_path, ema):
-    one = distill_tiny(tmp_path / "one", train_config=short(ema=ema))
-    first, second = in_two(tmp_path / "two", ema=ema)
+@pytest.mark.parametrize(
+    ("ema", "micro", "sizes", "saving"),
+    [(None, None, {4}, {}), (0.9, 3, {3, 1}, {}), (None, None, {4}, {"memory": "4bit", "base_weights": "int8"})],
+)
+def test_distill_in_two_processes_is_as_in_one(tmp_path, ema, micro, sizes, saving):
+    one = distill_tiny(tmp_path / "one", train_config=short(ema=ema), **saving)
+    first, second = in_two(tmp_path / "two", ema=ema, micro_batch_size=micro, **saving)
     assert first[0] == second[0] == pytest.approx(one.loss)
-    assert first[2] == second[2] == {4}  # half of each batch
+    assert first[2] == second[2] == sizes  # of half of each batch
     for name, value in one.adapter.state_dict().items():
         assert (first[1][name] == second[1][name]).all()
         torch.testing.assert_close(torch.from_numpy(first[1][name]), value)

@@ -95,7 +95,9 @@ def test_pipelines(page):
     assert agd.info(found["other"])["adapter"]["sites"]
 
 
-@pytest.mark.parametrize("name", ["families.md", "adding-a-family.md", "pipelines.md", "limits.md", "engine.md", "kernels.md"])
+@pytest.mark.parametrize(
+    "name", ["families.md", "adding-a-family.md", "pipelines.md", "limits.md", "engine.md", "kernels.md", "memory.md"]
+)
 def test_links_lead_somewhere(name):
     text = (DOCS / name).read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)#]+)\)", text):
@@ -116,6 +118,10 @@ def test_engine(page):
 
 def test_kernels(page):
     page("kernels.md")
+
+
+def test_memory(page):
+    page("memory.md")
 
 
 def test_adding_a_family(page):

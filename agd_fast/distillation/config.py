@@ -31,7 +31,9 @@ def learning_rate_of(kinds: Sequence[str]) -> float:
 class TrainConfig:
     """AdamW with linear warm-up and cosine decay.
 
-    steps, batch_size: batch_size is over all processes. warmup: share of the steps.
+    steps, batch_size: batch_size is over all processes. micro_batch_size: most states of a forward; the gradients of a batch are
+        added up over its forwards. None for all at once, or for as many as `distill(memory="auto")` finds to fit.
+    warmup: share of the steps.
     learning_rate: peak; None takes LEARNING_RATES by the adapter's kind, tuned on digits teachers and on nothing larger
         (the paper trains its kinds with 1e-4 for 5,000 steps).
     max_grad_norm: clipped to it. ema: decay of an average of the weights that is saved instead of them; None for none.
@@ -41,6 +43,7 @@ class TrainConfig:
 
     steps: int = 800
     batch_size: int = 128
+    micro_batch_size: int | None = None
     learning_rate: float | None = None
     weight_decay: float = 0.0
     warmup: float = 0.1
@@ -54,7 +57,15 @@ class TrainConfig:
     log_every: int = 20
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "checkpoint_every", "log_every", "learning_rate", "max_grad_norm"):
+        for name in (
+            "steps",
+            "batch_size",
+            "micro_batch_size",
+            "checkpoint_every",
+            "log_every",
+            "learning_rate",
+            "max_grad_norm",
+        ):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be positive, found {value}")

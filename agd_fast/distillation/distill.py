@@ -20,6 +20,8 @@ from agd_fast.distillation.teachers import Prompts, teachers_of
 from agd_fast.files import differences
 from agd_fast.guiders.teaching import gives_cond_at_one
 from agd_fast.hub import resolve
+from agd_fast.memory.choose import Memory, ways_of
+from agd_fast.memory.weight_codes import Kind
 from agd_fast.spec import DenoiserSpec
 from agd_fast.storage import read_config
 from agd_fast.teacher import Conditions
@@ -53,6 +55,8 @@ def distill(
     spec: DenoiserSpec | None = None,
     validation: int | None = None,
     validate_every: int | None = None,
+    memory: Memory | None = None,
+    base_weights: Kind | None = None,
     seed: int = 0,
     resume: bool = True,
     tensorboard: bool = False,
@@ -79,13 +83,21 @@ def distill(
         `init`: one round of training on its own states. A pipeline runs shard_size samples at once, at one scale.
     validation: held-out guided trajectories a scale for `guidance_explained`; 0 for none, None for 50, or 8 of a pipeline.
     validate_every: also measure, and draw a picture, after every so many steps, into output_dir/validation.
+    memory: what is kept of a forward for its backward: "exact" (what is needed, not rounded), "8bit", "4bit", "recompute", or
+        "auto", the first of these that fits the card, in the end over a base in int8 (see `agd_fast.frozen_backward`,
+        `agd_fast.estimate_memory`); None is plain autograd. In the first four, and in "auto" where the card is small for the
+        model, a model is on the card for its own forwards alone and goes back to where it was, guidance is two forwards of one
+        sample each, and the optimizer's moments lie in host memory. On the CPU "auto" is "exact".
+    base_weights: "int8" or "nf4" keeps the frozen weights as codes while training (`agd_fast.memory.base_weights`), with the
+        originals in host memory; states, validation and what is left to the caller are of the weights as they are.
     resume: continue an interrupted run in output_dir; False trains anew on the trajectories there.
 
     Writes adapter.safetensors, adapter_config.json, distill.json, log.jsonl, checkpoint.safetensors, samples.png and
     trajectories/; for a pipeline's further denoisers the same in folders of their names.
     Raises: ValueError for a missing condition, an attached adapter, an `init` that does not fit, or an output_dir of another
     run; TypeError for an unknown model or guider; FloatingPointError when the loss becomes NaN; OSError when something cannot
-    be written. The model is then without adapter again.
+    be written; torch.OutOfMemoryError naming what takes less, after "auto" has tried one way more. The model is then without
+    adapter again.
     """
     directory = Path(output_dir)
     init = None if init is None else resolve(init)
@@ -99,6 +111,7 @@ def distill(
     for name, value in (("validation", validation), ("validate_every", validate_every)):
         if value is not None and value < (name == "validate_every"):
             raise ValueError(f"{name} must be a positive number or {0 if name == 'validation' else None}, found {value}")
+    ways_of(memory, base_weights, None)  # names that are none are said before anything runs
     teachers = teachers_of(
         model,
         prompts=prompts,
@@ -147,6 +160,8 @@ def distill(
                 tensorboard=tensorboard,
                 progress=progress,
                 about=one.about,
+                memory=memory,
+                base_weights=base_weights,
             )
         )
     results = {name: run(job) for (name, _, _), job in zip(teachers, jobs, strict=True)}

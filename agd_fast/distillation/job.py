@@ -2,28 +2,38 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator, PartialState
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from agd_fast.adapters import Adapter, AdapterConfig, count_parameters
 from agd_fast.attaching import attach, require_attachment, unload, wrap
 from agd_fast.distillation.config import TrainConfig
+from agd_fast.distillation.economy import Economy
 from agd_fast.distillation.preview import preview
+from agd_fast.distillation.residency import Residency
 from agd_fast.distillation.train import make_accelerator, train
 from agd_fast.evaluation.explained import SCALES, Explained, guidance_explained
 from agd_fast.files import differences, fingerprint, replacing, write_json
 from agd_fast.freezing import frozen
+from agd_fast.memory.choose import Choice, Memory, budget_on, choose, estimator, ways_of
+from agd_fast.memory.weight_codes import Kind
+from agd_fast.spec import device_of
 from agd_fast.storage import load, save
 from agd_fast.teacher import Conditions, Teacher
 from agd_fast.trajectories import Source, Trajectories, collect
 from agd_fast.warning import warn
+
+logger = logging.getLogger(__name__)
 
 RESULT_NAME, PICTURE_NAME, VALIDATION_NAME = "distill.json", "samples.png", "validation"
 
@@ -34,7 +44,8 @@ class DistillResult:
 
     adapter: attached to the teacher. output_dir: holds it on disk. parameters, fraction: its size, also as a share of the
     base's parameters. loss: the last logged. explained: guidance_explained on held-out trajectories (None if not asked for).
-    seconds: by phase, of this call. others: results of a pipeline's further denoisers, by component.
+    seconds: by phase, of this call. memory: how training saved memory, and on CUDA the most it took in bytes; None where it was
+    not asked to. others: results of a pipeline's further denoisers, by component.
     """
 
     adapter: Adapter = field(repr=False)
@@ -44,6 +55,7 @@ class DistillResult:
     loss: float
     explained: Explained | None
     seconds: dict[str, float]
+    memory: dict[str, Any] | None = None
     others: dict[str, DistillResult] = field(default_factory=dict)
 
 
@@ -71,59 +83,123 @@ class Job:
     tensorboard: bool
     progress: bool
     about: dict[str, Any]
+    memory: Memory | None = None
+    base_weights: Kind | None = None
 
 
 def run(job: Job) -> DistillResult:
     """Leaves the adapter attached, or nothing when something is raised."""
-    teacher = job.teacher
     accelerator = make_accelerator(job.train_config.mixed_precision)
+    residency = _residency(job, accelerator.device)
+    with residency.kept():
+        result = _run(job, accelerator, residency)
+    result.adapter.to(device_of(job.teacher.denoiser))
+    return result
+
+
+def _residency(job: Job, device: torch.device) -> Residency:
+    return Residency.of(job.teacher, device, job.memory, job.train_config.micro_batch_size or job.shard_size)
+
+
+def _run(job: Job, accelerator: Accelerator, residency: Residency) -> DistillResult:
+    teacher = job.teacher
     with torch.random.fork_rng(), frozen(teacher.denoiser):
         torch.manual_seed(job.seed)
         loaded = None if job.init is None else require_attachment(load(teacher, job.init)).adapter
         attached = attach(teacher, job.config) if loaded is None else loaded
         try:
             wrap(teacher.owner)
-            teacher.to(accelerator.device)
+            residency.place()
             attached.to(accelerator.device)
             marks = [time.perf_counter()]
-            with accelerator.main_process_first():
+            with accelerator.main_process_first(), residency.running():
                 states = _states(job, job.progress and accelerator.is_main_process)
             marks.append(time.perf_counter())
-            settings = {
-                "adapter": attached.config.to_dict(),
-                "init": None if job.init is None else fingerprint(attached.state_dict()),
-                "train": job.train_config.to_dict(),
-                "plan": states.manifest.plan_id,
-                "processes": accelerator.num_processes,
-            }
-            loss = train(
-                teacher,
-                states,
-                job.train_config,
-                job.directory,
-                accelerator,
-                run=settings,
-                resume=job.resume,
-                tensorboard=job.tensorboard,
-                progress=job.progress,
-                validate=_validation(job) if job.validate_every else None,
-                validate_every=job.validate_every,
-            )
+            settings = _settings(job, attached, states, accelerator.num_processes)
+            with residency.training():
+                loss, memory = _train(job, states, settings, accelerator, residency)
             marks.append(time.perf_counter())
-            explained = _explained(job) if job.validation else None
+            with residency.running():
+                explained = _explained(job) if job.validation else None
             marks.append(time.perf_counter())
             seconds = dict(zip(("collect", "train", "validate"), (b - a for a, b in pairwise(marks)), strict=True))
-            fraction = count_parameters(attached) / count_parameters(teacher.denoiser)
-            result = DistillResult(attached, job.directory, count_parameters(attached), fraction, loss, explained, seconds)
+            count = count_parameters(attached)
+            fraction = count / count_parameters(teacher.denoiser)
+            result = DistillResult(attached, job.directory, count, fraction, loss, explained, seconds, memory)
             if accelerator.is_main_process:
-                about = {"source": states.manifest.plan["source"], "init": settings["init"], "train": settings["train"]}
-                _write(job, result, about)
+                about = {"source": states.manifest.plan["source"], "init": settings["init"], "train": job.train_config.to_dict()}
+                _write(job, result, about | ({"memory": str(memory["way"])} if memory else {}))
             accelerator.wait_for_everyone()
         except BaseException:
             unload(teacher)
             unload(teacher.owner)
             raise
     return result
+
+
+def _settings(job: Job, adapter: Adapter, states: Trajectories, processes: int) -> dict[str, Any]:
+    """What a checkpoint must match to be continued; how many states are in memory at once decides nothing."""
+    train = job.train_config.to_dict()
+    train.pop("micro_batch_size")
+    saving = {"memory": job.memory, "base_weights": job.base_weights}
+    return {
+        "adapter": adapter.config.to_dict(),
+        "init": None if job.init is None else fingerprint(adapter.state_dict()),
+        "train": train,
+        "plan": states.manifest.plan_id,
+        "processes": processes,
+        **{name: value for name, value in saving.items() if value is not None},
+    }
+
+
+def _train(
+    job: Job, states: Trajectories, settings: dict[str, Any], accelerator: Accelerator, residency: Residency
+) -> tuple[float, dict[str, Any] | None]:
+    """The last loss, and how memory was saved, where that was asked for."""
+    cuda = accelerator.device.type == "cuda"
+    economy = Economy(job.teacher.denoiser, _choice(job, states, accelerator.device, residency.short))
+    if job.memory == "auto" and accelerator.is_main_process:
+        (tqdm.write if job.progress else logger.info)(f"memory='auto': {economy.reason}")
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(accelerator.device)
+    with economy:
+        loss = train(
+            job.teacher,
+            states,
+            job.train_config,
+            job.directory,
+            accelerator,
+            run=settings,
+            resume=job.resume,
+            tensorboard=job.tensorboard,
+            progress=job.progress,
+            economy=economy,
+            host=residency.short,
+            validate=_validation(job, economy, residency) if job.validate_every else None,
+            validate_every=job.validate_every,
+        )
+    if job.memory is None and job.base_weights is None:
+        return loss, None
+    way = economy.way
+    memory = {"memory": job.memory, "way": str(way), **asdict(way), "reason": economy.reason}
+    return loss, memory | ({"peak_bytes": torch.cuda.max_memory_allocated(accelerator.device)} if cuda else {})
+
+
+def _choice(job: Job, states: Trajectories, device: torch.device, short: bool) -> Choice:
+    """On the CPU nothing has to be saved: "auto" is the first way."""
+    config = job.train_config
+    ways = ways_of(job.memory, job.base_weights, config.micro_batch_size)
+    if job.memory != "auto":
+        return Choice(ways, "as asked for")
+    if device.type != "cuda":
+        return Choice(ways, f"{ways[0]}, for there is no card to fit")
+    spec, batch, denoiser = job.teacher.spec, states.largest(), job.teacher.denoiser
+    arguments = {**batch.conditions, **batch.constants}
+    inputs = {spec.sample: batch.sample.to(job.teacher.dtype), spec.timestep: batch.timestep, **arguments}
+    adapter = require_attachment(denoiser).adapter
+    resident = sum(tensor.nbytes for module in (denoiser, adapter) for tensor in module.state_dict().values())
+    estimate = estimator(job.teacher, inputs, "host" if short else "adamw")
+    return choose(ways, budget_on(device, resident), config.batch_size, estimate)
 
 
 def _states(job: Job, progress: bool) -> Trajectories:
@@ -158,11 +234,11 @@ def _explained(job: Job) -> Explained:
     )
 
 
-def _validation(job: Job) -> Callable[[int], float]:
+def _validation(job: Job, economy: Economy, residency: Residency) -> Callable[[int], float]:
     """Measures the adapter as it stands after a step, writes that and a picture, and returns guidance_explained."""
 
     def validate(step: int) -> float:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), economy.base_restored(), residency.running():
             explained = _explained(job)
             write_json(job.directory / VALIDATION_NAME / f"step-{step:06d}.json", {"step": step, **explained.to_dict()})
             _draw(job, job.directory / VALIDATION_NAME / f"step-{step:06d}.png")
@@ -173,7 +249,9 @@ def _validation(job: Job) -> Callable[[int], float]:
 
 def draw_samples(job: Job) -> None:
     """Write samples.png: unguided, CFG and AGD from the same noise."""
-    _draw(job, job.directory / PICTURE_NAME)
+    residency = _residency(job, PartialState().device)
+    with residency.kept(), residency.running():
+        _draw(job, job.directory / PICTURE_NAME)
 
 
 def _draw(job: Job, path: Path) -> None:
@@ -213,6 +291,7 @@ def _write(job: Job, result: DistillResult, about: dict[str, Any]) -> None:
             "loss": result.loss,
             "guidance_explained": result.explained.to_dict() if result.explained else None,
             "seconds": result.seconds,
+            **({"memory": result.memory} if result.memory else {}),
         },
     )
 

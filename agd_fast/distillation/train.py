@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, nullcontext
 from copy import deepcopy
 from datetime import timedelta
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from accelerate import Accelerator
@@ -18,16 +18,23 @@ from accelerate.state import AcceleratorState, is_initialized
 from accelerate.utils import InitProcessGroupKwargs
 from diffusers.optimization import get_cosine_schedule_with_warmup
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
 from agd_fast.distillation.checkpoint import CHECKPOINT_NAME, load_checkpoint, save_checkpoint
 from agd_fast.distillation.config import TrainConfig
+from agd_fast.distillation.economy import Economy
 from agd_fast.distillation.loss import distillation_loss
 from agd_fast.distillation.student import Student
 from agd_fast.files import append_text, write_text
+from agd_fast.memory.base_weights import PackedWeight
+from agd_fast.memory.choose import Choice, ways_of
+from agd_fast.memory.modes import Activations
+from agd_fast.memory.optimizer import HostAdamW
 from agd_fast.teacher import Teacher
-from agd_fast.trajectories import Trajectories
+from agd_fast.trajectories import Batch, Trajectories
+from agd_fast.warning import first_line
 
 LOG_NAME = "log.jsonl"
 
@@ -64,15 +71,19 @@ def train(
     resume: bool = True,
     tensorboard: bool = False,
     progress: bool = True,
+    economy: Economy | None = None,
+    host: bool = False,
     validate: Callable[[int], float] | None = None,
     validate_every: int | None = None,
 ) -> float:
     """Train the attached adapter of a frozen teacher in place and return the last logged loss.
 
     directory: for the checkpoint, `log.jsonl` and, on request, TensorBoard's events. run: settings a checkpoint must match.
-    validate: is called with the number of steps done after every `validate_every`; what it returns is logged.
+    economy: entered, what saves memory; None for nothing. host: what the optimizer and the average of the weights hold lies in
+    host memory. validate: is called with the number of steps done after every `validate_every`; what it returns is logged.
     Raises: ValueError when the processes cannot share a batch evenly; FloatingPointError naming the step when the loss is
-    not finite (the last good checkpoint is kept); OSError naming what cannot be written.
+    not finite (the last good checkpoint is kept); OSError naming what cannot be written; torch.OutOfMemoryError naming what may
+    help, when `economy` has no other way left.
     """
     rank, world = accelerator.process_index, accelerator.num_processes
     if config.batch_size % world:
@@ -81,9 +92,12 @@ def train(
     adapter = student.adapter
     assert config.learning_rate is not None
     assert config.seed is not None
-    optimizer = torch.optim.AdamW(adapter.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    economy = economy or Economy(teacher.denoiser, Choice(ways_of(None, None, config.micro_batch_size), ""))
+    settings: Any = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+    optimizer: Optimizer = (HostAdamW if host else torch.optim.AdamW)(adapter.parameters(), **settings)
     schedule = get_cosine_schedule_with_warmup(optimizer, int(config.warmup * config.steps), config.steps)
-    average = deepcopy(adapter).requires_grad_(False) if config.ema else None
+    average = deepcopy(adapter).requires_grad_(False).to("cpu" if host else accelerator.device) if config.ema else None
+    _leave_packed_weights(student)
     wrapped, optimizer = accelerator.prepare(student, optimizer)
     modules: dict[str, nn.Module] = {"adapter": adapter}
     if average is not None:
@@ -100,15 +114,9 @@ def train(
     ):
         for step in range(done, config.steps):
             rows = batch_rows(step, config.batch_size, len(trajectories), config.seed)[rank::world]
-            batches = [batch.to(accelerator.device) for batch in trajectories.batches(rows)]
-            with accelerator.autocast():
-                predictions = wrapped(batches)
-            losses = [
-                distillation_loss(prediction, batch.target, batch.omega, config.loss, config.weighting) * len(batch) / len(rows)
-                for prediction, batch in zip(predictions, batches, strict=True)
-            ]
-            loss = torch.stack(losses).sum()
-            accelerator.backward(loss)
+            states = trajectories.batches(rows)
+            gradients = partial(_gradients, wrapped, states, config, accelerator)
+            loss = _in_memory(gradients, economy, optimizer, step + 1, alone=world == 1)
             norm = accelerator.clip_grad_norm_(adapter.parameters(), config.max_grad_norm)
             optimizer.step()
             schedule.step()
@@ -136,10 +144,63 @@ def train(
     return log.last_loss
 
 
+def _gradients(
+    wrapped: nn.Module, states: list[Batch], config: TrainConfig, accelerator: Accelerator, micro_batch_size: int | None
+) -> Tensor:
+    """Add those of a batch to the adapter's, a micro-batch after another; the loss over all of it, a scalar without history."""
+    count, device = sum(map(len, states)), accelerator.device
+    whole = micro_batch_size is None or micro_batch_size >= count
+    groups = [states] if whole else [[part] for batch in states for part in batch.split(micro_batch_size or count)]
+    total = torch.zeros((), device=device)
+    for index, group in enumerate(groups):
+        batches = [batch.to(device) for batch in group]
+        with nullcontext() if index + 1 == len(groups) else accelerator.no_sync(wrapped):
+            with accelerator.autocast():
+                predictions = wrapped(batches)
+            losses = [
+                distillation_loss(prediction, batch.target, batch.omega, config.loss, config.weighting) * len(batch) / count
+                for prediction, batch in zip(predictions, batches, strict=True)
+            ]
+            loss = torch.stack(losses).sum()
+            accelerator.backward(loss)
+        total += loss.detach()
+    return total
+
+
+def _in_memory(gradients: Callable[[int | None], Tensor], economy: Economy, optimizer: Any, step: int, *, alone: bool) -> Tensor:
+    """What `gradients` gives for the economy's micro-batch size, in its next way where there was no memory: the adapter has not
+    moved by then.
+
+    alone: whether this is the only process: others would wait for one that makes a forward more.
+    Raises: torch.OutOfMemoryError naming what may help.
+    """
+    while True:
+        try:
+            return gradients(economy.way.micro_batch_size)
+        except torch.OutOfMemoryError as error:
+            found = first_line(error)
+        optimizer.zero_grad()  # out here, where no traceback holds the tensors of what failed
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+        if not (alone and economy.fall(step)):
+            raise torch.OutOfMemoryError(
+                f"training ran out of memory at step {step} with {economy.way} ({found}); expected one of "
+                f"memory={', '.join(map(repr, get_args(Activations)))} that keeps less, base_weights='int8', or a smaller "
+                "TrainConfig(micro_batch_size=...); agd_fast.estimate_memory tells what each takes"
+            )
+
+
+def _leave_packed_weights(student: Student) -> None:
+    """Frozen codes are the same in every process: DDP is not to send them around."""
+    packed = [name for name, value in student.named_parameters() if isinstance(value, PackedWeight)]
+    student._ddp_params_and_buffers_to_ignore = packed  # type: ignore[assignment]
+
+
 def _update_average(average: nn.Module, adapter: nn.Module, decay: float, step: int) -> None:
     """Exponential moving average; a shorter one over the first steps, so that the zero start is forgotten."""
     update = get_ema_multi_avg_fn(min(decay, (1 + step) / (10 + step)))
-    update(list(average.parameters()), list(adapter.parameters()), step)
+    device = next(average.parameters()).device
+    update(list(average.parameters()), [parameter.detach().to(device) for parameter in adapter.parameters()], step)
 
 
 class _Meter:

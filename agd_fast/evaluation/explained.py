@@ -118,7 +118,7 @@ def _errors(
         times.append(state.timestep.flatten()[0])
         return prediction if states == "student" else target
 
-    with torch.inference_mode():
+    with torch.no_grad():  # no inference mode: what is offloaded meanwhile could never be trained again
         teacher.run(conditions, start, scale, steps, visit, generator=generator, noised=states == "data")
     return torch.stack(times).tolist(), torch.stack(sums)
 

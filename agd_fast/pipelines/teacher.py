@@ -31,6 +31,14 @@ class _Probed(Exception):  # noqa: N818 (no error)
         self.call = call
 
 
+class _Probe(Recorder):
+    """Ends a run where its denoiser is first called, before a forward that may be slow where the pipeline is now."""
+
+    def _called(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        super()._called(args, kwargs)
+        raise _Probed(self._halves(self.calls[0])[0])
+
+
 @dataclass
 class PipelineTeacher(Teacher):
     """One denoiser of a pipeline, guided as the pipeline guides it.
@@ -185,6 +193,8 @@ class PipelineTeacher(Teacher):
         scale = (3.0 if self.guider is not None else float(omega[0])) - self.spec.omega_offset
         generators = [torch.Generator().manual_seed(seed) for seed in start.tolist()]
         self._run_pipeline(conditions["input"].tolist(), scale, steps, generators, record)
+        if first is None:
+            raise self._never_stepped()
 
     def _ask_guider(self, step: Step, omega: float) -> Tensor:
         assert step.unconditional is not None
@@ -210,22 +220,27 @@ class PipelineTeacher(Teacher):
             return self._predict_call(call)
 
     def _probe(self) -> Call:
-        """The first conditional call of a short run, without running further."""
-
-        def stop(step: Step) -> Tensor:
-            raise _Probed(step.conditional)
-
+        """The first call of a short run, whatever it is conditioned on."""
         try:
-            self._run_pipeline([0], 3.0, 2, [torch.Generator().manual_seed(0)], stop)
+            self._run_pipeline([0], 3.0, 2, [torch.Generator().manual_seed(0)], lambda step: step.guided, _Probe)
         except _Probed as found:
             return found.call
-        raise ValueError(
+        raise self._never_stepped()
+
+    def _never_stepped(self) -> ValueError:
+        return ValueError(
             f"{type(self.pipe).__name__} never called its {self.component} and scheduler; expected a pipeline that steps "
             "`pipe.scheduler` with its prediction"
         )
 
     def _run_pipeline(
-        self, rows: list[int], scale: float, steps: int, generators: list[torch.Generator], visit: Callable[[Step], Tensor]
+        self,
+        rows: list[int],
+        scale: float,
+        steps: int,
+        generators: list[torch.Generator],
+        visit: Callable[[Step], Tensor],
+        recorder: type[Recorder] = Recorder,
     ) -> None:
         """The pipeline's own call for these rows of the inputs, never armed."""
         call, spec = own_call(self.pipe, self.spec), self.spec.pipeline
@@ -233,14 +248,14 @@ class PipelineTeacher(Teacher):
         arguments = {**self.call, "num_inference_steps": steps, "generator": generators, **self._rows(rows)}
         if "output_type" in parameters:
             arguments.setdefault("output_type", "latent")
-        recorder = Recorder(self.pipe, self._call, self.spec, len(rows), visit)
+        record = recorder(self.pipe, self._call, self.spec, len(rows), visit)
         with ExitStack() as stack:
             stack.enter_context(frozen(self.denoiser))
             stack.enter_context(torch.no_grad())
             stack.enter_context(_silent(self.pipe))
             arguments[spec.omega_arguments[0]] = scale
             vars(self.pipe).pop("_num_timesteps", None)  # of the last call
-            recorder.run(lambda: call(**arguments))
+            record.run(lambda: call(**arguments))
 
     def generate(self, row: int, scale: float | None, steps: int, generator: torch.Generator) -> Any:
         """The pipeline's pictures of one row of the inputs, by its call as a user makes it; scale None is without guidance."""

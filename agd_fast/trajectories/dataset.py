@@ -41,6 +41,15 @@ class Batch:
         sample, timestep, omega = (value.to(device, non_blocking=True) for value in tensors)
         return Batch(sample, timestep, omega, conditions, self.target.to(device, non_blocking=True), constants)
 
+    def split(self, size: int) -> list[Batch]:
+        """Batches of at most `size` of these states, in their order."""
+        return [self._rows(slice(start, start + size)) for start in range(0, len(self), size)]
+
+    def _rows(self, rows: slice) -> Batch:
+        conditions = {name: value[rows] for name, value in self.conditions.items()}
+        sample, timestep, omega = self.sample[rows], self.timestep[rows], self.omega[rows]
+        return Batch(sample, timestep, omega, conditions, self.target[rows], self.constants)
+
 
 def pack(states: dict[str, Tensor], conditions: dict[str, Tensor], constants: dict[str, Any]) -> tuple[dict[str, Tensor], str]:
     """One shard as tensors by name, and the constants that are no tensors as text. conditions: one row a trajectory."""
@@ -109,6 +118,11 @@ class Trajectories:
             raise ValueError(f"expected states of one shape, found {len(found)}; expected Trajectories.batches(rows)")
         return found[0]
 
+    def largest(self) -> Batch:
+        """One state of the shape that has most elements."""
+        first = torch.cat([self.ends.new_zeros(1), self.ends[:-1]])
+        return max((batch.split(1)[0] for batch in self.batches(first)), key=_elements)
+
     def batches(self, rows: Tensor) -> list[Batch]:
         """The states `rows` [B], those of one shape together, in their order: prompts may be of several lengths."""
         shard_of = torch.bucketize(rows, self.ends, right=True)
@@ -119,6 +133,10 @@ class Trajectories:
             shard = self._files[index]
             parts.setdefault(shard.shape, []).append((here, shard.rows(rows[here] - starts[index])))
         return [_join(found) for found in parts.values()]
+
+
+def _elements(batch: Batch) -> int:
+    return batch.sample.numel() + sum(value.numel() for value in batch.conditions.values())
 
 
 def _join(parts: list[tuple[Tensor, Batch]]) -> Batch:

@@ -1,0 +1,261 @@
+"""Frozen weights kept as 8- or 4-bit codes while an adapter is trained, and given back bit for bit.
+
+A weight is unpacked for the one product that reads it: forward and the input's gradient each unpack it anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils._pytree import tree_map
+
+from agd_fast.memory.weight_codes import Kind, pack_weight, unpack_weight
+from agd_fast.warning import first_line, warn
+
+_SMALLEST_FAN_IN = 32  # below it the scales eat what the codes save
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+class PackedWeight(Tensor):
+    """A weight as codes and scales; to all that asks, a tensor of its own shape and dtype.
+
+    kind: "int8", one scale an output channel: w ≈ codes · scales; "nf4", one a block of 64 in memory order (QLoRA,
+    arXiv 2305.14314). F.linear and F.conv1d … F.conv3d unpack it twice and keep it packed for backward; everything else gets it
+    unpacked.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    kind: Kind
+
+    @staticmethod
+    def __new__(cls, codes: Tensor, scales: Tensor, kind: Kind, size: torch.Size, dtype: torch.dtype) -> PackedWeight:
+        strides = codes.stride() if kind == "int8" else None
+        made = Tensor._make_wrapper_subclass(cls, size, strides, dtype=dtype, device=codes.device)
+        made.codes, made.scales, made.kind = codes, scales, kind
+        return made
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"PackedWeight({self.kind}, {tuple(self.shape)}, {self.dtype}, device={self.device})"
+
+    def unpacked(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight that the codes stand for, [*shape]; computed anew each time."""
+        return unpack_weight(self.codes, self.scales, self.kind, self.shape, dtype or self.dtype)
+
+    def __tensor_flatten__(self) -> tuple[list[str], Any]:
+        return ["codes", "scales"], (self.kind, self.dtype)
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict[str, Tensor], context: Any, size: Any, stride: Any) -> PackedWeight:
+        kind, dtype = context
+        return PackedWeight(inner["codes"], inner["scales"], kind, torch.Size(size), dtype)
+
+    def _with(self, change: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None) -> PackedWeight:
+        return PackedWeight(change(self.codes), change(self.scales), self.kind, self.shape, dtype or self.dtype)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _PRODUCTS:
+            call = _PRODUCTS[func](*args, **kwargs)
+            if isinstance(call.weight, PackedWeight):
+                return _product(call)
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        kwargs = kwargs or {}
+        packet, first = func.overloadpacket, args[0] if args else None
+        if isinstance(first, PackedWeight):
+            if packet in (torch.ops.aten.detach, torch.ops.aten.alias):
+                return first._with(lambda part: part)
+            if packet is torch.ops.aten._to_copy and (kwargs.get("dtype") or first.dtype).is_floating_point:
+                return first._with(lambda part: part.to(kwargs.get("device"), copy=True), kwargs.get("dtype"))
+            if packet is torch.ops.aten.clone:
+                return first._with(torch.clone)
+        args, kwargs = tree_map(lambda value: value.unpacked() if isinstance(value, PackedWeight) else value, (args, kwargs))
+        return func(*args, **kwargs)
+
+
+@dataclass(frozen=True)
+class _Product:
+    """A call of F.linear or of a convolution. settings: stride, padding, dilation and groups; None of a linear."""
+
+    function: Callable[..., Tensor]
+    input: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    settings: tuple[Any, ...] | None = None
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> _Product:
+    return _Product(F.linear, input, weight, bias)
+
+
+def _convolution(function: Callable[..., Tensor], dimensions: int) -> Callable[..., _Product]:
+    def call(
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+    ) -> _Product:
+        edges = tuple([value] * dimensions if isinstance(value, int) else list(value) for value in (stride, padding, dilation))
+        return _Product(function, input, weight, bias, (*edges, groups))
+
+    return call
+
+
+_PRODUCTS: dict[Any, Callable[..., _Product]] = {
+    F.linear: _linear,
+    F.conv1d: _convolution(F.conv1d, 1),
+    F.conv2d: _convolution(F.conv2d, 2),
+    F.conv3d: _convolution(F.conv3d, 3),
+}
+
+
+def _product(call: _Product) -> Tensor:
+    """In autocast's dtype where there is one, as F.linear and F.conv are."""
+    weight, kind = call.weight, call.input.device.type
+    assert isinstance(weight, PackedWeight)
+    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    dtype = torch.get_autocast_dtype(kind) if autocast else weight.dtype
+    x, bias = call.input, call.bias
+    if autocast:
+        x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
+    trained = None if bias is None or not bias.requires_grad else bias
+    meta = (call.function, call.settings, weight.kind, weight.shape, dtype)
+    y = _PackedProduct.apply(x, None if trained is not None else bias, weight.codes, weight.scales, meta)
+    if trained is None:
+        return y
+    return y + (trained if call.settings is None else trained.reshape(-1, *[1] * len(call.settings[0])))
+
+
+class _PackedProduct(torch.autograd.Function):
+    """Linear or convolution by a frozen packed weight: of x [..., in] or [B, C, ...] only the gradient is wanted, so that
+    codes and scales are all that is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, codes: Tensor, scales: Tensor, meta: Any) -> Tensor:
+        function, settings, kind, size, dtype = meta
+        ctx.save_for_backward(codes, scales)
+        ctx.meta, ctx.size = meta, x.shape
+        return function(x, unpack_weight(codes, scales, kind, size, dtype), bias, *(settings or ()))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        (_, settings, kind, size, dtype), (codes, scales) = ctx.meta, ctx.saved_tensors
+        weight = unpack_weight(codes, scales, kind, size, dtype)
+        if settings is None:
+            return dy.matmul(weight), None, None, None, None
+        return _input_gradient(dy, ctx.size, weight, settings), None, None, None, None
+
+
+def _input_gradient(dy: Tensor, size: torch.Size, weight: Tensor, settings: tuple[Any, ...]) -> Tensor:
+    """Of a convolution whose input had `size`; as torch.nn.grad, which knows no convolution without a batch."""
+    stride, padding, dilation, groups = settings
+    alone = len(size) == len(stride) + 1
+    size = torch.Size((1, *size)) if alone else size
+    dy = dy.unsqueeze(0) if alone else dy
+    like = dy.new_empty(1).expand(size)  # only its shape is read
+    args = (None, stride, padding, dilation, False, [0] * len(stride), groups, (True, False, False))
+    dx = torch.ops.aten.convolution_backward(dy, like, weight, *args)[0]
+    return dx.squeeze(0) if alone else dx
+
+
+class PackedBase:
+    """The packed weights of a module, with their originals in host memory. See `packed_base`."""
+
+    def __init__(self, module: nn.Module, kind: Kind) -> None:
+        self.kind = kind
+        self._places: dict[nn.Parameter, list[nn.Module]] = {}
+        self._devices: dict[nn.Parameter, torch.device] = {}
+        for child in module.modules():
+            if _serves(child):
+                self._places.setdefault(child.weight, []).append(child)  # type: ignore[arg-type]
+        if not self._places:
+            raise ValueError(
+                f"expected frozen linears or convolutions with weights of 16 or 32 bits to keep as {kind}, found none in this "
+                f"{type(module).__name__}; one that is quantised already needs no base_weights"
+            )
+
+    def pack(self) -> None:
+        """Weight after weight, so that there is room for one more at most. On an error all is as before."""
+        try:
+            for original, children in self._places.items():
+                packed = nn.Parameter(_packed(original.data, self._kind_for(children[0])), requires_grad=False)
+                self._devices[original] = original.device
+                for child in children:
+                    child._parameters["weight"] = packed
+                original.data = original.data.cpu()  # the same tensor where it is there
+        except BaseException:
+            self.restore()
+            raise
+
+    def restore(self) -> None:
+        """Warns: where the device is full by now, which is left to its owner: the weights are right, but in host memory."""
+        for original in self._devices:  # all codes go before a weight comes
+            for child in self._places[original]:
+                child._parameters["weight"] = original
+        devices, self._devices = self._devices, {}
+        try:
+            for original, device in devices.items():
+                original.data = original.data.to(device)
+        except torch.OutOfMemoryError as error:
+            warn(f"{device} has no room for the base's own weights now, some are left in host memory: {first_line(error)}")
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """Inside, the weights are those that were given."""
+        self.restore()
+        try:
+            yield
+        finally:
+            self.pack()
+
+    def _kind_for(self, child: nn.Module) -> Kind:
+        return "int8" if isinstance(child, _CONVOLUTIONS) else self.kind  # NF4 breaks convolutions: gradients of cosine .6
+
+
+def _packed(weight: Tensor, kind: Kind) -> PackedWeight:
+    return PackedWeight(*pack_weight(weight, kind), kind, weight.shape, weight.dtype)
+
+
+def _serves(child: nn.Module) -> bool:
+    if not isinstance(child, (nn.Linear, *_CONVOLUTIONS)) or isinstance(getattr(child, "padding", None), str):
+        return False
+    weight = child._parameters.get("weight")
+    if type(weight) is not nn.Parameter or weight.requires_grad or weight.device.type == "meta":
+        return False  # another library's way of keeping it, or trained, or offloaded
+    return weight.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64) and weight[0].numel() >= _SMALLEST_FAN_IN
+
+
+@contextmanager
+def packed_base(module: nn.Module, kind: Kind) -> Iterator[PackedBase]:
+    """Inside, the frozen linears and convolutions of `module` keep their weights as codes; afterwards the weights are the same
+    parameters with the same bits on the same device, whatever happened inside.
+
+    kind: "int8" symmetric, one scale an output channel; "nf4" for linears, with convolutions in int8. What is
+        quantised already, not frozen, on "meta" or narrower than 32 inputs a channel is left alone. The originals lie in host
+        memory meanwhile, as much as these weights take.
+    Raises: ValueError for an unknown kind, or where there is nothing to pack.
+    """
+    if kind not in get_args(Kind):
+        raise ValueError(f"base_weights must be one of {get_args(Kind)} or None, found {kind!r}")
+    base = PackedBase(module, kind)
+    base.pack()
+    try:
+        yield base
+    finally:
+        base.restore()

@@ -1,0 +1,118 @@
+"""Which way of training fits a card: estimated before the first step, another one tried where that was wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
+
+import torch
+
+from agd_fast.memory.estimate import MemoryRow, estimate_memory
+from agd_fast.memory.modes import Activations
+from agd_fast.memory.weight_codes import Kind
+
+Memory = Literal["exact", "8bit", "4bit", "recompute", "auto"]
+
+_GIB = 2**30
+USABLE = 0.9  # of what is free: the rest is for the allocator's gaps and for the workspaces of cuBLAS and cuDNN
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to train. activations: of `frozen_backward`, None for plain autograd. base_weights: of `packed_base`.
+    micro_batch_size: states a forward; None for all of a batch."""
+
+    activations: Activations | None = None
+    base_weights: Kind | None = None
+    micro_batch_size: int | None = None
+
+    def __str__(self) -> str:
+        parts = [f"activations {self.activations}"] if self.activations else []
+        parts += [f"base in {self.base_weights}"] if self.base_weights else []
+        states = self.micro_batch_size
+        parts += [f"{states} state{'s' * (states > 1)} a forward"] if states else []
+        return ", ".join(parts) or "nothing saved"
+
+
+def ways_of(memory: Memory | None, base_weights: Kind | None, micro_batch_size: int | None) -> tuple[Way, ...]:
+    """What `distill` may do, in the order in which it is tried: one way, or those of "auto".
+
+    Raises: ValueError for a name that is none.
+    """
+    for name, value, known in (("memory", memory, get_args(Memory)), ("base_weights", base_weights, get_args(Kind))):
+        if value is not None and value not in known:
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, known))} or None; found {value!r}")
+    if memory != "auto":
+        return (Way(memory, base_weights, micro_batch_size),)
+    ways = tuple(Way(mode, base_weights, micro_batch_size) for mode in get_args(Activations))
+    return ways if base_weights else (*ways, replace(ways[-1], base_weights="int8"))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The ways that are left, the chosen one first, and why that."""
+
+    ways: tuple[Way, ...]
+    reason: str
+
+
+def choose(
+    ways: Sequence[Way],
+    budget: int,
+    batch_size: int,
+    estimate: Callable[[Way], MemoryRow],
+) -> Choice:
+    """The first way of which one state a forward fits, with as many states a forward as fit, up to the batch.
+
+    budget: bytes for weights, adapters, gradients, optimizer, activations and working memory. estimate: of a way at one state.
+    Where nothing fits, the last way with one state a forward.
+    """
+    usable = int(budget * USABLE)
+    needs: list[str] = []
+    for index, way in enumerate(ways):
+        row = estimate(way)
+        most = _states_that_fit(row, usable) if way.micro_batch_size is None else way.micro_batch_size
+        states = min(most, batch_size)
+        if states and _at(row, states) <= usable:
+            rest = tuple(replace(left, micro_batch_size=left.micro_batch_size or states) for left in ways[index:])
+            before = f"; {needs[-1]}" if needs else ""
+            return Choice(rest, f"{rest[0]}: {_gib(_at(row, states))} of {_gib(budget)} GiB{before}")
+        needs.append(f"{way} would take {_gib(_at(row, max(states, 1)))}")
+    last = replace(ways[-1], micro_batch_size=ways[-1].micro_batch_size or 1)
+    return Choice((last,), f"{last}, the least there is, though {needs[-1]} of {_gib(budget)} GiB")
+
+
+def _at(row: MemoryRow, states: int) -> int:
+    """What a row of one state takes with so many: activations and working memory grow with them."""
+    return row.total + (states - 1) * (row.activations + row.working)
+
+
+def _states_that_fit(row: MemoryRow, usable: int) -> int:
+    return max(0, 1 + (usable - row.total) // max(1, row.activations + row.working))
+
+
+def estimator(model: Any, inputs: Mapping[str, Any], optimizer: str) -> Callable[[Way], MemoryRow]:
+    """Estimates by way, for arguments of the denoiser with one state; the modes of one kind of base together."""
+    known: dict[tuple[str | None, str | None], MemoryRow] = {}
+
+    def estimate(way: Way) -> MemoryRow:
+        key = (way.activations, way.base_weights)
+        if key not in known:
+            mode = way.activations or "off"
+            found = estimate_memory(model, modes=(mode,), base_weights=way.base_weights, inputs=inputs, optimizer=optimizer)
+            known[key] = found.row(mode)
+        return known[key]
+
+    return estimate
+
+
+def budget_on(device: torch.device, resident: int) -> int:
+    """Bytes of a CUDA device that training may take: what is free, and the `resident` that it has there already."""
+    free, _ = torch.cuda.mem_get_info(device)
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return free + cached + resident
+
+
+def _gib(size: int) -> str:
+    return f"{size / _GIB:.2f}"

@@ -1,0 +1,250 @@
+"""How much memory training an adapter takes, by what is kept for backward: counted on the meta device, without a GPU."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any, get_args
+
+import torch
+from torch import nn
+
+from agd_fast.adapters import AdapterConfig
+from agd_fast.attaching import armed, attach, attachment_of, component_of, require_attachment, spec_of, uncompiled, unload
+from agd_fast.memory.counting import FusedAttention, Live, run_backward, saving, storages_of
+from agd_fast.memory.frozen_backward import frozen_backward
+from agd_fast.memory.twin import arguments_of, meta_twin, pack_twin
+from agd_fast.memory.weight_codes import Kind
+from agd_fast.spec import DenoiserSpec, device_of, nest
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+OFF, CHECKPOINTING = "off", "checkpointing"
+MODES = (OFF, CHECKPOINTING, "exact", "8bit", "4bit", "recompute")
+OPTIMIZERS = {"adamw": 2, "host": 0}  # moments on the card, each as large as the parameters
+TOP = 6  # ops that a table shows
+_UNITS = {"MiB": 2**20, "GiB": 2**30}
+
+
+@dataclass(frozen=True)
+class MemoryRow:
+    """Bytes of one way to train.
+
+    weights: the base's. adapters, gradients, optimizer: of the trained parameters. activations: what a forward keeps for its
+    backward; by_op: the same by the op that keeps it. working: the most that forward and backward hold beside all that, for a
+    moment. total: the sum; the CUDA context, what the allocator cannot use, and text encoders and a VAE come on top.
+    """
+
+    mode: str
+    weights: int
+    adapters: int
+    gradients: int
+    optimizer: int
+    activations: int
+    working: int
+    by_op: Mapping[str, int] = field(repr=False)
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.adapters + self.gradients + self.optimizer + self.activations + self.working
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """A row a mode, those first that keep more. title: what was estimated."""
+
+    title: str
+    rows: tuple[MemoryRow, ...]
+
+    def row(self, mode: str) -> MemoryRow:
+        """Raises: ValueError for a mode that was not estimated."""
+        for row in self.rows:
+            if row.mode == mode:
+                return row
+        raise ValueError(f"mode must be one of {', '.join(row.mode for row in self.rows)}; found {mode!r}")
+
+    def fits(self, budget: int) -> tuple[str, ...]:
+        """Modes whose total is within `budget` bytes, in the order of the rows."""
+        return tuple(row.mode for row in self.rows if row.total <= budget)
+
+    def rich(self) -> Table:
+        """Columns are modes, in GiB, or MiB where all is small; of the activations the ops that keep most."""
+        from agd_fast.reporting.tables import rich_table
+
+        parts = ("weights", "adapters", "gradients", "optimizer", "activations")
+        table = rich_table(self.title, (self._unit, *(row.mode for row in self.rows)), [self._line(part) for part in parts])
+        for name in self._top():
+            table.add_row(f"  {name}", *(self._size(row.by_op.get(name, 0)) for row in self.rows), style="dim")
+        table.add_row(*self._line("working"))
+        table.add_row(*self._line("total"), style="bold")
+        return table
+
+    def _line(self, part: str) -> tuple[str, ...]:
+        return (part, *(self._size(getattr(row, part)) for row in self.rows))
+
+    @property
+    def _unit(self) -> str:
+        return "GiB" if max(row.total for row in self.rows) >= _UNITS["GiB"] / 10 else "MiB"
+
+    def _size(self, size: int) -> str:
+        return f"{size / _UNITS[self._unit]:.3f}"
+
+    def _top(self) -> list[str]:
+        """By the most that any mode keeps."""
+        most: dict[str, int] = {}
+        for row in self.rows:
+            for name, size in row.by_op.items():
+                most[name] = max(size, most.get(name, 0))
+        return sorted(most, key=lambda name: -most[name])[:TOP]
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        table = self.rich()
+        table.title = None  # it would be broken to the table's width
+        console = Console(file=io.StringIO(), width=120)
+        console.print(table)
+        return f"{self.title}\n{console.file.getvalue().rstrip()}"  # type: ignore[attr-defined]
+
+
+def estimate_memory(
+    model: Any,
+    *,
+    resolution: int | tuple[int, int] | None = None,
+    batch_size: int = 1,
+    adapter: AdapterConfig | None = None,
+    modes: Sequence[str] | None = None,
+    base_weights: Kind | None = None,
+    optimizer: str | None = None,
+    inputs: Mapping[str, Any] | None = None,
+    call: Mapping[str, Any] | None = None,
+    spec: DenoiserSpec | None = None,
+) -> MemoryEstimate:
+    """What training an adapter of a pipeline's first denoiser, a Teacher or a denoiser takes. The model is left alone: its twin
+    on the meta device runs, of the same modules without their weights. Takes some seconds a mode for a large model.
+
+    resolution: edge of the pictures in pixels, or (height, width); None takes the model's own. adapter: None takes the one that
+    is attached, else the backbone's default. modes: of MODES; None takes all that the denoiser has.
+    base_weights: "int8" or "nf4" holds the base's weights as `distill(base_weights=...)` does.
+    optimizer: "adamw", or "host" with its moments in host memory; None takes what `distill` does, "host" in all modes of ours.
+    inputs: the denoiser's own call instead, by (dotted) argument: tensors, of which shape and dtype count, or shapes with the
+        batch; resolution and batch_size are then theirs. call: further arguments of a pipeline's call, such as num_frames.
+    Raises: ValueError for an unknown mode, or an argument whose shape nobody can tell; TypeError for an unknown denoiser.
+    """
+    for name, found, expected in (("base_weights", base_weights, get_args(Kind)), ("optimizer", optimizer, OPTIMIZERS)):
+        if found is not None and found not in expected:
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, expected))} or None; found {found!r}")
+    spec = spec_of(model, spec)
+    twin = meta_twin(uncompiled(component_of(model)))
+    chosen = chosen_modes(twin, modes)
+    prepare_adapter(twin, adapter, spec)
+    if base_weights is not None:
+        pack_twin(twin, base_weights)
+    arguments = arguments_of(model, spec, resolution=resolution, batch_size=batch_size, inputs=inputs, call=call)
+    trained = sum(parameter.numel() for parameter in require_attachment(twin).adapter.parameters())
+    weights, adapters = _bytes(twin), _bytes(require_attachment(twin).adapter)
+    rows = []
+    for mode in chosen:
+        try:
+            scope, plans = partial(keeping, mode=mode), mode not in (OFF, CHECKPOINTING)
+            saved, working = count(twin, spec, arguments, scope, plans=plans)
+        except (NotImplementedError, RuntimeError) as error:
+            if "meta" not in str(error).lower():
+                raise
+            raise ValueError(
+                f"the forward of a {type(twin).__name__} asks for values of tensors, which there are none of without its "
+                f"weights: expected a denoiser that runs on the meta device ({str(error).splitlines()[0][:120]})"
+            ) from error
+        held = OPTIMIZERS[optimizer or ("adamw" if mode in (OFF, CHECKPOINTING) else "host")]
+        rows.append(MemoryRow(mode, weights, adapters, adapters, held * adapters, sum(saved.values()), working, saved))
+    samples = arguments[spec.sample]
+    shape = "×".join(map(str, (len(samples), *samples[0].shape)))
+    kind = require_attachment(twin).adapter.config.kind
+    return MemoryEstimate(f"{type(twin).__name__}, {kind}, {shape}, {trained:,} trained parameters", tuple(rows))
+
+
+def chosen_modes(denoiser: nn.Module, modes: Sequence[str] | None) -> tuple[str, ...]:
+    """In the order of MODES. Raises: ValueError for an unknown mode, or one that the denoiser does not have."""
+    known = tuple(mode for mode in MODES if mode != CHECKPOINTING or getattr(denoiser, "_supports_gradient_checkpointing", False))
+    for mode in modes or ():
+        if mode not in known:
+            raise ValueError(f"modes must be of {', '.join(known)} for a {type(denoiser).__name__}; found {mode!r}")
+    return known if modes is None else tuple(mode for mode in known if mode in modes)
+
+
+def prepare_adapter(twin: nn.Module, adapter: AdapterConfig | None, spec: DenoiserSpec) -> None:
+    """Put the adapter on that is to be trained, unless it is there."""
+    if attachment_of(twin) is not None and adapter is not None:
+        unload(twin)
+    if attachment_of(twin) is None:
+        attach(twin, adapter, spec=spec)
+
+
+def count(
+    denoiser: nn.Module,
+    spec: DenoiserSpec,
+    arguments: Mapping[str, Any],
+    scope: Callable[[nn.Module], AbstractContextManager[Any]],
+    *,
+    plans: bool = True,
+) -> tuple[dict[str, int], int]:
+    """Bytes that a forward of an adapted, frozen denoiser keeps, by op, the largest first; and of working memory.
+
+    scope: what holds meanwhile. plans: whether a first forward in it plans what later ones keep, so that the second counts.
+    """
+    attachment = require_attachment(denoiser)
+    adapter = attachment.adapter
+    omega = torch.full((len(arguments[spec.sample]),), 3.0, device=device_of(denoiser))
+    call = {**nest(arguments), **({"return_dict": False} if "return_dict" in attachment.parameters else {})}
+
+    def forward() -> Any:
+        output = denoiser(**call)
+        output = output if isinstance(output, torch.Tensor) else output[0]
+        return torch.stack(output) if isinstance(output, list) else output
+
+    with scope(denoiser), armed(attachment, omega):
+        if plans:
+            with saving():
+                forward()
+        live = Live([denoiser, adapter])
+        with live, saving(denoiser, adapter) as saved:
+            live.add(list(arguments.values()))
+            output = forward()
+        with live, FusedAttention():
+            run_backward(output)
+    del output
+    gradients = [parameter.grad for parameter in adapter.parameters() if parameter.grad is not None]
+    working = max(live.peak(gradients) - saved.total, 0)
+    for parameter in adapter.parameters():
+        parameter.grad = None
+    return dict(saved.by_op.most_common()), working
+
+
+def keeping(denoiser: nn.Module, mode: str) -> AbstractContextManager[Any]:
+    """Inside, the denoiser keeps for backward what the mode says."""
+    if mode == OFF:
+        return nullcontext()
+    if mode == CHECKPOINTING:
+        return _checkpointing(denoiser)
+    return frozen_backward(denoiser, activations=mode)
+
+
+@contextmanager
+def _checkpointing(denoiser: nn.Module) -> Iterator[None]:
+    """diffusers' own, block by block."""
+    was = bool(denoiser.is_gradient_checkpointing)
+    denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
+    try:
+        yield
+    finally:
+        if not was:
+            denoiser.disable_gradient_checkpointing()  # type: ignore[operator]
+
+
+def _bytes(module: nn.Module) -> int:
+    """Of parameters and buffers."""
+    return sum({storage._cdata: storage.nbytes() for storage in storages_of([module])}.values())

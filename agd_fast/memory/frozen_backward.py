@@ -1,0 +1,140 @@
+"""Backward through a model whose weights are frozen, in less memory."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from agd_fast.attaching import uncompiled
+from agd_fast.memory.handlers import HANDLERS
+from agd_fast.memory.interception import FrozenBackward, Run
+from agd_fast.memory.modes import Mode, find_mode
+from agd_fast.memory.provenance import Plan
+
+_MARK = "_agd_frozen_backward"
+_CHECKPOINT = "_gradient_checkpointing_func"
+
+
+@contextmanager
+def frozen_backward(model: nn.Module, activations: str | Mode = "4bit") -> Iterator[None]:
+    """Inside, forwards of `model` keep only what the gradients of its inputs, and of weights outside of it, need.
+
+    model: any module whose own weights are frozen; adapters that agd_fast attaches are not its own. Its outputs are the same
+    bit for bit, in every mode; forwards under no_grad are not touched.
+    activations: what is kept for backward, and how finely.
+        "exact": nothing is rounded. A convolution keeps nothing, a norm its input, attention q, k and v.
+        "8bit": all of it in 8 bits. "4bit": the factors of feed-forwards, and x̂ of norms that nothing else needs, in 4 bits.
+        "recompute": as "4bit", and q, k, v and feed-forwards are made again from x̂.
+        Or a Mode, to choose each.
+
+    The model runs eagerly inside: what torch.compile made of it, or of its blocks, is passed over. Gradient checkpointing of
+    diffusers' blocks is followed into its re-runs.
+
+    Raises: ValueError for an unknown mode, a weight of the model that requires grad, or a model that is inside already.
+    """
+    mode = find_mode(activations)
+    given, model = model, uncompiled(model)
+    _require_frozen(model)
+    plan = Plan()
+    blocks = _Blocks(model)
+
+    def forward(own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        nonlocal plan
+        if not torch.is_grad_enabled():
+            return own(*args, **kwargs)
+        run = Run(mode, plan.again())
+        with blocks.followed(run), FrozenBackward(run, HANDLERS):
+            output = own(*args, **kwargs)
+        run.forget()
+        plan = run.plan.following()
+        return output
+
+    with ExitStack() as stack:
+        stack.enter_context(_eager(model))
+        for module in model.modules():
+            stack.enter_context(_set(module, _MARK, True))
+        own = model.forward
+        wrapper = torch.compiler.disable(functools.wraps(own)(functools.partial(forward, own)), reason="agd_fast.frozen_backward")
+        stack.enter_context(_set(model, "forward", wrapper))
+        if given is not model:
+            stack.enter_context(_set(given, "forward", model))
+        yield
+
+
+def _require_frozen(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            raise ValueError(
+                f"frozen_backward expects a model whose weights are frozen, by requires_grad_(False); {name!r} of this "
+                f"{type(model).__name__} requires grad"
+            )
+    for name, module in model.named_modules():
+        if _MARK in vars(module):
+            raise ValueError(f"{name or type(model).__name__!r} is inside frozen_backward already; expected one around the whole")
+
+
+@contextmanager
+def _set(module: nn.Module, name: str, value: Any) -> Iterator[None]:
+    """An attribute of the instance, which is as it was afterwards."""
+    attributes = vars(module)
+    had, previous = name in attributes, attributes.get(name)
+    attributes[name] = value
+    try:
+        yield
+    finally:
+        if had:
+            attributes[name] = previous
+        else:
+            attributes.pop(name, None)
+
+
+@contextmanager
+def _eager(model: nn.Module) -> Iterator[None]:
+    """Modules that were compiled in place run their own forward."""
+    with ExitStack() as stack:
+        for module in model.modules():
+            if module._compiled_call_impl is not None:
+                stack.enter_context(_set(module, "_compiled_call_impl", None))
+        yield
+
+
+class _Blocks:
+    """The modules of a model that may be run again in backward, which then happens as they ran in forward."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.modules = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
+
+    @contextmanager
+    def followed(self, run: Run) -> Iterator[None]:
+        with ExitStack() as stack:
+            for module in self.modules:
+                if module.gradient_checkpointing:
+                    stack.enter_context(_set(module, _CHECKPOINT, _Rerun(getattr(module, _CHECKPOINT), self, run)))
+            yield
+
+
+class _Rerun:
+    """A checkpointing function whose re-runs keep what the forward kept."""
+
+    def __init__(self, checkpoint: Callable[..., Any], blocks: _Blocks, run: Run) -> None:
+        self.checkpoint, self.blocks, self.run = checkpoint, blocks, run
+
+    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        run, first, is_forward = self.run, self.run.numbers, True
+
+        def in_run(*args: Any, **kwargs: Any) -> Any:
+            nonlocal is_forward
+            if is_forward:
+                is_forward = False
+                with run.region():
+                    return function(*args, **kwargs)
+            rerun = Run(run.mode, run.plan.again(), first)
+            with self.blocks.followed(rerun), FrozenBackward(rerun, HANDLERS):
+                return function(*args, **kwargs)
+
+        return self.checkpoint(in_run, *args, **kwargs)

@@ -1,0 +1,110 @@
+"""Activations by themselves; one that goes on into a product is kept there, with the other factor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from agd_fast.memory import ops
+from agd_fast.memory.handlers._norms import Affine
+from agd_fast.memory.handlers.follow import follow
+from agd_fast.memory.interception import Run
+from agd_fast.memory.modes import Packing
+from agd_fast.memory.provenance import Activation
+from agd_fast.memory.saved import as_is
+
+FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+    "relu": torch.relu,
+}
+_FROM_OUTPUT = ("sigmoid", "tanh", "relu")  # autograd keeps their output, which what follows may share
+
+
+def silu(run: Run, call: Callable[[], Tensor], input: Tensor, inplace: bool = False) -> Tensor:
+    return call() if inplace else _activate(run, "silu", call, input)
+
+
+def gelu(run: Run, call: Callable[[], Tensor], input: Tensor, *, approximate: str = "none") -> Tensor:
+    return _activate(run, "gelu" if approximate == "none" else "gelu_tanh", call, input)
+
+
+def sigmoid(run: Run, call: Callable[[], Tensor], input: Tensor) -> Tensor:
+    return _activate(run, "sigmoid", call, input)
+
+
+def tanh(run: Run, call: Callable[[], Tensor], input: Tensor) -> Tensor:
+    return _activate(run, "tanh", call, input)
+
+
+def relu(run: Run, call: Callable[[], Tensor], input: Tensor, inplace: bool = False) -> Tensor:
+    return call() if inplace else _activate(run, "relu", call, input)
+
+
+def _activate(run: Run, name: str, call: Callable[[], Tensor], input: Tensor) -> Tensor:
+    """input: any shape → the same."""
+    if not run.replaces(input):
+        return call()
+    number = run.next_activation()
+    if run.mode.exact and name in _FROM_OUTPUT:
+        output = call()
+    else:
+        with torch.no_grad():
+            output = call()
+        output = _attached(run, name, output, input, number in run.plan.gated)
+    run.provenance.record_activation(output, Activation(name, input, number))
+    return follow(run, FUNCTIONS[name], output, input)
+
+
+def _attached(run: Run, name: str, output: Tensor, input: Tensor, gated: bool) -> Tensor:
+    """gated: whether a product is expected to take it over, and this history to be dropped."""
+    known = run.provenance.fine(input)
+    if known is not None and name == "silu" and isinstance(known.source.rebuild, Affine) and known.layouts is None:
+        backward = partial(_affine_backward, affine=known.source.rebuild)
+        return run.attach("silu", output, backward, tuple(map(as_is, known.source.tensors)), input)
+    if known is None and (run.mode.exact or gated):
+        known = as_is(input)
+    if known is not None:
+        return run.attach(name, output, partial(_backward, function=FUNCTIONS[name]), (known,), input)
+    packing = run.mode.packing(run.mode.factor)
+    with torch.no_grad():
+        packed = _packed_derivative(name, input, output, packing)
+    return run.attach(name, output, partial(_packed_backward, packing=packing), tuple(map(as_is, packed)), input)
+
+
+def _packed_derivative(name: str, input: Tensor, output: Tensor, packing: Packing) -> tuple[Tensor, Tensor]:
+    if name == "silu":
+        return ops.silu_pack(input, *packing)
+    if name in ("gelu", "gelu_tanh"):
+        return ops.gelu_pack(input, "tanh" if name == "gelu_tanh" else "none", *packing)
+    return ops.pack(derivative(name, input, output), *packing)
+
+
+def derivative(name: str, input: Tensor, output: Tensor) -> Tensor:
+    """Of an activation whose derivative its output tells."""
+    if name == "sigmoid":
+        return output * (1 - output)
+    return 1 - output.square() if name == "tanh" else (output > 0).to(output.dtype)
+
+
+def _affine_backward(gradient: Tensor, needs: Any, *tensors: Tensor, affine: Affine) -> tuple[Tensor]:
+    return (affine.silu_backward(gradient, *tensors),)
+
+
+def _packed_backward(gradient: Tensor, needs: Any, codes: Tensor, scales: Tensor, *, packing: Packing) -> tuple[Tensor]:
+    return (ops.scale_unpack(gradient, codes, scales, *packing),)
+
+
+def _backward(gradient: Tensor, needs: Any, input: Tensor, *, function: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
+    with torch.enable_grad():
+        input = input.detach().requires_grad_()
+        output = function(input)
+    return torch.autograd.grad(output, (input,), gradient)

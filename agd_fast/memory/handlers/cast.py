@@ -1,0 +1,19 @@
+"""Casts: what is kept of the cast is kept of its original."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from agd_fast.memory.interception import Run
+
+
+def cast(run: Run, call: Callable[[], Any], input: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """input: any shape → the same values, as far as the other dtype holds them."""
+    output = call()
+    if output is input or not run.replaces(input) or output.device != input.device or output.dtype == input.dtype:
+        return output
+    run.provenance.record_cast(output, input)
+    return output

@@ -1,0 +1,120 @@
+"""Standing between a model's forward and autograd: the functions of torch that it calls, and what is kept of them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.overrides import TorchFunctionMode
+
+from agd_fast.memory.modes import Mode
+from agd_fast.memory.provenance import Plan, Provenance
+from agd_fast.memory.saved import PLAIN, Saved, compiled
+
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+Backward = Callable[..., Any]  # (gradient, which inputs need one, *values) → a gradient an input
+
+
+class Run:
+    """One forward, or one re-run of a piece of it: what handlers of functions work with."""
+
+    def __init__(self, mode: Mode, plan: Plan, first: tuple[int, int] = (0, 0)) -> None:
+        self.mode, self.plan = mode, plan
+        self.provenance = Provenance(mode, plan)
+        self.norms, self.activations = first
+
+    @property
+    def numbers(self) -> tuple[int, int]:
+        """Of the norm and of the activation that come next."""
+        return self.norms, self.activations
+
+    def next_norm(self) -> int:
+        self.norms += 1
+        return self.norms - 1
+
+    def next_activation(self) -> int:
+        self.activations += 1
+        return self.activations - 1
+
+    def forget(self) -> None:
+        """Hold no activation any longer."""
+        self.provenance = Provenance(self.mode, self.plan)
+
+    def replaces(self, tensor: Any, *frozen: Any) -> bool:
+        """Whether what is kept of a function of `tensor` is ours to choose: it needs a gradient, the `frozen` need none."""
+        return (
+            type(tensor) in PLAIN
+            and tensor.requires_grad
+            and tensor.dtype in _FLOATS
+            and tensor.numel() >= max(self.mode.smallest, 1)
+            and not any(isinstance(one, Tensor) and one.requires_grad for one in frozen)
+        )
+
+    def attach(self, name: str, output: Tensor, backward: Backward, saved: tuple[Saved, ...], *inputs: Tensor) -> Tensor:
+        """`output` with a history: `backward(gradient, needs, *values of saved)` gives the gradients of `inputs`."""
+        return _function(name).apply([output], backward, saved, *inputs)
+
+    @contextmanager
+    def region(self) -> Iterator[None]:
+        """A piece that is run again by itself, so that nothing known before it may be used in it."""
+        outer, self.provenance = self.provenance, Provenance(self.mode, self.plan)
+        try:
+            yield
+        finally:
+            self.provenance = outer
+
+
+class FrozenBackward(TorchFunctionMode):
+    """Hands the functions of torch that keep much to their handlers: (run, call, *args, **kwargs) → output."""
+
+    def __init__(self, run: Run, handlers: dict[Any, Callable[..., Any]]) -> None:
+        super().__init__()
+        self.run, self.handlers = run, handlers
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        handler = self.handlers.get(func)
+        kwargs = kwargs or {}
+        if handler is None or not torch.is_grad_enabled() or "out" in kwargs:
+            return func(*args, **kwargs)
+        return handler(self.run, functools.partial(func, *args, **kwargs), *args, **kwargs)
+
+
+class _Kept(torch.autograd.Function):
+    """A function that ran already. Nothing is kept on ctx but how to make values of what was saved."""
+
+    @staticmethod
+    def forward(ctx: Any, output: list[Tensor], backward: Backward, saved: tuple[Saved, ...], *inputs: Tensor) -> Tensor:
+        ctx.program, tensors = compiled(saved)
+        ctx.gradients = backward
+        ctx.save_for_backward(*tensors)
+        return output[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        with without_autocast(gradient.device):
+            values = ctx.program.values(ctx.saved_tensors)
+            return None, None, None, *ctx.gradients(gradient, ctx.needs_input_grad[3:], *values)
+
+
+@functools.cache
+def _function(name: str) -> Any:
+    """By name, so that graphs and counters tell them apart."""
+    return type(name, (_Kept,), {})
+
+
+def autocasts(tensor: Tensor) -> bool:
+    kind = tensor.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)

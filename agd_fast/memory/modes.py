@@ -1,0 +1,62 @@
+"""What is kept of activations for backward: bits by what they are needed for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
+
+Activations = Literal["exact", "8bit", "4bit", "recompute"]
+
+
+class Packing(NamedTuple):
+    """group: consecutive elements that share a scale."""
+
+    bits: int
+    group: int
+
+
+@dataclass(frozen=True)
+class Mode:
+    """Bits of what is kept, by what reads it in backward; None keeps it as it is.
+
+    norm: x̂ of layer and RMS norms that only the norm's own input gradient reads. fine: what the gradient of a trainable weight,
+    or a recomputation, reads; x̂ of group norms, and of rows shorter than `narrow`, whose gradient takes errors of x̂ in by 1/√n.
+    factor: factors of activations and of gated products. attention: q, k, v.
+    groups: consecutive elements that share a scale, in 4 bits and in 8. smallest: elements below which autograd is left alone.
+    recomputes: whether outputs of frozen linears are made again from what norms keep.
+    """
+
+    norm: int | None = None
+    fine: int | None = None
+    factor: int | None = None
+    attention: int | None = None
+    groups: tuple[int, int] = (32, 64)
+    narrow: int = 256
+    smallest: int = 4096
+    recomputes: bool = False
+
+    def packing(self, bits: int | None) -> Packing:
+        assert bits is not None, "exact modes pack nothing"
+        return Packing(bits, self.groups[bits == 8])
+
+    @property
+    def exact(self) -> bool:
+        return self.fine is None
+
+
+MODES: dict[str, Mode] = {
+    "exact": Mode(),
+    "8bit": Mode(norm=8, fine=8, factor=8, attention=8),
+    "4bit": Mode(norm=4, fine=8, factor=4, attention=8),
+    "recompute": Mode(norm=4, fine=8, factor=4, attention=8, recomputes=True),
+}
+
+
+def find_mode(activations: str | Mode) -> Mode:
+    """Raises: ValueError that lists the modes there are."""
+    if isinstance(activations, Mode):
+        return activations
+    if activations not in MODES:
+        expected = ", ".join(map(repr, get_args(Activations)))
+        raise ValueError(f"activations must be one of {expected}; found {activations!r}")
+    return MODES[activations]

@@ -1,0 +1,155 @@
+"""How values are packed into bytes, in plain torch: groups, scales, codes, rows; and what is checked of an op's arguments.
+
+A group is `group` consecutive elements, the last of a row may be shorter. Its scale is the largest magnitude times 1/q (127
+in 8 bits, 7 in 4), rounded up to bfloat16 and at least 2⁻¹⁰⁰, so that a reciprocal and a remainder stay normal numbers; 0 for a
+group of zeros, NaN for one with a NaN or an infinity. A code is x/scale rounded half to even: an int8 in a byte, or plus 8 in a
+nibble, element 2i the low one and 2i + 1 the high one. Arithmetic is in float32, in float64 for float64.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+LARGEST_CODE = {8: 127, 4: 7}  # by bits
+GROUPS = (32, 64, 128)
+SMALLEST_SCALE = 2.0**-100
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def quantise(x: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
+    """x: [R, n] → codes uint8 [R, ⌈n·bits/8⌉], scales bfloat16 [R, ⌈n/group⌉]."""
+    R, n = x.shape
+    groups = -(-n // group)
+    values = F.pad(x.to(computed_in(x)), (0, groups * group - n)).view(R, groups, group)
+    scales = scales_of(values.abs().amax(-1), bits)
+    divisors = scales.to(values.dtype).masked_fill(scales == 0, 1).unsqueeze(-1)
+    codes = (values / divisors).round().nan_to_num(0, 0, 0).to(torch.int8).view(R, groups * group)
+    if bits == 4:
+        nibbles = codes.view(torch.uint8) + 8 & 15
+        codes = nibbles[:, 0::2] | nibbles[:, 1::2] << 4
+    return codes.view(torch.uint8)[:, : pitch(n, bits)].contiguous(), scales
+
+
+def dequantise(codes: Tensor, scales: Tensor, n: int, bits: int, group: int, dtype: torch.dtype) -> Tensor:
+    """codes: of R·⌈n·bits/8⌉ bytes; scales: of R rows → code·scale [R, n], exactly, in float32 or float64."""
+    R = scales.numel() // groups if (groups := -(-n // group)) else 0
+    codes = codes.view(R, pitch(n, bits))
+    if bits == 4:
+        codes = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(1)[:, :n]
+        values = codes.to(dtype) - 8
+    else:
+        values = codes.view(torch.int8).to(dtype)
+    steps = scales.view(R, groups).to(dtype).repeat_interleave(group, dim=1)[:, :n]
+    return values * steps
+
+
+def scales_of(largest: Tensor, bits: int) -> Tensor:
+    """largest: the magnitudes, float32 or float64 → bfloat16 of the same shape."""
+    quotient = (largest * (1 / LARGEST_CODE[bits])).float().clamp(min=SMALLEST_SCALE)  # CUDA divides by a number like this
+    above = (quotient.view(torch.int32) + 0xFFFF >> 16).to(torch.int16).view(torch.bfloat16)
+    return above.masked_fill(largest == 0, 0).masked_fill(~largest.isfinite(), torch.nan)
+
+
+def pitch(n: int, bits: int) -> int:
+    """Bytes of n codes."""
+    return (n * bits + 7) // 8
+
+
+def computed_in(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def rows_like(x: Tensor, statistics: Tensor) -> Tensor:
+    """x as [R, n], R the number of statistics."""
+    R = statistics.numel()
+    return x.reshape(R, x.numel() // R if R else 0)
+
+
+def expand_channels(values: Tensor, R: int, n: int, rows_per_sample: int, G: int, S: int) -> Tensor:
+    """values: [B or 1, C] → [R, n]: row r is of sample ⌊r/rows_per_sample⌋, its element i of channel (r mod G)·(n/S) + ⌊i/S⌋."""
+    samples = torch.arange(R, device=values.device) // rows_per_sample if values.shape[0] > 1 else None
+    by_row = values.expand(R, -1) if samples is None else values[samples]
+    own = by_row.view(R, G, n // S)[torch.arange(R, device=values.device), torch.arange(R, device=values.device) % G]
+    return own.repeat_interleave(S, dim=1)
+
+
+def require_packing(op: str, bits: int, group: int) -> None:
+    if bits not in LARGEST_CODE:
+        raise ValueError(f"{op}: bits must be 4 or 8, found {bits}")
+    if group not in GROUPS:
+        raise ValueError(f"{op}: group must be one of {GROUPS}, found {group}")
+
+
+def require_float(op: str, name: str, x: Tensor) -> None:
+    if x.dtype not in FLOATS:
+        raise ValueError(f"{op}: {name} must be bfloat16, float16, float32 or float64, found {x.dtype}")
+
+
+def require_packed(
+    op: str, codes: Tensor, scales: Tensor, R: int, n: int, bits: int, group: int, names: str = "codes scales"
+) -> None:
+    """That there are as many codes and scales as R rows of n elements take."""
+    require_packing(op, bits, group)
+    name, name_of_scales = names.split()
+    if codes.dtype != torch.uint8 or codes.numel() != R * pitch(n, bits):
+        wanted = f"uint8, {R * pitch(n, bits)} elements"
+        raise ValueError(f"{op}: {name} must be {wanted}, found {codes.dtype}, {codes.numel()} elements")
+    if scales.dtype != torch.bfloat16 or scales.numel() != R * -(-n // group):
+        wanted = f"bfloat16, {R * -(-n // group)} elements"
+        raise ValueError(f"{op}: {name_of_scales} must be {wanted}, found {scales.dtype}, {scales.numel()} elements")
+
+
+def require_statistics(op: str, name: str, statistics: Tensor, x: Tensor) -> int:
+    """n, the elements of one of x's rows, of which there are as many as statistics: float32, or x's float64."""
+    if statistics.dtype not in (torch.float32, computed_in(x)):
+        raise ValueError(f"{op}: {name} must be float32, found {statistics.dtype}")
+    R, total = statistics.numel(), x.numel()
+    if total % R if R else total:
+        raise ValueError(f"{op}: {name} must have one element a row of {list(x.shape)}, found {list(statistics.shape)}")
+    return total // R if R else 0
+
+
+def require_rows(op: str, name: str, codes: Tensor, scales: Tensor, total: int, bits: int, group: int) -> tuple[int, int]:
+    """R, n: as many rows as scales has, of all the elements together. name: the argument that has so many."""
+    require_packing(op, bits, group)
+    if scales.ndim != 2:
+        raise ValueError(f"{op}: scales must be [R, ⌈n/{group}⌉], found {list(scales.shape)}")
+    R = scales.shape[0]
+    if total % R if R else total:
+        raise ValueError(f"{op}: {name} must have a multiple of the {R} rows in scales, found {total} elements")
+    n = total // R if R else 0
+    require_packed(op, codes, scales, R, n, bits, group)
+    return R, n
+
+
+def require_channels(op: str, R: int, n: int, G: int, S: int) -> int:
+    """C = G·n/S, the channels of R rows of n elements."""
+    if G < 1 or R % G:
+        raise ValueError(f"{op}: G must divide the {R} rows, found {G}")
+    if S < 1 or n % S:
+        raise ValueError(f"{op}: S must divide a row's {n} elements, found {S}")
+    return G * (n // S)
+
+
+def require_affine(op: str, A: Tensor | None, B: Tensor | None, R: int, n: int, rows_per_sample: int, G: int, S: int) -> None:
+    """That A and B are [R/rows_per_sample or 1, C] of float32, or float64 for float64."""
+    C = require_channels(op, R, n, G, S)
+    if rows_per_sample < 1 or R % rows_per_sample or rows_per_sample % G:
+        raise ValueError(f"{op}: rows_per_sample must divide the {R} rows and be a multiple of G = {G}, found {rows_per_sample}")
+    samples = R // rows_per_sample
+    for name, values in (("A", A), ("B", B)):
+        if values is None:
+            continue
+        if values.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"{op}: {name} must be float32, found {values.dtype}")
+        if values.ndim != 2 or values.shape[0] not in (1, samples) or values.shape[1] != C:
+            raise ValueError(f"{op}: {name} must be [{samples} or 1, {C}], found {list(values.shape)}")
+
+
+def elements(size: Sequence[int]) -> int:
+    return math.prod(size)

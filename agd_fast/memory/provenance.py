@@ -1,0 +1,261 @@
+"""What is known of activations during a forward: from what backward may have them again."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from agd_fast.memory import ops
+from agd_fast.memory.modes import Mode, Packing
+from agd_fast.memory.saved import (
+    PLAIN,
+    Layout,
+    Layouts,
+    Saved,
+    Source,
+    as_is,
+    holds,
+    is_dense,
+    layout_of,
+    new_root,
+    without_history,
+)
+
+HEAVIEST = 2  # products of matrices on the way to a value that is made again
+DEEPEST = 32  # functions on the way to it
+
+
+@dataclass(eq=False)
+class _Entry:
+    """source: gives back what lay at `layout` at that version. original: what it is the cast of, or, with `linear`, a linear of:
+    of what gives that back, the source."""
+
+    version: int
+    layout: Layout
+    dense: bool
+    dtype: torch.dtype
+    source: Source | None = None
+    original: Tensor | None = None
+    linear: Callable[[Saved], Source] | None = None
+
+    def made_of(self, parent: Saved) -> Source:
+        return self.linear(parent) if self.linear else again(partial(_cast, dtype=self.dtype), parent)
+
+
+class Activation(NamedTuple):
+    """An element-wise function by name, and what it was given."""
+
+    name: str
+    input: Tensor
+    number: int
+
+
+@dataclass(frozen=True)
+class _Activated:
+    """layout, versions: of the output, and of the input too, when the activation ran."""
+
+    activation: Activation
+    layout: Layout
+    versions: tuple[int, int]
+
+
+@dataclass
+class Plan:
+    """Which norms' x̂ are wanted in the fine form, by number: as the forward before found. None before the first: all.
+
+    gated: the activations, by number, that went on into a product. asked, found_gated: what this forward finds of these.
+    """
+
+    fine: frozenset[int] | None = None
+    gated: frozenset[int] = frozenset()
+    asked: set[int] = field(default_factory=set)
+    found_gated: set[int] = field(default_factory=set)
+
+    def again(self) -> Plan:
+        """For another run of the same."""
+        return Plan(self.fine, self.gated)
+
+    def following(self) -> Plan:
+        """For the next forward."""
+        return Plan(frozenset(self.asked), frozenset(self.found_gated))
+
+    def wants_fine(self, norm: int) -> bool:
+        return self.fine is None or norm in self.fine
+
+
+class Provenance:
+    """A table from storages, weakly held, to what is known of them."""
+
+    def __init__(self, mode: Mode, plan: Plan) -> None:
+        self.mode, self.plan = mode, plan
+        self._entries: dict[int, tuple[StorageWeakRef, list[_Entry]]] = {}
+        self._activations: dict[int, tuple[StorageWeakRef, _Activated]] = {}
+
+    def record(self, tensor: Tensor, source: Source) -> None:
+        """`source` gives `tensor` back."""
+        if type(tensor) in PLAIN and tensor.is_complex():
+            tensor, source = torch.view_as_real(tensor), again(torch.view_as_real, Saved(source))
+        self._add(tensor, source=source)
+
+    def record_cast(self, tensor: Tensor, original: Tensor) -> None:
+        """`tensor` is `original` in another dtype."""
+        self._add(tensor, original=original)
+
+    def record_linear(self, output: Tensor, input: Tensor, linear: Callable[[Saved], Source]) -> None:
+        """What `linear` makes of a copy of `input` gives `output` back; the copy is made when that is wanted."""
+        self._add(output, original=input, linear=linear)
+
+    def record_activation(self, output: Tensor, activation: Activation) -> None:
+        storage, versions = output.untyped_storage(), (output._version, activation.input._version)
+        self._activations[storage._cdata] = StorageWeakRef(storage), _Activated(activation, layout_of(output), versions)
+
+    def activation_of(self, output: Tensor) -> Activation | None:
+        """Which activation gave `output`, all of it, where neither it nor the input has changed since."""
+        storage, found = self._activations.get(output.untyped_storage()._cdata, (None, None))
+        if storage is None or storage.expired() or found is None or found.layout != layout_of(output):
+            return None
+        return found.activation if found.versions == (output._version, found.activation.input._version) else None
+
+    def find(self, tensor: Tensor) -> Saved | None:
+        """What gives `tensor` back without keeping anything more, the finest and lightest; None where nothing does."""
+        if type(tensor) not in PLAIN:
+            return None
+        if tensor.is_complex():
+            real = None if tensor.is_conj() else self.find(torch.view_as_real(tensor))
+            return None if real is None else Saved(again(torch.view_as_complex, real))
+        best: Saved | None = None
+        for entry, layouts in self._known(tensor):
+            if entry.source is None and entry.original is not None:
+                parent = self.find(entry.original)
+                if parent is not None:
+                    entry.source = entry.made_of(parent)
+            if entry.source is not None and (best is None or _order(entry.source) < _order(best.source)):
+                best = Saved(entry.source, layouts)
+        return best
+
+    def fine(self, tensor: Tensor, heaviest: int = HEAVIEST) -> Saved | None:
+        """As `find`, where it is in the fine form; else the next forward's norms are asked for that."""
+        found = self.find(tensor)
+        if found is None or found.source.cost > heaviest:
+            return None
+        self.plan.asked |= found.source.norms
+        return found if found.source.fine else None
+
+    def save(self, tensor: Tensor, bits: int | None, *, heaviest: int = HEAVIEST, channels: tuple[int, ...] = (-1,)) -> Saved:
+        """What gives `tensor` back: what is known of it, or a copy in so many bits (None: the tensor itself).
+
+        8 bits are never met by less. channels: the dimensions along which sizes may differ much.
+        """
+        if type(tensor) not in PLAIN:
+            return as_is(tensor)
+        found = self.fine(tensor, heaviest) if bits is None or bits >= 8 else self.find(tensor)
+        if found is not None and found.source.cost <= heaviest:
+            return found
+        if self.find(tensor) is None:
+            for entry, layouts in self._known(tensor):
+                if entry.original is not None and entry.original.numel() <= tensor.numel():
+                    entry.source = entry.made_of(self.save(entry.original, bits, heaviest=heaviest))
+                    return Saved(entry.source, layouts)
+        if bits is None or not tensor.requires_grad or tensor.is_leaf:
+            return as_is(tensor)
+        source = packed(tensor, self.mode.packing(bits), channels)
+        self.record(tensor, source)
+        return Saved(source)
+
+    def _known(self, tensor: Tensor) -> Iterator[tuple[_Entry, Layouts | None]]:
+        """What holds of the tensor or of a piece of memory that it is a view of."""
+        known = self._entries.get(tensor.untyped_storage()._cdata)
+        if known is None or known[0].expired():
+            return
+        layout, version = layout_of(tensor), tensor._version
+        for entry in known[1]:
+            if entry.version == version and entry.dtype == tensor.dtype:
+                if entry.layout == layout:
+                    yield entry, None
+                elif entry.dense and holds(entry.layout, layout):
+                    yield entry, (entry.layout, layout)
+
+    def _add(self, tensor: Tensor, **what: Any) -> None:
+        if type(tensor) not in PLAIN:
+            return
+        storage = tensor.untyped_storage()
+        entry = _Entry(tensor._version, layout_of(tensor), is_dense(tensor), tensor.dtype, **what)
+        known = self._entries.get(storage._cdata)
+        if known is not None and not known[0].expired():
+            known[1].append(entry)
+            return
+        self._entries = {key: value for key, value in self._entries.items() if not value[0].expired()}
+        self._activations = {key: value for key, value in self._activations.items() if not value[0].expired()}
+        self._entries[storage._cdata] = StorageWeakRef(storage), [entry]
+
+
+def _order(source: Source) -> tuple[bool, int]:
+    return not source.fine, source.cost
+
+
+def packed(tensor: Tensor, packing: Packing, channels: tuple[int, ...]) -> Source:
+    """A copy in so many bits, in the order of memory where the tensor is dense.
+
+    Channels of other sizes than their neighbours' are brought to the same before, by powers of two.
+    """
+    tensor = tensor.detach()
+    factors = channel_factors(tensor, channels)
+    dense = is_dense(tensor)
+    even = tensor / factors if dense else (tensor / factors).contiguous()
+    codes, scales = ops.pack(even.as_strided((even.numel(),), (1,)), *packing)
+    rebuild = partial(_unpack, size=tuple(even.shape), stride=even.stride(), packing=packing, dtype=tensor.dtype)
+    return Source((codes, scales, factors), rebuild, fine=packing.bits >= 8, roots=new_root())
+
+
+def channel_factors(tensor: Tensor, channels: tuple[int, ...]) -> Tensor:
+    """The power of two nearest to the root mean square of each channel, with `tensor`'s dimensions, in its dtype.
+
+    channels: the dimensions that channels lie along.
+    """
+    kept = {channel % tensor.ndim for channel in channels}
+    others = [dim for dim in range(tensor.ndim) if dim not in kept]
+    if not others:
+        return tensor.new_ones([1] * tensor.ndim)
+    count = math.prod(tensor.shape[dim] for dim in others)
+    wide = torch.promote_types(tensor.dtype, torch.float32)
+    size = torch.linalg.vector_norm(tensor, dim=others, keepdim=True, dtype=wide) / max(count, 1) ** 0.5
+    return size.clamp(2.0**-14, 2.0**15).log2().round().exp2().to(tensor.dtype)
+
+
+def _unpack(
+    codes: Tensor,
+    scales: Tensor,
+    factors: Tensor,
+    *,
+    size: tuple[int, ...],
+    stride: tuple[int, ...],
+    packing: Packing,
+    dtype: torch.dtype,
+) -> Tensor:
+    value = ops.unpack(codes, scales, size, *packing, dtype).as_strided(size, stride)
+    return value.mul_(factors)
+
+
+def _cast(value: Tensor, dtype: torch.dtype) -> Tensor:
+    return value.to(dtype)
+
+
+def again(function: Callable[..., Tensor], *parents: Saved, tensors: tuple[Tensor, ...] = (), cost: int = 0) -> Source:
+    """`function(*tensors, *parents)` once more; it holds no tensor itself."""
+    return Source(
+        tuple(map(without_history, tensors)),
+        function,
+        parents,
+        all(parent.source.fine for parent in parents),
+        cost + max((parent.source.cost for parent in parents), default=0),
+        1 + max((parent.source.depth for parent in parents), default=0),
+        frozenset[int]().union(*(parent.source.roots for parent in parents)),
+        frozenset[int]().union(*(parent.source.norms for parent in parents)),
+    )

@@ -1,0 +1,154 @@
+"""What training an adapter takes: bytes that are kept for backward, peak memory and time, by the way to keep less.
+
+python bench/distill_memory.py --model sdxl-1024 --device meta --json out.json            # counted, without a GPU
+python bench/distill_memory.py --model sdxl-1024 --device cuda --cap 8GiB --json out.json # real steps under a hard cap
+python bench/distill_memory.py --model sdxl-1024 --device cuda --base none int8 --minutes 5 --json out.json
+python bench/distill_memory.py --model sdxl-1024 --device cuda --images-per-second --budget 24GiB --json out.json
+
+On a card every row has a process of its own, so that one that runs out of memory leaves the others alone. What the JSON holds
+already is not measured again: after `--minutes` the same call goes on with what is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from agd_fast.environment import environment
+from agd_fast.files import read_json, write_json
+from memory.rows import CHECKPOINTING, EAGER, MINCUT, WAYS, Row, count_row, empty_row, key, print_rows
+from memory.students import ADAPTERS
+from memory.training import train_row
+from nfe_speed import DTYPES, commit
+from speed.architectures import ARCHITECTURES, find_architecture
+from speed.hardware import gpu_state
+
+UNITS = {"GiB": 2**30, "MiB": 2**20, "GB": 10**9}
+AT_BUDGET = ("default", ("4bit", "recompute", CHECKPOINTING)), ("reference", (EAGER, CHECKPOINTING))  # adapter, ways
+
+
+def main() -> None:
+    parser = _parser()
+    args = parser.parse_args()
+    if args.worker:
+        write_json(args.json, train_row(json.loads(args.worker), args.seconds))
+        return
+    try:
+        for name in args.model:
+            find_architecture(name)
+    except ValueError as error:
+        parser.error(str(error))
+    if args.device == "meta" and args.images_per_second:
+        parser.error("expected a card for --images-per-second, found --device meta")
+    if args.images_per_second and not args.budget:
+        parser.error("expected --budget beside --images-per-second, such as 24GiB; found none")
+    rows = _measure(list(wanted(args)), args)
+    print_rows(rows)
+
+
+def _parser() -> argparse.ArgumentParser:
+    ways = "; ".join(f"{name}: {what}" for name, what in WAYS.items())
+    adapters = "; ".join(f"{name}: {what}" for name, (what, _) in ADAPTERS.items())
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", nargs="+", default=["sdxl-1024"], metavar="MODEL", help=", ".join(ARCHITECTURES))
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "meta", help="meta: count only")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1])
+    parser.add_argument("--adapter", nargs="+", choices=ADAPTERS, metavar="ADAPTER", help=f"default: all. {adapters}")
+    parser.add_argument(
+        "--modes", nargs="+", choices=WAYS, metavar="MODE", help=f"default: all; on a card all but mincut. {ways}"
+    )
+    parser.add_argument(
+        "--base", nargs="+", choices=("none", "int8", "nf4"), default=["none"], help="how the base's weights are held"
+    )
+    parser.add_argument("--optimizer", choices=("adamw", "host"), help="default: host, moments in host memory, for our modes")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of the base")
+    parser.add_argument("--cap", type=size_of, help="no allocation beyond it, such as 8GiB")
+    parser.add_argument("--images-per-second", action="store_true", help="at the largest batch within --budget")
+    parser.add_argument("--budget", type=size_of, help="such as 24GiB")
+    parser.add_argument("--seconds", type=float, default=5.0, help="of timed steps a row")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no further row after that")
+    parser.add_argument("--json", type=Path, help="where rows are kept")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    return parser
+
+
+def size_of(text: str) -> int:
+    """Bytes of "8GiB". Raises: argparse.ArgumentTypeError."""
+    found = re.fullmatch(r"([\d.]+)\s*(\w+)", text)
+    if found is None or found[2] not in UNITS:
+        raise argparse.ArgumentTypeError(f"expected a size such as 8GiB, in {', '.join(UNITS)}; found {text!r}")
+    return int(float(found[1]) * UNITS[found[2]])
+
+
+def wanted(args: argparse.Namespace) -> Iterator[Row]:
+    """The rows to make, without figures."""
+    dtype = str(DTYPES[args.dtype]).removeprefix("torch.")
+    for model in args.model:
+        common = {"model": model, "dtype": dtype, "optimizer": args.optimizer, "device": args.device}
+        if args.images_per_second:
+            for adapter, modes in AT_BUDGET:
+                if args.adapter is None or adapter in args.adapter:
+                    for mode in args.modes or modes:
+                        held = {"adapter": adapter, "mode": mode, "base": None, "batch": 1}
+                        yield {**common, **held, "cap_bytes": args.budget, "search": True}
+            continue
+        ways = args.modes or [way for way in WAYS if way != MINCUT or args.device == "meta"]
+        for batch in args.batch:
+            for adapter in args.adapter or ADAPTERS:
+                for base in args.base:
+                    for mode in ways:
+                        held = {"adapter": adapter, "mode": mode, "base": None if base == "none" else base, "batch": batch}
+                        yield {**common, **held, "cap_bytes": args.cap, "search": False}
+
+
+def _measure(rows: list[Row], args: argparse.Namespace) -> list[Row]:
+    """Those of the JSON, and those that are missing while there is time."""
+    done = read_json(args.json)["rows"] if args.json and args.json.exists() else []
+    deadline = time.monotonic() + 60 * args.minutes
+    for index, row in enumerate(rows, 1):
+        if any(key(row) == key(found) for found in done):
+            continue
+        if time.monotonic() >= deadline:
+            print(f"no time left for {len(rows) - index + 1} of {len(rows)} rows; the same call goes on", file=sys.stderr)
+            break
+        began = time.monotonic()
+        made = count_row(row) if args.device == "meta" else _train(row, args.seconds, deadline - began)
+        done.append(made)
+        print(f"{index}/{len(rows)} {describe(made)} ({time.monotonic() - began:.0f} s)", file=sys.stderr, flush=True)
+        if args.json:
+            where = {**environment(), **({"device": "meta"} if args.device == "meta" else gpu_state())}
+            write_json(args.json, {"environment": where, "commit": commit(), "rows": done})
+    return [found for row in rows for found in done if key(row) == key(found)]
+
+
+def describe(row: Row) -> str:
+    parts = [row["model"], row["adapter"], row["mode"], row["base"] or "", f"batch {row['batch']}"]
+    figures = {"kept": row["saved_bytes"], "peak": row["peak_bytes"]}
+    shown = [f"{what} {size / 2**30:.3f} GiB" for what, size in figures.items() if size is not None]
+    return ", ".join([*filter(None, parts), *shown, *filter(None, [row["note"]])])
+
+
+def _train(row: Row, seconds: float, left: float) -> Row:
+    """By a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "row.json"
+        command = [sys.executable, __file__, "--worker", json.dumps(row), "--seconds", str(seconds), "--json", str(path)]
+        try:
+            code = subprocess.run(command, timeout=None if left == float("inf") else left + 60).returncode
+            note = f"its process ended with {code}"
+        except subprocess.TimeoutExpired:
+            note = "no time left"
+        return read_json(path) if path.exists() else {**empty_row(row), "note": note}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,174 @@
+"""Real training steps on a card: forward, backward, the optimizer's step; their time and peak memory, under a cap or not."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from agd_fast.adapters import count_parameters
+from agd_fast.attaching import armed, require_attachment
+from agd_fast.distillation.loss import distillation_loss
+from agd_fast.families import find_spec
+from agd_fast.memory import frozen_backward
+from agd_fast.memory.base_weights import packed_base
+from agd_fast.memory.optimizer import HostAdamW
+from agd_fast.spec import nest
+from memory.rows import CHECKPOINTING, EAGER, MINCUT, Row, empty_row
+from memory.students import arguments, student
+from speed.architectures import Architecture, find_architecture
+
+IMAGES = 32  # a step of the optimizer, as presets have it
+
+
+class Training:
+    """A student and its optimizer on a device, in one of the ways to keep less."""
+
+    def __init__(self, architecture: Architecture, row: Row, device: torch.device) -> None:
+        self.architecture, self.device, self.dtype = architecture, device, getattr(torch, row["dtype"])
+        self.mode, self.base = row["mode"], row["base"]
+        self.denoiser = student(architecture, row["adapter"], device, self.dtype)
+        self.spec, self.attachment = find_spec(self.denoiser), require_attachment(self.denoiser)
+        host = (row["optimizer"] or ("adamw" if self.mode in (EAGER, CHECKPOINTING, MINCUT) else "host")) == "host"
+        self.optimizer: torch.optim.Optimizer = (HostAdamW if host else torch.optim.AdamW)(
+            self.attachment.adapter.parameters(), lr=1e-4, weight_decay=0.0
+        )
+        self.call: Any = torch.compile(self.denoiser, dynamic=False) if self.mode == MINCUT else self.denoiser
+
+    @contextmanager
+    def scope(self) -> Iterator[None]:
+        """What holds around all steps."""
+        with ExitStack() as stack:
+            if self.base is not None:
+                stack.enter_context(packed_base(self.denoiser, self.base))
+            if self.mode == CHECKPOINTING:
+                self.denoiser.enable_gradient_checkpointing()
+            elif self.mode not in (EAGER, MINCUT):
+                stack.enter_context(frozen_backward(self.denoiser, self.mode))
+            yield
+
+    def passes(self, batch: int) -> Callable[[], Tensor]:
+        """Forward and backward of a fixed batch → its loss. Gradients add up until the optimizer's step."""
+        inputs = arguments(self.architecture, batch, self.device, self.dtype)
+        call, x = nest(inputs), inputs[self.spec.sample]
+        omega = torch.linspace(2.0, 5.0, batch, device=self.device)
+        target = torch.randn(x.shape, device=self.device, generator=torch.Generator(self.device).manual_seed(1))
+
+        def run() -> Tensor:
+            with armed(self.attachment, omega):
+                prediction = self.call(**call, return_dict=False)[0]
+            loss = distillation_loss(prediction[:, : x.shape[1]], target, omega, "l2", "omega")
+            loss.backward()
+            return loss.detach()
+
+        return run
+
+    def step(self) -> None:
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def train_row(row: Row, seconds: float, architecture: Architecture | None = None) -> Row:
+    """`row` with its figures, measured on its device for about so long; the note says where memory ran out."""
+    device = torch.device(row["device"])
+    _cap(row["cap_bytes"], device)
+    found = empty_row(row)
+    try:
+        training = Training(architecture or find_architecture(row["model"]), row, device)
+        found["parameters"] = count_parameters(training.attachment.adapter)
+        with training.scope():
+            batch = _largest(training, row["batch"]) if row["search"] else row["batch"]
+            found |= {"batch": batch, **_measure(training, batch, seconds)}
+    except torch.OutOfMemoryError as error:
+        found["note"] = f"out of memory: {str(error).splitlines()[0]}"[:200]
+    return found
+
+
+def _measure(training: Training, batch: int, seconds: float) -> Row:
+    """Of groups of passes with one step of the optimizer behind them, as where a batch of IMAGES is made of smaller ones."""
+    run, device = training.passes(batch), training.device
+    group = max(1, -(-IMAGES // batch))
+    for _ in range(2):
+        run()
+        training.step()
+    cuda = device.type == "cuda"
+    if cuda:
+        _synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+    times: list[float] = []
+    end = time.perf_counter() + seconds
+    while not times or time.perf_counter() < end:
+        began = time.perf_counter()
+        for _ in range(group):
+            loss = run()
+        training.step()
+        _synchronize(device)
+        times.append((time.perf_counter() - began) / group)
+    median = statistics.median(times)
+    print(f"  batch {batch}: {median:.3f} s a pass and its share of a step", file=sys.stderr, flush=True)
+    return {
+        "seconds_per_step": median,
+        "images_per_second": batch / median,
+        "peak_bytes": torch.cuda.max_memory_allocated(device) if cuda else None,
+        "reserved_bytes": torch.cuda.max_memory_reserved(device) if cuda else None,
+        "loss": float(loss),
+    }
+
+
+def _largest(training: Training, start: int) -> int:
+    """The largest batch that two steps of the optimizer fit with: doubled until memory runs out, then halved in between.
+
+    Raises: torch.OutOfMemoryError where not even one sample fits.
+    """
+    most, least = None, 0
+    batch = start
+    while most is None or most - least > max(1, least // 16):
+        if _fits(training, batch):
+            least = batch
+        elif batch == 1:
+            raise torch.OutOfMemoryError("not even a batch of 1 fits")
+        else:
+            most = batch
+        batch = 2 * least if most is None else (least + most) // 2
+    return least
+
+
+def _fits(training: Training, batch: int) -> bool:
+    try:
+        _steps(training, batch)
+        found = True
+    except torch.OutOfMemoryError:
+        found = False
+    training.optimizer.zero_grad()
+    gc.collect()
+    if training.device.type == "cuda":
+        torch.cuda.empty_cache()
+    print(f"  batch {batch} {'fits' if found else 'does not fit'}", file=sys.stderr, flush=True)
+    return found
+
+
+def _steps(training: Training, batch: int) -> None:
+    run = training.passes(batch)
+    for _ in range(2):
+        run()
+        run()
+        training.step()
+    _synchronize(training.device)
+
+
+def _cap(size: int | None, device: torch.device) -> None:
+    if size is not None:
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(size / total, 1.0), device)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,380 @@
+"""The packing ops against plain torch in float64: their layout bit by bit, their errors from the scales, their gradients."""
+
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from agd_fast.memory import ops
+from agd_fast.memory.ops.geglu_pack import by_rows
+from agd_fast.memory.ops.launching import kernels_for
+
+LARGEST = {8: 127, 4: 7}
+QUARTERS = [7, -7] * 5 + [1, -1] * 11  # codes whose quarters have mean 0 and mean square 1, as a normalised row has
+
+
+def random(*shape, dtype=torch.float32, outliers=True):
+    """With values of all magnitudes, and zeros."""
+    x = torch.randn(shape) * torch.randint(-3, 4, shape).float().exp2()
+    if outliers and x.numel():
+        x.view(-1)[:: max(1, x.numel() // 3)] *= 100
+        x.view(-1)[1::7] = 0
+    return x.to(dtype)
+
+
+def dequantised(codes, scales, n, bits, group):
+    """[R, n] of codes [R, pitch] and scales [R, groups], in float64, bit by bit."""
+    numbers = codes.numpy().astype(np.int64)
+    if bits == 4:
+        numbers = np.stack((numbers % 16, numbers // 16), -1).reshape(len(numbers), -1) - 8
+    else:
+        numbers = np.where(numbers < 128, numbers, numbers - 256)
+    steps = np.repeat(scales.double().numpy(), group, axis=1)
+    return torch.from_numpy(numbers[:, :n]), torch.from_numpy(steps[:, :n])
+
+
+def normal_rows(R, n, bits, group):
+    """Codes and scales of R normalised rows, and the rows in float64; exactly, where n is a multiple of 32."""
+    quarters = torch.stack([torch.tensor(QUARTERS * (n // 32))[torch.randperm(n)] for _ in range(R)])
+    codes = quarters if bits == 8 else (quarters + 8)[:, 0::2] + (quarters + 8)[:, 1::2] * 16
+    scales = torch.full((R, -(-n // group)), 0.25, dtype=torch.bfloat16)
+    return (codes % 256).to(torch.uint8), scales, quarters.double() / 4
+
+
+@pytest.mark.parametrize(
+    ("bits", "values", "expected"),
+    [
+        (8, [127, -127, 0.5, 1.5, -0.5, -1.5, 2.5, 0], [127, 129, 0, 2, 0, 254, 2, 0]),
+        (4, [7, -7, 0.5, 1.5, -0.5, -1.5, 2.5], [0x1F, 0xA8, 0x68, 0x8A]),  # the last nibble is beyond the end: 0
+    ],
+)
+def test_layout_of_codes_with_ties_to_even(bits, values, expected):
+    codes, scales = ops.pack(torch.tensor(values, dtype=torch.bfloat16), bits, 32)
+    assert codes.dtype == torch.uint8 and codes.tolist() == expected
+    assert scales.dtype == torch.bfloat16 and scales.tolist() == [1]
+
+
+@given(
+    st.integers(0, 300),
+    st.sampled_from([4, 8]),
+    st.sampled_from([32, 64, 128]),
+    st.sampled_from([torch.bfloat16, torch.float16, torch.float32, torch.float64]),
+    st.integers(0, 2**31),
+)
+@settings(max_examples=150, deadline=None)
+def test_pack(n, bits, group, dtype, seed):
+    torch.manual_seed(seed)
+    x = random(n, dtype=dtype)
+    codes, scales = ops.pack(x, bits, group)
+    assert codes.shape == (-(-n * bits // 8),) and scales.shape == (-(-n // group),)
+    numbers, steps = dequantised(codes[None], scales[None], n, bits, group)
+    padded = F.pad(x.double(), (0, len(scales) * group - n)).view(-1, group)
+    largest = padded.abs().amax(-1) if n else torch.zeros(0)
+    below = (scales.view(torch.int16) - 1).view(torch.bfloat16).double()  # the next smaller bfloat16; of 0 there is none
+    below = below.masked_fill(scales == 0, 0)
+    rounding = 1 + 2.0**-22
+    assert (scales.double() * rounding >= largest / LARGEST[bits]).all() and (below <= largest / LARGEST[bits] * rounding).all()
+    assert numbers.abs().max() <= LARGEST[bits] if n else True
+    found = ops.unpack(codes, scales, [n], bits, group, torch.float64)
+    assert torch.equal(found, (numbers * steps)[0])
+    # of float32 and float64, the quotient is rounded once more before it becomes a code: by half an ulp below 128 at most
+    slack = {torch.float32: 2.0**-18, torch.float64: 2.0**-47}.get(dtype, 0.0)
+    assert ((found - x.double()).abs() <= steps[0] * (0.5 + slack)).all()
+    if not slack:
+        assert torch.equal(numbers[0], (x.double() / steps[0].clamp(min=1e-300)).round().long())
+    for wanted in (torch.bfloat16, torch.float16, torch.float32):
+        assert torch.equal(ops.unpack(codes, scales, [1, n], bits, group, wanted), found.to(torch.float32).to(wanted)[None])
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_a_group_with_what_is_not_finite_is_nan_and_no_other(bits, bad):
+    x = random(5 * 32)
+    clean = ops.pack(x, bits, 32)
+    x[40] = bad
+    codes, scales = ops.pack(x, bits, 32)
+    assert scales.isnan().tolist() == [False, True, False, False, False]
+    assert scales.view(torch.int16)[1] == 0x7FC0
+    assert set(codes[32 * bits // 8 : 64 * bits // 8].tolist()) == {0 if bits == 8 else 0x88}
+    found = ops.unpack(codes, scales, [160], bits, 32, torch.float32)
+    assert found[32:64].isnan().all()
+    kept = [*range(32), *range(64, 160)]
+    assert torch.equal(found[kept], ops.unpack(*clean, [160], bits, 32, torch.float32)[kept])
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_groups_of_zeros_tiny_and_huge_values(bits):
+    most = torch.finfo(torch.float32).max
+    x = torch.cat([torch.zeros(32), torch.full((32,), 1e-42), torch.full((32,), -most), torch.full((32,), 2.0**-94)])
+    codes, scales = ops.pack(x, bits, 32)
+    assert scales[0] == 0 and scales[1] == 2.0**-100
+    found = ops.unpack(codes, scales, [128], bits, 32, torch.float64)
+    assert (found[:64] == 0).all()
+    steps = scales.double().repeat_interleave(32)
+    assert ((found - x.double()).abs() <= steps * (0.5 + 2.0**-18)).all()
+
+
+@given(
+    st.integers(1, 5),
+    st.integers(1, 150),
+    st.sampled_from([4, 8]),
+    st.sampled_from([32, 64, 128]),
+    st.booleans(),
+    st.integers(0, 2**31),
+)
+@settings(max_examples=60, deadline=None)
+def test_norm_pack_packs_every_row_for_itself(R, n, bits, group, centred, seed):
+    torch.manual_seed(seed)
+    x = random(R, n, dtype=torch.bfloat16)
+    mean, rstd = torch.randn(R) if centred else None, torch.rand(R) + 0.5
+    codes, scales = ops.norm_pack(x, mean, rstd, bits, group)
+    assert codes.shape == (R, -(-n * bits // 8)) and scales.shape == (R, -(-n // group))
+    for row in range(R):
+        normed = (x[row].float() - (mean[row] if centred else 0)) * rstd[row]
+        for one, whole in zip(ops.pack(normed, bits, group), (codes, scales), strict=True):
+            assert torch.equal(one, whole[row])
+    found = ops.affine_unpack(codes, scales, None, None, [R, n], R, 1, 1, bits, group, torch.float64)
+    numbers, steps = dequantised(codes, scales, n, bits, group)
+    assert torch.equal(found, numbers * steps)
+
+
+@pytest.mark.parametrize(("bits", "group"), [(4, 32), (8, 64), (8, 128)])
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("kind", ["layer_norm", "rms_norm", "group_norm"])
+def test_norm_backward_is_the_norms_gradient(kind, affine, bits, group):
+    B, C, S, G = 2, 12, 16, 3
+    R, n = (B * G, C // G * S) if kind == "group_norm" else (5, 96)
+    codes, scales, normed = normal_rows(R, n, bits, group)
+    deviation, mean = torch.rand(R, 1, dtype=torch.float64) + 0.5, torch.randn(R, 1, dtype=torch.float64)
+    x = normed * deviation + (0 if kind == "rms_norm" else mean)
+    gamma = torch.randn(C if kind == "group_norm" else n, dtype=torch.float64) if affine else None
+    size, channels = ((B, C, 4, 4), (G, S)) if kind == "group_norm" else ((R, n), (1, 1))
+    x = x.view(size).requires_grad_()
+    if kind == "group_norm":
+        y = F.group_norm(x, G, gamma, eps=0.0)
+    elif kind == "layer_norm":
+        y = F.layer_norm(x, [n], gamma, eps=0.0)
+    else:
+        y = F.rms_norm(x, [n], gamma, eps=0.0)
+    dy = torch.randn_like(y)
+    (expected,) = torch.autograd.grad(y, x, dy)
+    rstd = 1 / deviation
+    found = ops.norm_backward(dy, codes, scales, rstd, gamma, kind != "rms_norm", *channels, bits, group)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    if gamma is not None:
+        gamma = gamma.bfloat16()
+    low = ops.norm_backward(dy.bfloat16(), codes, scales, rstd.float(), gamma, True, *channels, bits, group)
+    assert low.dtype == torch.bfloat16 and low.shape == size
+
+
+@pytest.mark.parametrize(("bits", "group"), [(4, 32), (8, 128)])
+@pytest.mark.parametrize("samples", [1, 2])
+@pytest.mark.parametrize("kind", ["layer_norm", "group_norm"])
+def test_affine_unpack_and_the_gradient_of_its_silu(kind, samples, bits, group):
+    B, C, G, T = 2, 12, 3, 4
+    R, n, layout = (B * G, C // G * 16, (G, G, 16)) if kind == "group_norm" else (B * T, 96, (T, 1, 1))
+    codes, scales, normed = normal_rows(R, n, bits, group)
+    size = (B, C, 4, 4) if kind == "group_norm" else (B, T, n)
+    A, offset = torch.randn(2, samples, C if kind == "group_norm" else n, dtype=torch.float64)
+    shaped = (-1, C, 1, 1) if kind == "group_norm" else (-1, 1, n)
+    expected = (normed.view(size) * A.view(shaped) + offset.view(shaped)).requires_grad_()
+    arguments = codes, scales, A, offset
+    found = ops.affine_unpack(*arguments, list(size), *layout, bits, group, torch.float64)
+    torch.testing.assert_close(found, expected.detach(), rtol=1e-14, atol=1e-14)
+    dy = torch.randn(size, dtype=torch.float64)
+    (gradient,) = torch.autograd.grad(F.silu(expected), expected, dy)
+    found = ops.silu_affine_backward(dy, *arguments, *layout, bits, group)
+    torch.testing.assert_close(found, gradient, rtol=1e-12, atol=1e-12)
+    scaled = ops.affine_unpack(codes, scales, A.float(), None, list(size), *layout, bits, group, torch.float32)
+    assert torch.equal(scaled, normed.view(size).float() * A.float().view(shaped))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "silu"])
+def test_a_packed_derivative_is_off_by_half_a_step(activation, bits):
+    x = (3 * torch.randn(5, 77, dtype=torch.float64)).requires_grad_()
+    approximate = "tanh" if activation == "gelu_tanh" else "none"
+    y = F.silu(x) if activation == "silu" else F.gelu(x, approximate=approximate)
+    dy = torch.randn_like(y)
+    (expected,) = torch.autograd.grad(y, x, dy)
+    with torch.no_grad():
+        packed = ops.silu_pack(x, bits, 64) if activation == "silu" else ops.gelu_pack(x, approximate, bits, 64)
+        found = ops.scale_unpack(dy, *packed, bits, 64)
+        steps = packed[1].double().repeat_interleave(64)[: x.numel()].view(x.shape)
+        assert ((found - expected).abs() <= dy.abs() * (steps * 0.5 + 1e-13)).all()
+        assert torch.equal(found, dy * ops.unpack(*packed, list(x.shape), bits, 64, torch.float64))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "silu"])
+def test_gated_backward_is_off_by_half_a_step_of_each_factor(activation, bits):
+    x = (2 * torch.randn(2, 3, 2 * 37, dtype=torch.float64)).requires_grad_()
+    a, g = x.chunk(2, -1)
+    approximate = "tanh" if activation == "gelu_tanh" else "none"
+    y = a * (F.silu(g) if activation == "silu" else F.gelu(g, approximate=approximate))
+    dy = torch.randn_like(y)
+    (expected,) = torch.autograd.grad(y, x, dy)
+
+    def packed_of(a, g):
+        return ops.swiglu_pack(a, g, bits, 32) if activation == "silu" else ops.geglu_pack(a, g, approximate, bits, 32)
+
+    with torch.no_grad():
+        packed = packed_of(a, g)
+        found = ops.geglu_backward(dy, *packed, bits, 32)
+        steps = [one.double().repeat_interleave(32)[: y.numel()].view(y.shape) for one in packed[1::2]]
+        allowed = torch.cat([dy.abs() * (one * 0.5 + 1e-12) for one in steps], -1)
+        assert found.shape == x.shape and ((found - expected).abs() <= allowed).all()
+        for strided, whole in zip(packed, packed_of(a.contiguous(), g.contiguous()), strict=True):
+            assert torch.equal(strided, whole)
+
+
+def test_rows_that_a_kernel_can_stride_over_are_not_copied():
+    x = torch.randn(2, 3, 10)
+    a, g = x.chunk(2, -1)
+    for half in (a, g):
+        found, apart = by_rows(half)
+        assert found is half and apart == 10
+    for other, apart in ((x, 10), (x[0, 0], 10), (x[0], 10)):
+        found, stride = by_rows(other)
+        assert found is other and stride == apart
+    for irregular in (x[:, :1], x[:, :2], x.transpose(1, 2), x[..., ::2]):
+        found, apart = by_rows(irregular)
+        assert found.is_contiguous() and torch.equal(found, irregular) and apart == irregular.shape[-1]
+
+
+def test_what_is_not_contiguous_is_packed_in_the_order_of_its_dimensions():
+    x = random(6, 8, 5).transpose(0, 2)
+    for one, other in zip(ops.pack(x, 8, 32), ops.pack(x.contiguous(), 8, 32), strict=True):
+        assert torch.equal(one, other)
+    packed = ops.pack(x, 8, 32)
+    assert torch.equal(ops.scale_unpack(x, *packed, 8, 32), ops.scale_unpack(x.contiguous(), *packed, 8, 32))
+
+
+def arguments(device="cpu", dtype=torch.bfloat16, R=6, n=48):
+    """Of every op, by its name."""
+    x, rstd, mean = torch.randn(R, n).to(device, dtype), torch.rand(R, device=device), torch.randn(R, device=device)
+    with torch.no_grad():
+        packed, rows = ops.pack(x, 4, 32), ops.norm_pack(x, mean, rstd, 4, 32)
+        factors = ops.geglu_pack(x, x, "none", 8, 64)
+    A, gamma = torch.randn(2, 36, device=device), torch.randn(36, device=device, dtype=dtype)
+    return {
+        "pack": (x, 4, 32),
+        "unpack": (*packed, [n, R], 4, 32, dtype),
+        "scale_unpack": (x, *packed, 4, 32),
+        "gelu_pack": (x, "tanh", 8, 128),
+        "silu_pack": (x, 4, 64),
+        "geglu_pack": (*x.chunk(2, -1), "none", 4, 32),
+        "swiglu_pack": (*x.chunk(2, -1), 8, 64),
+        "geglu_backward": (x, *factors, 8, 64),
+        "norm_pack": (x, mean, rstd, 4, 32),
+        "norm_backward": (x, *rows, rstd, gamma, True, 3, 4, 4, 32),
+        "affine_unpack": (*rows, A, A, [2, 3, n], 3, 3, 4, 4, 32, dtype),
+        "silu_affine_backward": (x, *rows, A, None, 3, 3, 4, 4, 32),
+    }
+
+
+def test_every_op_has_arguments_here():
+    assert set(arguments()) == set(ops.REFERENCES)
+
+
+@pytest.mark.parametrize("name", sorted(ops.REFERENCES))
+def test_operator(name):
+    """Its schema, fake and tracing; that it is its reference; that it takes nothing, and the meta device."""
+    op, reference, args = getattr(ops, name), ops.REFERENCES[name], arguments()[name]
+    torch.library.opcheck(op, args)
+    found, expected = op(*args), reference(*args)
+    on_meta = op(*arguments("meta")[name])
+    for one, other, meta in zip(*map(as_tuple, (found, expected, on_meta)), strict=True):
+        assert torch.equal(one, other) and one.is_contiguous()
+        assert (meta.shape, meta.dtype, meta.device.type) == (one.shape, one.dtype, "meta")
+    double = op(*arguments(dtype=torch.float64)[name])
+    assert as_tuple(double)[0].dtype in (torch.float64, torch.uint8)
+
+
+@pytest.mark.parametrize(("R", "n"), [(0, 48), (0, 0)])
+def test_operators_take_no_elements(R, n):
+    x, rstd = torch.randn(R, n), torch.rand(R)
+    flat, rows = ops.pack(x, 4, 32), ops.norm_pack(x, None, rstd, 4, 32)
+    assert flat[0].numel() == rows[0].numel() == rows[1].numel() == 0
+    assert ops.unpack(*flat, [R, n], 4, 32, torch.bfloat16).shape == (R, n)
+    assert ops.scale_unpack(x, *flat, 4, 32).shape == (R, n)
+    assert ops.norm_backward(x, *rows, rstd, None, True, 1, 1, 4, 32).shape == (R, n)
+    assert ops.affine_unpack(*rows, None, None, [R, n], 1, 1, 1, 4, 32, torch.float16).shape == (R, n)
+    gated = ops.geglu_pack(x, x, "none", 8, 32)
+    assert ops.geglu_backward(x, *gated, 8, 32).shape == (R, 2 * n)
+
+
+def as_tuple(found):
+    return found if isinstance(found, tuple) else (found,)
+
+
+x, rstd = torch.zeros(6, 48), torch.ones(6)
+flat, rows = ops.pack(x, 4, 32), ops.norm_pack(x, None, rstd, 4, 32)
+WRONG = {
+    "pack: bits must be 4 or 8, found 5": lambda: ops.pack(x, 5, 32),
+    "pack: group must be one of (32, 64, 128), found 48": lambda: ops.pack(x, 4, 48),
+    "pack: x must be bfloat16, float16, float32 or float64, found torch.int64": lambda: ops.pack(x.long(), 4, 32),
+    "unpack: codes must be uint8, 144 elements, found torch.uint8, 288": lambda: ops.unpack(
+        *ops.pack(x, 8, 32), [288], 4, 32, torch.float32
+    ),
+    "unpack: scales must be bfloat16, 5 elements, found torch.bfloat16, 9": lambda: ops.unpack(
+        *flat, [288], 4, 64, torch.float32
+    ),
+    "unpack: dtype must be": lambda: ops.unpack(*flat, [288], 4, 32, torch.int32),
+    "scale_unpack: codes must be": lambda: ops.scale_unpack(x[1:], *flat, 4, 32),
+    "scale_unpack: dy must be": lambda: ops.scale_unpack(x.int(), *flat, 4, 32),
+    "gelu_pack: approximate must be one of ('none', 'tanh'), found 'erf'": lambda: ops.gelu_pack(x, "erf", 4, 32),
+    "geglu_pack: approximate must be": lambda: ops.geglu_pack(x, x, "erf", 4, 32),
+    "geglu_pack: g must be torch.float32 [6, 48] as a is, found torch.float32 [5, 48]": lambda: ops.geglu_pack(
+        x, x[1:], "none", 4, 32
+    ),
+    "swiglu_pack: g must be": lambda: ops.swiglu_pack(x, x.half(), 4, 32),
+    "geglu_backward: codes_q must be": lambda: ops.geglu_backward(x, *flat, flat[0][1:], flat[1], 4, 32),
+    "norm_pack: rstd must have one element a row": lambda: ops.norm_pack(x, None, torch.ones(5), 4, 32),
+    "norm_pack: rstd must be float32": lambda: ops.norm_pack(x, None, rstd.half(), 4, 32),
+    "norm_pack: mean must have 6 elements": lambda: ops.norm_pack(x, torch.ones(3), rstd, 4, 32),
+    "norm_backward: gamma must be [48], found [47]": lambda: ops.norm_backward(x, *rows, rstd, torch.ones(47), True, 1, 1, 4, 32),
+    "norm_backward: S must divide a row's 48 elements, found 5": lambda: ops.norm_backward(
+        x, *rows, rstd, None, True, 1, 5, 4, 32
+    ),
+    "norm_backward: G must divide the 6 rows, found 4": lambda: ops.norm_backward(x, *rows, rstd, None, True, 4, 1, 4, 32),
+    "affine_unpack: scales must be [R, ⌈n/32⌉], found [9]": lambda: ops.affine_unpack(
+        *flat, None, None, [6, 48], 6, 1, 1, 4, 32, torch.float32
+    ),
+    "affine_unpack: A must be [2 or 1, 48], found [3, 48]": lambda: ops.affine_unpack(
+        *rows, torch.ones(3, 48), None, [6, 48], 3, 1, 1, 4, 32, torch.float32
+    ),
+    "affine_unpack: size must have": lambda: ops.affine_unpack(*rows, None, None, [289], 6, 1, 1, 4, 32, torch.float32),
+    "silu_affine_backward: B must be float32": lambda: ops.silu_affine_backward(
+        x, *rows, None, torch.ones(1, 48).half(), 6, 1, 1, 4, 32
+    ),
+    "silu_affine_backward: rows_per_sample must divide the 6 rows": lambda: ops.silu_affine_backward(
+        x, *rows, None, None, 4, 1, 1, 4, 32
+    ),
+    "pack: expected all tensors on meta, found one on cpu": lambda: kernels_for("pack", x.dtype, 1, x.to("meta"), None, x),
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_an_argument_that_does_not_fit_is_named(message):
+    with pytest.raises(ValueError, match="^" + re.escape(message)):
+        WRONG[message]()
+
+
+def test_what_kernels_do_not_take_is_left_to_torch():
+    assert kernels_for("pack", torch.float64, 5, x) is None
+    assert kernels_for("pack", torch.float32, 0, x) is None
+    assert kernels_for("pack", torch.float32, 2**33, x) is None
+
+
+def test_the_gradient_of_gelu_in_its_own_words():
+    """Φ(x) + x·φ(x) at a place known by hand: x = 0 and far out."""
+    packed = ops.gelu_pack(torch.tensor([0.0, 40.0, -40.0], dtype=torch.float64), "none", 8, 32)
+    found = ops.unpack(*packed, [3], 8, 32, torch.float64)
+    step = float(packed[1])
+    assert math.isclose(found[0], 0.5, abs_tol=step / 2) and math.isclose(found[1], 1, abs_tol=step / 2) and found[2] == 0
