@@ -42,8 +42,9 @@ RESULTS = HERE / "results" / "gpu"
 COUNTS = sorted(map(str, (HERE / "results").glob("nfe_speed_meta*.json")))
 MODELS = [(model, batch) for model in ("sdxl-1024", "dit-xl2-256") for batch in (1, 4, 16)]
 MODELS += [(model, 1) for model in ("sd21-768", "sd3-medium-1024", "pixart-sigma-1024", "wan-1.3b", "qwen-image")]
-MANY = ("--steps", "10", "--rounds", "4")  # of what takes a second a step
-ARMS = ("cfg", "cfg_compiled", "unguided", "unguided_engine", "agd_engine", "agd_kernels")  # where a batch fills the card
+SHORT = ("--steps", "10", "--rounds", "6")  # an eager step of SDXL takes a host 0.1 s
+COMPILED = ("cfg_compiled", "unguided_engine", "agd_engine")
+ARMS = ("unguided", "cfg", "agd", "agd_naive", *COMPILED, "agd_kernels")
 MEMORY = {  # of distilling SDXL at 1024²
     "cap8": ("--cap", "8GiB", "--modes", "exact", "8bit", "4bit", "recompute", "--adapter", "default", "cross_attention"),
     "int8_cap6": ("--cap", "6GiB", "--base", "int8", "--modes", "4bit", "recompute", "--adapter", "default", "cross_attention"),
@@ -75,8 +76,7 @@ def speeds() -> list[Task]:
     found = [Task(f"kernels/{op}", ["-m", "speed.kernel_speeds", "--op", op]) for op in sorted(OPS)]
     for model, batch in MODELS:
         command = ["nfe_speed.py", "--model", model, "--batch", str(batch), "--dtype", "bf16", "--processes", "--counts", *COUNTS]
-        heavy = model != "dit-xl2-256" and batch > 1
-        found.append(Task(f"nfe_speed/{model}_{batch}", command + ([*MANY, "--arms", *ARMS] if heavy else [])))
+        found.append(Task(f"nfe_speed/{model}_{batch}", [*command, *SHORT, "--arms", *(ARMS if batch == 1 else COMPILED)]))
     found.append(Task("packing_kernels", ["packing_kernels.py"], locks=False))
     for name, options in MEMORY.items():
         found.append(Task(f"distill_memory/{name}", ["distill_memory.py", "--model", "sdxl-1024", *options], locks=False))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+sys.path.append(str(Path(__file__).parents[1] / "bench"))
 
 from agd_fast.engine import engine_of
 from agd_fast.ops import OPS

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+sys.path.append(str(Path(__file__).parents[1] / "bench"))
 
 import agd_fast as agd
 from agd_fast.attaching import armed, attachment_of, denoiser_of, require_attachment, spec_of

@@ -28,7 +28,7 @@ from helpers_families import _Wide
 from helpers_memory import SMALLEST, Problem, digits_problem, keeping, nodes, problem_of, tensors_in
 from tiny import FAMILIES
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+sys.path.append(str(Path(__file__).parents[1] / "bench"))
 
 from speed.architectures import build, find_architecture
 from speed.counting import _FusedAttention as FusedAttention

@@ -14,7 +14,7 @@ import agd_fast_kernels.guidance_combine as module
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+sys.path.append(str(Path(__file__).parents[1] / "bench"))
 
 import on_gpu
 from agd_fast.ops import OPS
