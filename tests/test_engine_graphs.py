@@ -97,8 +97,9 @@ def test_what_cannot_be_recorded_ahead_runs_as_it_is(monkeypatch, recorded):
     for _ in range(3):
         assert_same(call(fast), call(plain))
     (one,) = programs(fast.unet)
-    assert one.recorded.graph is None and one.recorded.trouble == "operation not permitted when stream is capturing"
-    assert engine_of(fast.unet).info()["plain_because"] == []
+    info, reason = engine_of(fast.unet).info(), "operation not permitted when stream is capturing"
+    assert one.recorded.graph is None and info["plain_because"] == []
+    assert info["slower_because"] == [f"what is computed ahead is launched one by one: no CUDA graph of it ({reason})"]
 
 
 def test_packed_tensors_keep_their_strides():

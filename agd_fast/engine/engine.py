@@ -90,13 +90,14 @@ class Engine:
         how many do not, by op and reason. ahead_bytes: of what was computed ahead, in the last scope."""
         device = device_of(self.denoiser)
         programs = [found.program for found in self.captured.values()]
+        troubles = [trouble for program in programs for trouble in (program.trouble, program.recorded.trouble)]
         return {
             "compile": self.config.compiles(device),
             "cuda_graph": self.config.graphs(device),
             "captured": len(self.captured),
             "ahead_bytes": self.ahead_bytes,
             **(programs[-1].kernels if programs else {"kernels": {}, "not_on_kernels": {}}),
-            "slower_because": list(dict.fromkeys(filter(None, (program.trouble for program in programs)))),
+            "slower_because": list(dict.fromkeys(filter(None, troubles))),
             "plain_because": list(dict.fromkeys([*filter(None, [self.obstacle]), *self.refused.values()])),
         }
 

@@ -81,5 +81,5 @@ class Recorded:
             try:
                 self.graph = GraphedStep(lambda moving, _: function(moving), tensors, [], warmup=1)
             except RuntimeError as error:
-                self.trouble = first_line(error)
+                self.trouble = f"what is computed ahead is launched one by one: no CUDA graph of it ({first_line(error)})"
         return function(tensors) if self.graph is None else self.graph(tensors, [])
