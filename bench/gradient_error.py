@@ -1,21 +1,23 @@
 """How far the gradients of an adapter are off, by what is kept for backward, and what each idea gives in bytes.
 
 python bench/gradient_error.py                                   # a small UNet of SDXL's shape, random weights
-python bench/gradient_error.py --teacher digits-unet --json out.json
-python bench/gradient_error.py --model stabilityai/stable-diffusion-xl-base-1.0 --resolution 512
+python bench/gradient_error.py --teacher digits-unet --batch 256 --kind cross_attention --ways 4bit recompute
+python bench/gradient_error.py --model stabilityai/stable-diffusion-xl-base-1.0 --resolution 512 --seeds 1
 
-Against plain autograd in float32, on one batch: cosine of all gradients of the adapter as one vector, and the norm of the
-difference over their norm. Again with outlier channels: 1 % of them times 100, compensated by what reads them. Bytes are those
-of `--count`, on the meta device, in bfloat16.
+Of an adapter after a few steps of distillation towards CFG, on one batch, against plain autograd in float32: cosine of all its
+gradients as one vector, and the norm of the difference over their norm; of several seeds the mean, the least, and the root mean
+square. Again with outlier channels: 1 % of them times 100, compensated by what reads them. Bytes are those of `--count`, on the
+meta device, in bfloat16.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -26,18 +28,19 @@ import agd_fast as agd
 from agd_fast.attaching import armed, denoiser_of, require_attachment
 from agd_fast.distillation.loss import distillation_loss
 from agd_fast.environment import environment
+from agd_fast.families import SPECS
 from agd_fast.files import write_json
+from agd_fast.memory import MODES
 from agd_fast.memory.estimate import count
 from agd_fast.memory.twin import first_call
 from agd_fast.reporting.tables import rich_table
-from agd_fast.spec import DenoiserSpec, nest
+from agd_fast.spec import DenoiserSpec, config_value, nest
 from memory.ideas import BESIDE, IDEAS, NOT_TAKEN, Way
 from memory.outliers import inject_outliers
 from memory.students import arguments, student
 from nfe_speed import commit
 from quality.teachers import TEACHERS, load_teacher
-from speed.architectures import ARCHITECTURES, find_architecture
-from speed.arms import randomise_zeros
+from speed.architectures import ARCHITECTURES, build, find_architecture
 
 Row = dict[str, Any]
 SMALL = replace(  # SDXL's blocks and proportions
@@ -61,25 +64,46 @@ SMALL = replace(  # SDXL's blocks and proportions
 
 @dataclass(frozen=True)
 class Case:
-    """An adapted, frozen denoiser in float32, one batch of arguments by (dotted) name, and what its prediction is to be."""
+    """An adapted, frozen denoiser in float32, one batch of arguments by (dotted) name, and CFG's prediction for it."""
 
     denoiser: nn.Module
     spec: DenoiserSpec
     arguments: Mapping[str, Any]
     target: Tensor
 
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return list(require_attachment(self.denoiser).adapter.parameters())
+
+    @property
+    def omega(self) -> Tensor:
+        return spread_omega(len(self.target))
+
+    def loss(self) -> tuple[Tensor, Tensor]:
+        """And the prediction. Inside of armed(...)."""
+        output = self.denoiser(**nest(self.arguments), return_dict=False)[0][:, : self.target.shape[1]]
+        return distillation_loss(output, self.target, self.omega, "l2", "omega"), output.detach()
+
+    def train(self, steps: int) -> None:
+        optimizer = torch.optim.Adam(self.parameters, 1e-3)
+        with armed(require_attachment(self.denoiser), self.omega):
+            for _ in range(steps):
+                optimizer.zero_grad()
+                self.loss()[0].backward()
+                optimizer.step()
+
     def gradient(self, way: Way) -> tuple[Tensor, Tensor]:
         """Of the second of two passes, as the first plans what the second keeps: [parameters] float64, and its prediction."""
-        attachment = require_attachment(self.denoiser)
-        parameters = list(attachment.adapter.parameters())
-        omega = torch.linspace(2.0, 5.0, len(self.target))
-        with way.scope(self.denoiser, smallest=0), armed(attachment, omega):
+        with way.scope(self.denoiser, smallest=0), armed(require_attachment(self.denoiser), self.omega):
             for _ in range(2):
-                output = self.denoiser(**nest(self.arguments), return_dict=False)[0][:, : self.target.shape[1]]
-                loss = distillation_loss(output, self.target, omega, "l2", "omega")
-                found = torch.autograd.grad(loss, parameters, allow_unused=True)
-        flat = [torch.zeros(one.numel()) if g is None else g.flatten() for one, g in zip(parameters, found, strict=True)]
-        return torch.cat(flat).double(), output.detach()
+                loss, output = self.loss()
+                found = torch.autograd.grad(loss, self.parameters, allow_unused=True)
+        flat = [torch.zeros(one.numel()) if g is None else g.flatten() for one, g in zip(self.parameters, found, strict=True)]
+        return torch.cat(flat).double(), output
+
+
+def spread_omega(batch: int) -> Tensor:
+    return torch.linspace(2.0, 5.0, batch)
 
 
 def main() -> None:
@@ -90,6 +114,9 @@ def main() -> None:
     parser.add_argument("--resolution", type=int, help="of the pipeline's pictures")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--kind", help="of adapter; default: the backbone's")
+    parser.add_argument("--ways", nargs="+", choices=list(MODES), help="only these modes; default: one idea after another")
+    parser.add_argument("--seeds", type=int, default=3, help="batches, and adapters to begin with")
+    parser.add_argument("--steps", type=int, default=5, help="of training before gradients are compared")
     parser.add_argument("--count", default="sdxl-1024", help=f"whose bytes: {', '.join(ARCHITECTURES)}; 'none' for nobody's")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     args = parser.parse_args()
@@ -97,84 +124,110 @@ def main() -> None:
         counted = None if args.count == "none" else find_architecture(args.count)
     except ValueError as error:
         parser.error(str(error))
-    case = load(args)
-    rows = measure(case)
+    cases = [load(args, seed) for seed in range(args.seeds)]
+    ways = {mode: Way(MODES[mode]) for mode in args.ways} if args.ways else {**IDEAS, **NOT_TAKEN, **BESIDE}
+    rows = measure(cases, ways)
     if counted is not None:
-        add_bytes(rows, args.count)
+        add_bytes(rows, args.count, ways)
     print_rows(rows, args.count)
     if args.json:
-        about = {"model": args.model or args.teacher or "small SDXL, random weights", "batch": args.batch, "counted": args.count}
-        adapter = require_attachment(case.denoiser).adapter.config.to_dict()
+        about = {"model": args.model or args.teacher or "small SDXL, random weights", "counted": args.count}
+        about |= {"batch": args.batch, "seeds": args.seeds, "steps": args.steps}
+        adapter = require_attachment(cases[0].denoiser).adapter.config.to_dict()
         write_json(args.json, {"environment": environment(), "commit": commit(), **about, "adapter": adapter, "rows": rows})
 
 
-def load(args: argparse.Namespace) -> Case:
-    random = torch.Generator().manual_seed(0)
+def load(args: argparse.Namespace, seed: int = 0) -> Case:
+    random = torch.Generator().manual_seed(seed)
     if args.teacher:
         bench = load_teacher(TEACHERS / args.teacher)
         denoiser, spec = bench.teacher.denoiser, bench.teacher.spec
-        rows = torch.arange(args.batch) % len(bench.row_labels)
+        rows = torch.randint(len(bench.row_labels), (args.batch,), generator=random)
+        conditions = {name: table[rows] for name, table in bench.table.items()}
         x = torch.randn(args.batch, *bench.teacher.sample_shape, generator=random)
-        times = torch.linspace(100, 900, args.batch)
-        found = {spec.sample: x, spec.timestep: times, **{name: table[rows] for name, table in bench.table.items()}}
+        found = {spec.sample: x, spec.timestep: torch.linspace(100, 900, args.batch), **conditions}
+        null = {**found, **bench.teacher.null(conditions)}
     elif args.model:
         from diffusers import DiffusionPipeline
 
         pipe = DiffusionPipeline.from_pretrained(args.model, torch_dtype=torch.float32)
         denoiser, spec = denoiser_of(pipe), agd.attaching.spec_of(pipe)
+        torch.manual_seed(seed)
         found = first_call(pipe, spec, args.resolution, args.batch, {})
-        x = found[spec.sample]
+        null = {**first_call(pipe, spec, args.resolution, args.batch, no_prompt(denoiser, spec, args.batch))}
+        null |= {name: found[name] for name in (spec.sample, spec.timestep)}
     else:
-        denoiser = student(SMALL, "default", torch.device("cpu"), torch.float32)
-        spec = require_attachment(denoiser).spec
-        agd.unload(denoiser)  # for an adapter of the kind that is asked for
-        found = arguments(SMALL, args.batch, torch.device("cpu"), torch.float32)
-        x = found[spec.sample]
+        denoiser = build(SMALL, torch.device("cpu"), torch.float32)
+        spec = SPECS[SMALL.cls]
+        found = arguments(SMALL, args.batch, torch.device("cpu"), torch.float32, seed)
+        null = {name: torch.zeros_like(value) if "embeds" in name or "states" in name else value for name, value in found.items()}
     denoiser.requires_grad_(False).eval()
-    torch.manual_seed(0)
-    randomise_zeros(agd.attach(denoiser, agd.AdapterConfig(args.kind), spec=spec))
-    return Case(denoiser, spec, found, torch.randn(x.shape, generator=random))
+    target = guided_prediction(denoiser, found, null)
+    torch.manual_seed(seed)
+    agd.attach(denoiser, agd.AdapterConfig(args.kind), spec=spec)
+    case = Case(denoiser, spec, found, target)
+    case.train(args.steps)
+    return case
 
 
-def measure(case: Case, ways: Mapping[str, Way] | None = None) -> list[Row]:
-    """A row a way. Entries with "outliers" before them: the same of a copy that has them."""
-    ways = ways or {**IDEAS, **NOT_TAKEN, **BESIDE}
-    other = replace(case, denoiser=copy.deepcopy(case.denoiser))
-    inject_outliers(other.denoiser)
-    exact = {"": case.gradient(Way()), "outliers_": other.gradient(Way())}
+def no_prompt(denoiser: nn.Module, spec: DenoiserSpec, batch: int) -> dict[str, Any]:
+    """What the pipeline is called with for the unconditional prediction."""
+    labels = [one.null for one in spec.conditions if one.argument == "class_labels"]
+    return {"class_labels": [config_value(denoiser, labels[0])] * batch} if labels else {"prompt": [""] * batch}
+
+
+@torch.no_grad()
+def guided_prediction(denoiser: nn.Module, found: Mapping[str, Any], null: Mapping[str, Any]) -> Tensor:
+    """CFG's: [B, C, ...], of a denoiser without an adapter."""
+    cond, uncond = (denoiser(**nest(one), return_dict=False)[0] for one in (found, null))
+    omega = spread_omega(len(cond)).view(-1, *[1] * (cond.ndim - 1))
+    return uncond + omega * (cond - uncond)
+
+
+def measure(cases: Sequence[Case], ways: Mapping[str, Way]) -> list[Row]:
+    """A row a way. Entries with "outliers" before them: the same of copies that have them."""
+    others = [replace(case, denoiser=copy.deepcopy(case.denoiser)) for case in cases]
+    for other in others:
+        inject_outliers(other.denoiser)
+    kinds = {"": cases, "outliers_": others}
+    exact = {prefix: [case.gradient(Way()) for case in some] for prefix, some in kinds.items()}
     rows = []
     for name, way in ways.items():
         row: Row = {"way": name, "saved_bytes": None}
-        for prefix, one in (("", case), ("outliers_", other)):
-            gradient, output = one.gradient(way)
-            reference, expected = exact[prefix]
-            row[f"{prefix}cosine"] = float(torch.cosine_similarity(gradient, reference, dim=0))
-            row[f"{prefix}relative_error"] = float((gradient - reference).norm() / reference.norm())
-            row[f"{prefix}same_output"] = bool(torch.equal(output, expected))
+        for prefix, some in kinds.items():
+            cosines, errors, same = [], [], []
+            for case, (reference, expected) in zip(some, exact[prefix], strict=True):
+                gradient, output = case.gradient(way)
+                cosines.append(float(torch.cosine_similarity(gradient, reference, dim=0)))
+                errors.append(float((gradient - reference).norm() / reference.norm()))
+                same.append(bool(torch.equal(output, expected)))
+            row |= {f"{prefix}cosine": mean(cosines), f"{prefix}least_cosine": min(cosines)}
+            row |= {f"{prefix}relative_error": mean(error**2 for error in errors) ** 0.5, f"{prefix}same_output": all(same)}
         rows.append(row)
         print(f"{name}: cosine {row['cosine']:.6f}, with outliers {row['outliers_cosine']:.6f}", flush=True)
     return rows
 
 
-def add_bytes(rows: list[Row], name: str) -> None:
+def add_bytes(rows: list[Row], name: str, ways: Mapping[str, Way]) -> None:
     """What a forward of a published model keeps, of those ways that are about that."""
     architecture, meta = find_architecture(name), torch.device("meta")
     denoiser = student(architecture, "default", meta, torch.bfloat16)
     call = arguments(architecture, 1, meta, torch.bfloat16)
     spec = require_attachment(denoiser).spec
     for row in rows:
-        way = (IDEAS | NOT_TAKEN).get(row["way"])
-        if way is not None:
+        way = ways[row["way"]]
+        if row["way"] not in BESIDE:
             row["saved_bytes"] = sum(count(denoiser, spec, call, way.scope)[0].values())
 
 
 def print_rows(rows: list[Row], counted: str) -> None:
-    header = ("", f"kept, {counted}, GiB", "cosine", "relative error", "cosine, outliers", "relative error, outliers")
+    header = ("", f"kept, {counted}, GiB", "cosine", "least", "relative error", "cosine, outliers", "relative error, outliers")
     cells = [
         (
             row["way"],
             "–" if row["saved_bytes"] is None else f"{row['saved_bytes'] / 2**30:.3f}",
             f"{row['cosine']:.6f}",
+            f"{row['least_cosine']:.6f}",
             f"{row['relative_error']:.5f}",
             f"{row['outliers_cosine']:.6f}",
             f"{row['outliers_relative_error']:.5f}",

@@ -33,7 +33,7 @@ from agd_fast.files import write_json
 from agd_fast.memory import ops
 from agd_fast.memory.extension import extension_info, extension_on
 from agd_fast.memory.ops.activations import gelu_derivative, silu_derivative
-from agd_fast.memory.ops.layout import GROUPS, LARGEST_CODE, SMALLEST_SCALE
+from agd_fast.memory.ops.layout import GROUPS, SMALLEST_SCALE
 from agd_fast.ops.exactness import off
 from agd_fast.ops.registry import tensors_of
 from agd_fast.warning import described
@@ -225,16 +225,24 @@ def derived_wrong(codes: Tensor, scales: Tensor, exact: Tensor, plain: Tensor, b
     """exact, plain: what is packed in float64 and as torch has it in float32."""
     n = exact.numel()
     allowed = 2 * float((plain.double() - exact).abs().max()) + torch.finfo(torch.float32).eps * float(exact.abs().max())
-    steps = scales.double()
-    error = (ops.unpack_ref(codes, scales, [n], bits, group, torch.float64) - exact).abs()
-    over = error - steps.repeat_interleave(group)[:n] * (0.5 + 2.0**-18) - allowed
-    largest = F.pad(exact, (0, len(scales) * group - n)).view(-1, group).abs().amax(-1)
-    least, most = ((largest + sign * allowed) / LARGEST_CODE[bits] * (1 + sign * 2.0**-22) for sign in (-1, 1))
-    below = (scales.view(torch.int16) - 1).view(torch.bfloat16).double()  # the next smaller bfloat16
+    steps, sided = (one.repeat_interleave(group)[:n] for one in (scales.double().abs(), scales.signbit()))
+    gaps = steps * (1 + 2.0**-17) * torch.where((exact.abs() > 4 * steps) & ~sided & (bits == 4), 1, 0.5)
+    over = (ops.unpack_ref(codes, scales, [n], bits, group, torch.float64) - exact).abs() - gaps - allowed
+    groups = F.pad(exact, (0, len(scales) * group - n)).view(-1, group)
+    reach = groups.amax(-1), -groups.amin(-1)
+    least, most = (scale_for(*(one + sign * allowed for one in reach), bits) * (1 + sign * 2.0**-22) for sign in (-1, 1))
+    below = (scales.view(torch.int16) - 1).view(torch.bfloat16).double().abs()  # the next smaller bfloat16
+    steps = scales.double().abs()
     fits = (steps >= least) & ((below <= most) | (steps <= SMALLEST_SCALE))
     if float(over.max()) > 0:
         return f"a value is off by {float(over.max()):.3g} more than half a step and {allowed:.3g}"
     return "" if bool(fits.all()) else f"{int((~fits).sum())} scales are not those of their groups"
+
+
+def scale_for(above: Tensor, below: Tensor, bits: int) -> Tensor:
+    """Of groups that reach so far to either side of 0, before it is rounded up."""
+    largest = torch.maximum(above, below)
+    return largest / 127 if bits == 8 else torch.minimum(largest / 10, torch.maximum(above / 13, below / 2))
 
 
 @torch.no_grad()

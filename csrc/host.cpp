@@ -9,15 +9,15 @@ void pack_rows(const Rows& rows, const T* x, Codes packed) {
   const int chunks = rows.group() / CHUNK;
   for (int64_t thread = 0; thread < rows.threads(); thread += chunks) {
     float values[8][CHUNK] = {};
-    uint32_t largest = 0;
+    Reach<BITS> reach;
     for (int c = 0; c < chunks; ++c) {
       const Place at = rows.place(static_cast<uint32_t>(thread + c));
       for (int j = 0; j < at.count; ++j) {
         values[c][j] = to_float(x[rows.element(at) + j]);
-        if (magnitude(values[c][j]) > largest) largest = magnitude(values[c][j]);
+        reach.include(values[c][j]);
       }
     }
-    const uint16_t scale = scale_for<BITS>(largest);
+    const uint16_t scale = scale_for(reach);
     for (int c = 0; c < chunks; ++c) {
       const Place at = rows.place(static_cast<uint32_t>(thread + c));
       if (at.count <= 0) continue;

@@ -114,14 +114,15 @@ struct Packed {
 template <int BITS>
 __device__ __forceinline__ void write_packed(
     const Rows& rows, const Place& at, const float (&values)[CHUNK], uint8_t* codes, uint16_t* scales) {
-  uint32_t largest = 0;
+  Reach<BITS> reach;
 #pragma unroll
-  for (int j = 0; j < CHUNK; ++j) largest = max(largest, magnitude(values[j]));
-  largest = max(largest, __shfl_xor_sync(0xffffffffu, largest, 1));
-  if (rows.group() > 2 * CHUNK) largest = max(largest, __shfl_xor_sync(0xffffffffu, largest, 2));
-  if (rows.group() > 4 * CHUNK) largest = max(largest, __shfl_xor_sync(0xffffffffu, largest, 4));
+  for (int j = 0; j < CHUNK; ++j) reach.include(values[j]);
+  for (int chunks = 1; chunks * CHUNK < rows.group(); chunks *= 2) {
+    reach.above = larger(reach.above, __shfl_xor_sync(0xffffffffu, reach.above, chunks));
+    if (BITS == 4) reach.below = larger(reach.below, __shfl_xor_sync(0xffffffffu, reach.below, chunks));
+  }
   if (at.count <= 0) return;
-  const uint16_t scale = scale_for<BITS>(largest);
+  const uint16_t scale = scale_for(reach);
   uint32_t words[WORDS<BITS>];
   encode<BITS>(values, scale, words);
   store_codes<BITS>(codes + rows.byte(at, BITS), at.count, words);

@@ -125,7 +125,12 @@ def test_packing_on_the_host_is_the_references_bit_for_bit(bits, group, dtype):
         torch.where(torch.rand_like(normal) < 0.003, torch.nan, normal),
         torch.where((torch.arange(1000) // 100) % 2 == 0, torch.zeros(()), normal),
         torch.randint(-254, 255, (40, 1000)) / 2,  # ties
-        torch.randint(-14, 15, (40, 1000)) / 2,
+        torch.randint(-20, 21, (40, 1000)) / 2,
+        torch.randint(-4, 27, (40, 1000)) / 2,  # ties of one side
+        normal.relu(),
+        F.gelu(normal),
+        -F.gelu(normal),
+        gelu_derivative(3 * normal, "none"),
     ):
         x = x.to(dtype)
         assert_packed_as_the_reference(x.flatten(), bits, group)

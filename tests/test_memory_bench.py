@@ -179,12 +179,12 @@ def test_the_table_shows_what_there_is(capsys):
 @pytest.fixture
 def case(monkeypatch):
     monkeypatch.setattr(gradient_error, "SMALL", replace(TINY, sample=(4, 16, 16)))
-    return gradient_error.load(argparse.Namespace(teacher=None, model=None, batch=2, kind=None))
+    return gradient_error.load(argparse.Namespace(teacher=None, model=None, batch=2, kind=None, steps=2))
 
 
 def test_gradient_errors(case):
     ways = {"eager": Way(), "exact": Way(MODES["exact"]), "4bit": Way(MODES["4bit"]), "bf16": Way(autocast=True)}
-    rows = {found["way"]: found for found in gradient_error.measure(case, ways)}
+    rows = {found["way"]: found for found in gradient_error.measure([case], ways)}
     assert rows["eager"]["relative_error"] == rows["eager"]["outliers_relative_error"] == 0
     assert rows["exact"]["relative_error"] < 1e-5 < rows["4bit"]["relative_error"] < 0.2
     assert rows["4bit"]["cosine"] > 0.99 and rows["bf16"]["relative_error"] > 1e-4

@@ -14,8 +14,9 @@ from agd_fast.memory import ops
 from agd_fast.memory.ops.geglu_pack import by_rows
 from agd_fast.memory.ops.launching import kernels_for
 
-LARGEST = {8: 127, 4: 7}
-QUARTERS = [7, -7] * 5 + [1, -1] * 11  # codes whose quarters have mean 0 and mean square 1, as a normalised row has
+EVEN = [-12, -10, -8, -6, -4, -3, -2, -1, 0, 1, 2, 3, 4, 6, 8, 10]  # levels by nibble, of which the first is not used
+SIDED = list(range(-2, 14))
+QUARTERS = [6, -6] * 6 + [2, -2] * 10  # levels whose quarters have mean 0 and mean square 1, as a normalised row has
 
 
 def random(*shape, dtype=torch.float32, outliers=True):
@@ -28,20 +29,39 @@ def random(*shape, dtype=torch.float32, outliers=True):
 
 
 def dequantised(codes, scales, n, bits, group):
-    """[R, n] of codes [R, pitch] and scales [R, groups], in float64, bit by bit."""
+    """Levels and steps [R, n] of codes [R, pitch] and scales [R, groups], in float64, bit by bit."""
     numbers = codes.numpy().astype(np.int64)
+    steps = np.repeat(scales.double().numpy(), group, axis=1)[:, :n]
     if bits == 4:
-        numbers = np.stack((numbers % 16, numbers // 16), -1).reshape(len(numbers), -1) - 8
+        nibbles = np.stack((numbers % 16, numbers // 16), -1).reshape(len(numbers), -1)[:, :n]
+        levels = np.where(np.signbit(steps), np.array(SIDED)[nibbles], np.array(EVEN)[nibbles])
     else:
-        numbers = np.where(numbers < 128, numbers, numbers - 256)
-    steps = np.repeat(scales.double().numpy(), group, axis=1)
-    return torch.from_numpy(numbers[:, :n]), torch.from_numpy(steps[:, :n])
+        levels = np.where(numbers < 128, numbers, numbers - 256)
+    return torch.from_numpy(levels), torch.from_numpy(np.abs(steps))
+
+
+def nearest(x, scales, bits, group):
+    """How far the nearest level of its group is from each of x, flat: float64."""
+    steps = scales.double().repeat_interleave(group)[: x.numel(), None]
+    if bits == 8:
+        levels = torch.arange(-127, 128)
+    else:
+        levels = torch.where(steps.signbit(), torch.tensor(SIDED), torch.tensor([*EVEN[1:], 10]))
+    return (x.double().flatten()[:, None] - levels * steps.abs()).abs().amin(1)
+
+
+def half_gap(x, scales, bits, group):
+    """Half the way between two levels at each of x, in x's shape."""
+    steps = scales.double().repeat_interleave(group)[: x.numel()].view(x.shape)
+    coarse = (bits == 4) & ~steps.signbit() & (x.double().abs() > 4 * steps)
+    return steps.abs() * torch.where(coarse, 1, 0.5)
 
 
 def normal_rows(R, n, bits, group):
     """Codes and scales of R normalised rows, and the rows in float64; exactly, where n is a multiple of 32."""
     quarters = torch.stack([torch.tensor(QUARTERS * (n // 32))[torch.randperm(n)] for _ in range(R)])
-    codes = quarters if bits == 8 else (quarters + 8)[:, 0::2] + (quarters + 8)[:, 1::2] * 16
+    nibbles = quarters - quarters.sign() * (quarters.abs() == 6) + 8  # the level 6 has the place 5
+    codes = quarters if bits == 8 else nibbles[:, 0::2] + nibbles[:, 1::2] * 16
     scales = torch.full((R, -(-n // group)), 0.25, dtype=torch.bfloat16)
     return (codes % 256).to(torch.uint8), scales, quarters.double() / 4
 
@@ -50,13 +70,15 @@ def normal_rows(R, n, bits, group):
     ("bits", "values", "expected"),
     [
         (8, [127, -127, 0.5, 1.5, -0.5, -1.5, 2.5, 0], [127, 129, 0, 2, 0, 254, 2, 0]),
-        (4, [7, -7, 0.5, 1.5, -0.5, -1.5, 2.5], [0x1F, 0xA8, 0x68, 0x8A]),  # the last nibble is beyond the end: 0
+        (4, [10, -10, 0.5, 1.5, -0.5, -1.5, 2.5], [0x1F, 0xA8, 0x68, 0x8A]),  # the last nibble is beyond the end: 0
+        (4, [10, -8, 5, 7, -5, -7, 9, -9], [0x2F, 0xEC, 0x24, 0x2E]),
+        (4, [13, -2, 0.5, 1.5, -0.5, 5, 2.5], [0x0F, 0x42, 0x72, 0x24]),
     ],
 )
 def test_layout_of_codes_with_ties_to_even(bits, values, expected):
     codes, scales = ops.pack(torch.tensor(values, dtype=torch.bfloat16), bits, 32)
     assert codes.dtype == torch.uint8 and codes.tolist() == expected
-    assert scales.dtype == torch.bfloat16 and scales.tolist() == [1]
+    assert scales.dtype == torch.bfloat16 and scales.tolist() == [-1 if 13 in values else 1]
 
 
 @given(
@@ -73,22 +95,46 @@ def test_pack(n, bits, group, dtype, seed):
     codes, scales = ops.pack(x, bits, group)
     assert codes.shape == (-(-n * bits // 8),) and scales.shape == (-(-n // group),)
     numbers, steps = dequantised(codes[None], scales[None], n, bits, group)
-    padded = F.pad(x.double(), (0, len(scales) * group - n)).view(-1, group)
-    largest = padded.abs().amax(-1) if n else torch.zeros(0)
-    below = (scales.view(torch.int16) - 1).view(torch.bfloat16).double()  # the next smaller bfloat16; of 0 there is none
-    below = below.masked_fill(scales == 0, 0)
-    rounding = 1 + 2.0**-22
-    assert (scales.double() * rounding >= largest / LARGEST[bits]).all() and (below <= largest / LARGEST[bits] * rounding).all()
-    assert numbers.abs().max() <= LARGEST[bits] if n else True
+    assert_smallest_scales(x, scales, bits, group)
     found = ops.unpack(codes, scales, [n], bits, group, torch.float64)
     assert torch.equal(found, (numbers * steps)[0])
     # of float32 and float64, the quotient is rounded once more before it becomes a code: by half an ulp below 128 at most
     slack = {torch.float32: 2.0**-18, torch.float64: 2.0**-47}.get(dtype, 0.0)
-    assert ((found - x.double()).abs() <= steps[0] * (0.5 + slack)).all()
-    if not slack:
-        assert torch.equal(numbers[0], (x.double() / steps[0].clamp(min=1e-300)).round().long())
+    assert ((found - x.double()).abs() <= nearest(x, scales, bits, group) + steps[0] * slack).all()
     for wanted in (torch.bfloat16, torch.float16, torch.float32):
         assert torch.equal(ops.unpack(codes, scales, [1, n], bits, group, wanted), found.to(torch.float32).to(wanted)[None])
+
+
+def assert_smallest_scales(x, scales, bits, group):
+    """Each is the smallest bfloat16 at which its levels reach all of the group, and no other levels need a smaller one."""
+    padded = F.pad(x.double(), (0, len(scales) * group - x.numel())).view(-1, group)
+    most, least = (padded.amax(-1), padded.amin(-1)) if x.numel() else torch.zeros(2, 0)
+    magnitude = torch.maximum(most, -least)
+    even, sided = magnitude / (127 if bits == 8 else 10), torch.maximum(most / 13, -least / 2)
+    needed = torch.where(scales.signbit(), sided, even)
+    below = (scales.view(torch.int16) - 1).view(torch.bfloat16).abs().double()  # the next smaller bfloat16; of 0 there is none
+    below = below.masked_fill(scales == 0, 0)
+    rounding = 1 + 2.0**-22
+    assert (scales.abs().double() * rounding >= needed).all() and (below <= needed * rounding).all()
+    if bits == 8:
+        assert not scales.signbit().any()
+    else:
+        assert (scales.abs().double() <= torch.minimum(even, sided) * (1 + 2.0**-7) * rounding).all()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("side", [F.relu, F.gelu, lambda x: -F.gelu(x), torch.sigmoid, lambda x: x])
+def test_levels_lie_where_the_values_do(side, bits):
+    """Of what lies on one side, errors are as small as 15 steps allow, wherever they are better so."""
+    x = side(torch.randn(64 * 32))
+    codes, scales = ops.pack(x, bits, 32)
+    assert_smallest_scales(x, scales, bits, 32)
+    error = (ops.unpack(codes, scales, [x.numel()], bits, 32, torch.float64) - x.double()).square().mean().sqrt()
+    even = x.view(-1, 32).abs().amax(-1, keepdim=True) / 7
+    uniform = (x - (x.view(-1, 32) / even).round().mul(even).flatten()).double().square().mean().sqrt()
+    expected_sided = bits == 4 and side in (F.relu, F.gelu, torch.sigmoid)
+    assert scales.signbit().float().mean() > 0.9 if expected_sided else scales.signbit().float().mean() < 0.1
+    assert error < uniform * (0.65 if expected_sided else 1 if bits == 4 else 0.1)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -115,8 +161,7 @@ def test_groups_of_zeros_tiny_and_huge_values(bits):
     assert scales[0] == 0 and scales[1] == 2.0**-100
     found = ops.unpack(codes, scales, [128], bits, 32, torch.float64)
     assert (found[:64] == 0).all()
-    steps = scales.double().repeat_interleave(32)
-    assert ((found - x.double()).abs() <= steps * (0.5 + 2.0**-18)).all()
+    assert ((found - x.double()).abs() <= half_gap(x, scales, bits, 32) * (1 + 2.0**-17)).all()
 
 
 @given(
@@ -205,8 +250,7 @@ def test_a_packed_derivative_is_off_by_half_a_step(activation, bits):
     with torch.no_grad():
         packed = ops.silu_pack(x, bits, 64) if activation == "silu" else ops.gelu_pack(x, approximate, bits, 64)
         found = ops.scale_unpack(dy, *packed, bits, 64)
-        steps = packed[1].double().repeat_interleave(64)[: x.numel()].view(x.shape)
-        assert ((found - expected).abs() <= dy.abs() * (steps * 0.5 + 1e-13)).all()
+        assert ((found - expected).abs() <= dy.abs() * (half_gap(expected / dy, packed[1], bits, 64) + 1e-12)).all()
         assert torch.equal(found, dy * ops.unpack(*packed, list(x.shape), bits, 64, torch.float64))
 
 
@@ -226,8 +270,9 @@ def test_gated_backward_is_off_by_half_a_step_of_each_factor(activation, bits):
     with torch.no_grad():
         packed = packed_of(a, g)
         found = ops.geglu_backward(dy, *packed, bits, 32)
-        steps = [one.double().repeat_interleave(32)[: y.numel()].view(y.shape) for one in packed[1::2]]
-        allowed = torch.cat([dy.abs() * (one * 0.5 + 1e-12) for one in steps], -1)
+        exact = [half / dy for half in expected.chunk(2, -1)]
+        gaps = [half_gap(one, scales, bits, 32) for one, scales in zip(exact, packed[1::2], strict=True)]
+        allowed = torch.cat([dy.abs() * (gap + 1e-12) for gap in gaps], -1)
         assert found.shape == x.shape and ((found - expected).abs() <= allowed).all()
         for strided, whole in zip(packed, packed_of(a.contiguous(), g.contiguous()), strict=True):
             assert torch.equal(strided, whole)

@@ -35,11 +35,11 @@ def student(architecture: Architecture, adapter: str, device: torch.device, dtyp
     return denoiser
 
 
-def arguments(architecture: Architecture, batch: int, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+def arguments(architecture: Architecture, batch: int, device: torch.device, dtype: torch.dtype, seed: int = 0) -> dict[str, Any]:
     """Of a call of the denoiser, by (dotted) name: random, and no scheduler behind them."""
     spec = SPECS[architecture.cls]
-    random = torch.Generator().manual_seed(0)
+    random = torch.Generator().manual_seed(seed)
     x = torch.randn(batch, *architecture.sample, generator=random).to(device, dtype)
     t: Tensor = architecture.timesteps(4)[1].float().expand(batch) / architecture.time_unit
-    conditions = architecture.inputs(batch, device, dtype, seed=1)
+    conditions = architecture.inputs(batch, device, dtype, seed=seed + 1)
     return {spec.sample: x, spec.timestep: t.to(device), **conditions, **architecture.constants(batch)}

@@ -1,9 +1,15 @@
 """How values are packed into bytes, in plain torch: groups, scales, codes, rows; and what is checked of an op's arguments.
 
-A group is `group` consecutive elements, the last of a row may be shorter. Its scale is the largest magnitude times 1/q (127
-in 8 bits, 7 in 4), rounded up to bfloat16 and at least 2⁻¹⁰⁰, so that a reciprocal and a remainder stay normal numbers; 0 for a
-group of zeros, NaN for one with a NaN or an infinity. A code is x/scale rounded half to even: an int8 in a byte, or plus 8 in a
-nibble, element 2i the low one and 2i + 1 the high one. Arithmetic is in float32, in float64 for float64.
+A group is `group` consecutive elements, the last of a row may be shorter. A value is a level times its group's scale, which
+reaches from the largest value to the smallest. In 8 bits the levels are −127 … 127, and a code is an int8. In 4 bits a code is a
+nibble, element 2i the low one of a byte and 2i + 1 the high one, and a group has the levels that need the smaller scale:
+
+    even    0, ±1, ±2, ±3, ±4, ±6, ±8, ±10; the nibble is the level's place among them, plus 8
+    sided   −2 … 13, as activations and their derivatives lie; the nibble is the level plus 2; the scale's sign is set
+
+A scale is rounded up to bfloat16 and at least 2⁻¹⁰⁰, so that a reciprocal and a remainder stay normal numbers; 0 for a group of
+zeros, NaN for one with a NaN or an infinity. x/scale goes to the nearest level, halves to even places. Arithmetic is in float32,
+in float64 for float64.
 """
 
 from __future__ import annotations
@@ -15,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-LARGEST_CODE = {8: 127, 4: 7}  # by bits
+BITS = (4, 8)
 GROUPS = (32, 64, 128)
 SMALLEST_SCALE = 2.0**-100
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -26,33 +32,47 @@ def quantise(x: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
     R, n = x.shape
     groups = -(-n // group)
     values = F.pad(x.to(computed_in(x)), (0, groups * group - n)).view(R, groups, group)
-    scales = scales_of(values.abs().amax(-1), bits)
-    divisors = scales.to(values.dtype).masked_fill(scales == 0, 1).unsqueeze(-1)
-    codes = (values / divisors).round().nan_to_num(0, 0, 0).to(torch.int8).view(R, groups * group)
-    if bits == 4:
-        nibbles = codes.view(torch.uint8) + 8 & 15
+    scales = scales_of(values.amax(-1), values.amin(-1), bits)
+    levels = values / scales.abs().to(values.dtype).masked_fill(scales == 0, 1).unsqueeze(-1)
+    if bits == 8:
+        codes = levels.round().nan_to_num(0, 0, 0).to(torch.int8).view(torch.uint8).view(R, groups * group)
+    else:
+        size = levels.abs()
+        even = torch.minimum(size, size / 2 + 2).copysign(levels).round() + 8
+        nibbles = torch.where(scales.signbit().unsqueeze(-1), levels.round() + 2, even)
+        nibbles = nibbles.nan_to_num(8, 8, 8).to(torch.uint8).view(R, groups * group)
         codes = nibbles[:, 0::2] | nibbles[:, 1::2] << 4
-    return codes.view(torch.uint8)[:, : pitch(n, bits)].contiguous(), scales
+    return codes[:, : pitch(n, bits)].contiguous(), scales
 
 
 def dequantise(codes: Tensor, scales: Tensor, n: int, bits: int, group: int, dtype: torch.dtype) -> Tensor:
-    """codes: of R·⌈n·bits/8⌉ bytes; scales: of R rows → code·scale [R, n], exactly, in float32 or float64."""
+    """codes: of R·⌈n·bits/8⌉ bytes; scales: of R rows → level·scale [R, n], exactly, in float32 or float64."""
     R = scales.numel() // groups if (groups := -(-n // group)) else 0
     codes = codes.view(R, pitch(n, bits))
-    if bits == 4:
-        codes = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(1)[:, :n]
-        values = codes.to(dtype) - 8
-    else:
-        values = codes.view(torch.int8).to(dtype)
     steps = scales.view(R, groups).to(dtype).repeat_interleave(group, dim=1)[:, :n]
-    return values * steps
+    if bits == 8:
+        levels = codes.view(torch.int8).to(dtype)
+    else:
+        nibbles = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(1)[:, :n].to(dtype)
+        places = nibbles - 8
+        levels = torch.where(steps.signbit(), nibbles - 2, 2 * places - places.clamp(-4, 4))
+    return levels * steps.abs()
 
 
-def scales_of(largest: Tensor, bits: int) -> Tensor:
-    """largest: the magnitudes, float32 or float64 → bfloat16 of the same shape."""
-    quotient = (largest * (1 / LARGEST_CODE[bits])).float().clamp(min=SMALLEST_SCALE)  # CUDA divides by a number like this
-    above = (quotient.view(torch.int32) + 0xFFFF >> 16).to(torch.int16).view(torch.bfloat16)
-    return above.masked_fill(largest == 0, 0).masked_fill(~largest.isfinite(), torch.nan)
+def scales_of(largest: Tensor, smallest: Tensor, bits: int) -> Tensor:
+    """largest, smallest: the groups' extreme values, float32 or float64 → bfloat16 of the same shape."""
+    magnitude = torch.maximum(largest, -smallest)
+    if bits == 8:
+        scales = _round_up(magnitude * (1 / 127))  # CUDA divides by a number like this
+    else:
+        even, sided = _round_up(magnitude * (1 / 10)), _round_up(torch.maximum(largest * (1 / 13), smallest * (-1 / 2)))
+        scales = torch.where(sided < even, -sided, even)
+    return scales.masked_fill(magnitude == 0, 0).masked_fill(~magnitude.isfinite(), torch.nan)
+
+
+def _round_up(quotient: Tensor) -> Tensor:
+    bits = quotient.float().clamp(min=SMALLEST_SCALE).view(torch.int32)
+    return (bits + 0xFFFF >> 16).to(torch.int16).view(torch.bfloat16)
 
 
 def pitch(n: int, bits: int) -> int:
@@ -79,7 +99,7 @@ def expand_channels(values: Tensor, R: int, n: int, rows_per_sample: int, G: int
 
 
 def require_packing(op: str, bits: int, group: int) -> None:
-    if bits not in LARGEST_CODE:
+    if bits not in BITS:
         raise ValueError(f"{op}: bits must be 4 or 8, found {bits}")
     if group not in GROUPS:
         raise ValueError(f"{op}: group must be one of {GROUPS}, found {group}")
