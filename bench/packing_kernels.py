@@ -229,11 +229,13 @@ def derived_wrong(codes: Tensor, scales: Tensor, exact: Tensor, plain: Tensor, b
     gaps = steps * (1 + 2.0**-17) * torch.where((exact.abs() > 4 * steps) & ~sided & (bits == 4), 1, 0.5)
     over = (ops.unpack_ref(codes, scales, [n], bits, group, torch.float64) - exact).abs() - gaps - allowed
     groups = F.pad(exact, (0, len(scales) * group - n)).view(-1, group)
-    reach = groups.amax(-1), -groups.amin(-1)
-    least, most = (scale_for(*(one + sign * allowed for one in reach), bits) * (1 + sign * 2.0**-22) for sign in (-1, 1))
-    below = (scales.view(torch.int16) - 1).view(torch.bfloat16).double().abs()  # the next smaller bfloat16
+    above, below = groups.amax(-1), -groups.amin(-1)
+    least, most = (
+        scale_for(above + off, below + off, bits) * (1 + 2.0**-22) ** math.copysign(1, off) for off in (-allowed, allowed)
+    )
+    smaller = (scales.view(torch.int16) - 1).view(torch.bfloat16).double().abs()  # the next bfloat16
     steps = scales.double().abs()
-    fits = (steps >= least) & ((below <= most) | (steps <= SMALLEST_SCALE))
+    fits = (steps >= least) & ((smaller <= most) | (steps <= SMALLEST_SCALE))
     if float(over.max()) > 0:
         return f"a value is off by {float(over.max()):.3g} more than half a step and {allowed:.3g}"
     return "" if bool(fits.all()) else f"{int((~fits).sum())} scales are not those of their groups"

@@ -1,4 +1,4 @@
-"""Tiny denoisers with random weights, and the one rule of tolerance, for all tests."""
+"""Tiny models with random weights, states of one, and the one rule of tolerance, for all tests."""
 
 import os
 
@@ -19,6 +19,8 @@ from torch import nn
 import agd_fast as agd
 from agd_fast.attaching import attachment_of
 from agd_fast.families import find_spec
+from helpers_distillation import collect_tiny
+from tiny import sd15
 
 
 @pytest.fixture(autouse=True)
@@ -33,6 +35,29 @@ def fresh_dynamo():
     torch._dynamo.utils.counters.clear()
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def pipe():
+    return sd15.pipeline()
+
+
+@pytest.fixture
+def wrapped(pipe):
+    from helpers_pipelines import attach  # which imports this file
+
+    attach(pipe)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("trajectories")
+
+
+@pytest.fixture(scope="module")
+def trajectories(folder):
+    return collect_tiny(folder)
 
 
 def make_dit(layers=2, **overrides):

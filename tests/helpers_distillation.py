@@ -122,6 +122,16 @@ def collect_tiny(directory, teacher=None, labels=range(3), **changes):
     return collect(teacher, teacher.conditions(labels), directory, **{**settings, **changes})
 
 
+NAMES = ("sample", "timestep", "omega", "condition", "target")
+
+
+def rows_of(trajectories):
+    """All rows in order, as the shards hold them, with their labels as the condition."""
+    rows = {name: torch.cat([shard[name] for shard in trajectories.shards]) for name in (*NAMES, "step")}
+    labels = torch.cat([shard["condition/class_labels"][shard["condition"]] for shard in trajectories.shards])
+    return {**rows, "condition": labels}
+
+
 def in_child(function, *arguments):
     """What `function` returns or raises in a process of its own."""
     with ProcessPoolExecutor(1, mp_context=_processes) as executor:

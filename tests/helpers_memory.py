@@ -23,6 +23,7 @@ import agd_fast as agd
 from agd_fast.attaching import armed, require_attachment
 from agd_fast.datasets import digits_teacher
 from agd_fast.memory import MODES, Mode, frozen_backward
+from helpers_distillation import tiny_teacher
 from helpers_families import attach_trained, denoisers, run, watched
 from tiny import TinyFamily
 
@@ -194,6 +195,11 @@ def digits_problem(name: str, kind: str | None, outliers: float = 1.0) -> Proble
         (problem.output() - problem.target).square().mean().backward()
         optimizer.step()
     return problem
+
+
+def wide_teacher() -> agd.Teacher:
+    """With activations that are large enough to be packed."""
+    return tiny_teacher(width=64)
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """Calls of tiny pipelines and denoisers that carry adapters, and copies of them in float64."""
 
 import copy
+import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,6 +12,7 @@ from torch import nn
 
 import agd_fast as agd
 from agd_fast.attaching import attachment_of, component_of, denoiser_of
+from agd_fast.attaching.hooks import prepare_forward
 from agd_fast.attaching.steps import before_forward
 from conftest import double, make_dit, trained
 from tiny import sd15
@@ -46,6 +48,20 @@ def forwards(model):
 
     with before_forward(component_of(model), note):
         yield seen
+
+
+def quiet(pipe):
+    """A pipeline in which a call left nothing behind: disarmed, without hooks of ours, with the scheduler's own step."""
+    attachment = attachment_of(pipe)
+    hooks = list(pipe.unet._forward_pre_hooks.values())
+    return attachment.omega is None and attachment.enabled and hooks == [prepare_forward] and "step" not in vars(pipe.scheduler)
+
+
+@contextmanager
+def no_warnings():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        yield
 
 
 def exact(pipe):

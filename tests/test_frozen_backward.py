@@ -21,6 +21,7 @@ import agd_fast as agd
 from agd_fast.attaching import require_attachment
 from agd_fast.families import find_spec
 from agd_fast.memory import MODES, frozen_backward
+from agd_fast.memory.counting import FusedAttention
 from agd_fast.memory.interception import FrozenBackward
 from agd_fast.spec import nest
 from conftest import assert_as_exact, double, make_backbone, trained
@@ -31,7 +32,6 @@ from tiny import FAMILIES
 sys.path.append(str(Path(__file__).parents[1] / "bench"))
 
 from speed.architectures import build, find_architecture
-from speed.counting import _FusedAttention as FusedAttention
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -267,24 +267,17 @@ def test_copies_of_the_model_are_free_of_it(armed_backbone):
     assert "forward" not in vars(copy.deepcopy(armed_backbone.denoiser))
 
 
-BARS = {"exact": 1 - 1e-6, "8bit": 0.9999, "recompute": 0.9999}  # cosines with the exact gradient
+BARS = {"exact": 1 - 1e-6, "8bit": 0.9999, "4bit": 0.9995, "recompute": 0.9999}  # cosines with the exact gradient
 
 
 @pytest.mark.parametrize("outliers", [1.0, 100.0])
-@pytest.mark.parametrize(
-    ("name", "kind", "bar"),  # of "4bit": what feed-forwards keep weighs more with adapters that add to the residuals
-    [
-        ("dit", "modulation", 0.9995),
-        ("unet", None, 0.9995),
-        ("dit", "cross_attention", 0.9985),
-        ("unet", "cross_attention", 0.9985),
-    ],
-)
-def test_gradients_of_trained_models_keep_their_direction(name, kind, bar, outliers):
+@pytest.mark.parametrize("kind", [None, "cross_attention"])
+@pytest.mark.parametrize("name", ["dit", "unet"])
+def test_gradients_of_trained_models_keep_their_direction(name, kind, outliers):
     problem = digits_problem(name, kind, outliers)
     exact = problem.gradient()[1]
     found = {mode: torch.cosine_similarity(problem.gradient(mode)[1], exact, dim=0) for mode in MODES}
-    assert all(found[mode] >= least for mode, least in {**BARS, "4bit": bar}.items()), found
+    assert all(found[mode] >= least for mode, least in BARS.items()), found
 
 
 GIB = 2**30

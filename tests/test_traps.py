@@ -4,7 +4,7 @@ Shown elsewhere:
 - disabled and unloaded are the base bit for bit, copies and pickles: test_attaching
 - torch.compile of a whole denoiser, attaching after its first call, block by block, adapters on one block: test_compile
 - DiT drops labels in train mode, so collecting, training and evaluating keep the base in eval: test_distillation, test_teacher
-- LoRA, offloading, FSDP2 and whole pipelines: test_composition
+- LoRA: test_lora; offloading and whole pipelines: test_composition; FSDP2: test_parallel
 """
 
 import contextlib

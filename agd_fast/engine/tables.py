@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from agd_fast.memory.saved import is_dense
+
 ALIGNMENT = 64  # bytes, of every tensor in a row: kernels may assume it
 
 
@@ -26,7 +28,7 @@ class RowLayout:
     @classmethod
     def of(cls, tensors: Sequence[Tensor]) -> RowLayout:
         """In the tensors' own strides, so far as they leave no gaps."""
-        dense = [tensor if _leaves_no_gaps(tensor) else tensor.contiguous() for tensor in tensors]
+        dense = [tensor if is_dense(tensor) else tensor.contiguous() for tensor in tensors]
         return cls(
             tuple(tuple(tensor.shape) for tensor in tensors),
             tuple(tensor.dtype for tensor in tensors),
@@ -72,16 +74,6 @@ class RowLayout:
             dtype: torch.zeros(length if count is None else (count, length), dtype=dtype, device=device)
             for dtype, length in self.offsets[1].items()
         }
-
-
-def _leaves_no_gaps(tensor: Tensor) -> bool:
-    """Whether its elements lie in one piece of memory, each once, in any order of dimensions."""
-    elements = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size != 1 and stride != elements:
-            return False
-        elements *= size
-    return True
 
 
 @dataclass(frozen=True)

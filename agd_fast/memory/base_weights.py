@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map
 
+from agd_fast.memory.convolution import input_gradient
 from agd_fast.memory.weight_codes import Kind, pack_weight, unpack_weight
 from agd_fast.warning import first_line, warn
 
@@ -159,19 +160,7 @@ class _PackedProduct(torch.autograd.Function):
         weight = unpack_weight(codes, scales, kind, size, dtype)
         if settings is None:
             return dy.matmul(weight), None, None, None, None
-        return _input_gradient(dy, ctx.size, weight, settings), None, None, None, None
-
-
-def _input_gradient(dy: Tensor, size: torch.Size, weight: Tensor, settings: tuple[Any, ...]) -> Tensor:
-    """Of a convolution whose input had `size`; as torch.nn.grad, which knows no convolution without a batch."""
-    stride, padding, dilation, groups = settings
-    alone = len(size) == len(stride) + 1
-    size = torch.Size((1, *size)) if alone else size
-    dy = dy.unsqueeze(0) if alone else dy
-    like = dy.new_empty(1).expand(size)  # only its shape is read
-    args = (None, stride, padding, dilation, False, [0] * len(stride), groups, (True, False, False))
-    dx = torch.ops.aten.convolution_backward(dy, like, weight, *args)[0]
-    return dx.squeeze(0) if alone else dx
+        return input_gradient(dy, ctx.size, weight, *settings), None, None, None, None
 
 
 class PackedBase:

@@ -16,17 +16,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from agd_fast.memory.counting import FusedAttention
 from agd_fast.ops import OPS
 
-_ATTENTION = (F.scaled_dot_product_attention, torch.ops.aten.scaled_dot_product_attention.default)
 _COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
-_flash = torch.ops.aten._scaled_dot_product_flash_attention
-_efficient = torch.ops.aten._scaled_dot_product_efficient_attention
 _LAUNCHES = {op.overload: op.launches for op in OPS.values()}
 _NO_KERNEL = {
     f"aten::{name}"
@@ -79,45 +75,17 @@ class _Counting(TorchDispatchMode):
         return output
 
 
-class _FusedAttention(TorchFunctionMode):
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return (_attention if func in _ATTENTION else func)(*args, **(kwargs or {}))
-
-
 @contextmanager
 def counting(device: str = "meta") -> Iterator[Counts]:
     """Counts the forwards that run inside; of launches, those on this type of device. Attention on "meta" is one kernel."""
     counts = Counts()
-    with _FusedAttention(), _Counting(counts, device):
+    with FusedAttention(), _Counting(counts, device):
         yield counts
 
 
 def _is_composite(func: Any) -> bool:
     """Whether an operation is made of others; under inference_mode these reach a mode whole."""
     return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), _COMPOSITE)
-
-
-def _attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    """F.scaled_dot_product_attention as the kernel that CUDA picks for it: flash, or with a mask the memory-efficient one."""
-    if query.device.type != "meta" or enable_gqa:
-        return F.scaled_dot_product_attention(
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-        )
-    if attn_mask is None:
-        return _flash(query, key, value, dropout_p, is_causal, scale=scale)[0]
-    if attn_mask.dtype is torch.bool:
-        attn_mask = torch.where(attn_mask, 0.0, -torch.inf).to(query.dtype)
-    bias = attn_mask.expand(*query.shape[:-1], key.shape[-2])
-    return _efficient(query, key, value, bias, False, dropout_p, is_causal, scale=scale)[0]
 
 
 def _is_launch(func: Any, output: Any, device: str) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from agd_fast.memory.convolution import input_gradient
 from agd_fast.memory.interception import Run
 from agd_fast.memory.saved import as_is
 
@@ -47,31 +48,5 @@ def _spread(value: Any, dims: int) -> tuple[int, ...]:
     return found * dims if len(found) == 1 else found
 
 
-def _backward(
-    gradient: Tensor,
-    needs: Any,
-    weight: Tensor,
-    *,
-    size: tuple[int, ...],
-    transposed: bool,
-    groups: int,
-    stride: tuple[int, ...],
-    padding: tuple[int, ...],
-    dilation: tuple[int, ...],
-    output_padding: tuple[int, ...],
-) -> tuple[Tensor]:
-    input = gradient.new_empty(1).expand(size)  # only its size is read
-    found = torch.ops.aten.convolution_backward(
-        gradient,
-        input,
-        weight.to(gradient.dtype),
-        None,
-        stride,
-        padding,
-        dilation,
-        transposed,
-        output_padding,
-        groups,
-        (True, False, False),
-    )
-    return (found[0],)
+def _backward(gradient: Tensor, needs: Any, weight: Tensor, **call: Any) -> tuple[Tensor]:
+    return (input_gradient(gradient, weight=weight.to(gradient.dtype), **call),)

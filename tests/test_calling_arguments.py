@@ -1,0 +1,147 @@
+"""What a wrapped pipeline's call takes: scales per prompt, a guidance interval, a negative prompt."""
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+import agd_fast as agd
+from agd_fast.attaching import attachment_of
+from conftest import assert_as_exact
+from helpers_pipelines import SCALE, attach, exact, forwards, no_warnings, noise, quiet, sample
+from tiny import sd15
+
+SD15 = sd15.FAMILY
+STEPS = SD15.call["num_inference_steps"]
+
+
+# scales per prompt
+
+
+@pytest.mark.parametrize("images", [1, 2])
+def test_scales_per_prompt_equal_single_calls(wrapped, images):
+    scales, prompts = [2.0, 5.0, 3.5], SD15.inputs(3)["prompt"]
+    latents = noise(3 * images)
+    reference = exact(wrapped)
+
+    def single(pipe, latents):
+        rows = latents.split(images)
+        several = {"num_images_per_prompt": images}
+        return torch.cat(
+            [
+                sample(pipe, SD15, prompt=prompt, guidance_scale=scale, latents=row, **several)
+                for prompt, scale, row in zip(prompts, scales, rows, strict=True)
+            ]
+        )
+
+    found = sample(wrapped, SD15, 3, guidance_scale=scales, latents=latents, num_images_per_prompt=images)
+    assert_as_exact(found, single(wrapped, latents), single(reference, latents.double()))
+    assert not torch.equal(found, sample(wrapped, SD15, 3, guidance_scale=3.5, latents=latents, num_images_per_prompt=images))
+
+
+def test_scales_per_prompt_take_embeddings_and_tensors(wrapped):
+    embeddings = torch.randn(2, 16, 16, generator=torch.Generator().manual_seed(0))
+    given = {"prompt": None, "prompt_embeds": embeddings, "latents": noise(2)}
+    found = sample(wrapped, SD15, guidance_scale=[2.0, 5.0], **given)
+    assert torch.equal(sample(wrapped, SD15, guidance_scale=torch.tensor([2.0, 5.0]), **given), found)
+    assert torch.equal(found[:1], sample(wrapped, SD15, guidance_scale=[2.0, 2.0], **given)[:1])
+    assert not torch.equal(found[1:], sample(wrapped, SD15, guidance_scale=2.0, **given)[1:])
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"prompt": "red cat", "guidance_scale": [2.0, 3.0]}, r"guidance_scale has 2 values for 1 prompt\(s\)"),
+        ({"prompt": ["red cat"] * 3, "guidance_scale": [2.0, 3.0]}, r"guidance_scale has 2 values for 3 prompt\(s\)"),
+        ({"guidance_scale": [2.0, 3.0]}, r"2 values for an unknown number of prompt\(s\)"),
+        ({"prompt": "red cat", "guidance_scale": None}, "expected guidance_scale=..., a number or one a prompt; found None"),
+        ({"prompt": "red cat", "guidance_scale": float("nan")}, "one finite guidance scale"),
+        ({"prompt": "red cat", "guidance_scale": [[2.0], [3.0]]}, r"found shape \(2, 1\)"),
+    ],
+)
+def test_scales_that_do_not_go_with_the_prompts_are_an_error(wrapped, given, message):
+    with pytest.raises(ValueError, match=message):
+        wrapped(**given, **SD15.call)
+    assert quiet(wrapped)
+
+
+# guidance_interval
+
+
+@pytest.mark.parametrize("interval", [(0.0, 1.0), (0.25, 0.75), (0.0, 0.5), (0.3, 1.0), (0.26, 0.49)])
+def test_guidance_interval_equals_switching_by_hand(wrapped, interval):
+    steps = 7
+    attachment, step, armed = attachment_of(wrapped), 0, []
+
+    def switch(pipe, index, t, tensors):
+        armed.append(attachment.omega is not None)
+        attachment.omega = omega if inside(index + 1) else None
+        return tensors
+
+    def inside(index):
+        return int(interval[0] * steps) <= index < int(interval[1] * steps)
+
+    found = sample(wrapped, SD15, guidance_scale=SCALE, num_inference_steps=steps, guidance_interval=interval)
+    assert quiet(wrapped)
+    omega = torch.tensor([SCALE])
+    with agd.guided(wrapped, SCALE), torch.no_grad():
+        attachment.omega = omega if inside(step) else None
+        given = {**SD15.call, "num_inference_steps": steps, "guidance_scale": 1.0, "callback_on_step_end": switch}
+        by_hand = StableDiffusionPipeline.__call__(
+            wrapped, **SD15.inputs(1), **given, generator=torch.Generator().manual_seed(3)
+        )[0]
+    assert armed == [inside(index) for index in range(steps)]
+    assert torch.equal(found, by_hand)
+
+
+@pytest.mark.parametrize("interval", [(0.5, 0.5), (0.8, 0.2), (-0.1, 0.5), (0.5, 1.1)])
+def test_bad_guidance_interval_is_an_error(wrapped, interval):
+    with pytest.raises(ValueError, match=r"guidance_interval must be \(start, stop\).*found \(") as caught:
+        sample(wrapped, SD15, guidance_scale=SCALE, guidance_interval=interval)
+    assert str(interval) in str(caught.value)
+    assert quiet(wrapped)
+
+
+# negative prompts
+
+
+@pytest.mark.parametrize("negative", ["blurred", ["blurred"], None, "", [""]])
+def test_negative_prompt_is_left_out_with_a_warning(wrapped, negative):
+    expected = sample(wrapped, SD15, guidance_scale=SCALE)
+    with pytest.warns(UserWarning, match="negative prompt is left out") if negative not in (None, "", [""]) else no_warnings():
+        assert torch.equal(sample(wrapped, SD15, guidance_scale=SCALE, negative_prompt=negative), expected)
+
+
+def test_negative_embeddings_are_left_out_with_a_warning(wrapped):
+    expected = sample(wrapped, SD15, guidance_scale=SCALE)
+    with pytest.warns(UserWarning, match="negative prompt is left out"):
+        found = sample(wrapped, SD15, guidance_scale=SCALE, negative_prompt_embeds=torch.zeros(1, 16, 16))
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("scale", [SCALE, [SCALE, SCALE], torch.tensor([SCALE, SCALE])])
+def test_negative_cfg_is_the_bases_own_guidance(pipe, scale):
+    arguments = {"negative_prompt": ["blurred", "pale"], "guidance_scale": SCALE}
+    base = sample(pipe, SD15, 2, **arguments)
+    attach(pipe)
+    with forwards(pipe) as seen, no_warnings():
+        found = sample(pipe, SD15, 2, **{**arguments, "guidance_scale": scale}, negative="cfg")
+    assert seen == [4] * STEPS
+    assert torch.equal(found, base)
+    assert quiet(pipe)
+
+
+def test_negative_cfg_without_a_negative_prompt_is_one_pass(wrapped):
+    with forwards(wrapped) as seen:
+        found = sample(wrapped, SD15, guidance_scale=SCALE, negative="cfg")
+    assert seen == [1] * STEPS
+    assert torch.equal(found, sample(wrapped, SD15, guidance_scale=SCALE))
+
+
+def test_negative_cfg_takes_one_scale(wrapped):
+    with pytest.raises(ValueError, match=r"negative='cfg' runs the pipeline's own guidance.*found \[2.0, 3.0\]"):
+        sample(wrapped, SD15, 2, guidance_scale=[2.0, 3.0], negative_prompt=["blurred"] * 2, negative="cfg")
+
+
+def test_unknown_negative_is_an_error(wrapped):
+    with pytest.raises(ValueError, match="negative must be one of 'warn', 'cfg'; found 'ignore'"):
+        sample(wrapped, SD15, negative="ignore")

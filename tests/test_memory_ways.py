@@ -1,0 +1,229 @@
+"""The way of a run in little memory: asked for or chosen, the next one when memory runs out, and where it is written."""
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from agd_fast.attaching import attachment_of
+from agd_fast.cli import app
+from agd_fast.distillation import job
+from agd_fast.distillation.student import Student
+from agd_fast.files import read_json
+from agd_fast.memory import MODES
+from agd_fast.memory.choose import USABLE, Way, choose, ways_of
+from agd_fast.memory.estimate import MemoryRow
+from helpers_distillation import assert_same_tensors, collect_tiny, contents, distill_tiny, logged, short, tiny_teacher
+from helpers_memory import wide_teacher
+
+
+@pytest.mark.parametrize("memory", MODES)
+def test_what_was_used_is_written_down(tmp_path, memory):
+    result = distill_tiny(tmp_path, wide_teacher(), memory=memory, base_weights="int8")
+    written = read_json(tmp_path / "distill.json")["memory"]
+    assert written == result.memory
+    way = f"activations {memory}, base in int8"
+    assert written == {
+        "memory": memory,
+        "way": way,
+        "activations": memory,
+        "base_weights": "int8",
+        "micro_batch_size": None,
+        "reason": "as asked for",
+    }
+    assert read_json(tmp_path / "adapter_config.json")["about"]["memory"] == way
+    from agd_fast.reporting.card import model_card
+
+    assert way in model_card([tmp_path], "me/adapter")
+    assert distill_tiny(tmp_path / "plain").memory is None
+    assert "memory" not in read_json(tmp_path / "plain" / "distill.json")
+
+
+def test_a_run_goes_on_with_another_micro_batch_but_no_other_way_to_save_memory(tmp_path):
+    distill_tiny(tmp_path, memory="4bit", base_weights="int8", train_config=short(steps=10))
+    distill_tiny(tmp_path, memory="4bit", base_weights="int8", train_config=short(steps=10, micro_batch_size=2))
+    for change, message in (
+        ({"memory": "8bit"}, "memory: expected '8bit', found '4bit'"),
+        ({"base_weights": None}, "base_weights"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            distill_tiny(tmp_path, **{"memory": "4bit", "base_weights": "int8", "train_config": short(steps=10), **change})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"memory": "2bit"}, "memory .*'exact', '8bit', '4bit', 'recompute', 'auto'.*'2bit'"),
+        ({"base_weights": "int4"}, "base_weights .*'int8', 'nf4'.*'int4'"),
+    ],
+)
+def test_an_unknown_name_is_said_before_anything_runs(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        distill_tiny(tmp_path / "run", **settings)
+    assert not (tmp_path / "run").exists()
+
+
+def test_auto_on_the_cpu_is_exact(tmp_path):
+    states = collect_tiny(tmp_path / "states", wide_teacher(), trajectories=6)
+    results = {
+        name: distill_tiny(tmp_path / name, wide_teacher(), trajectories=states, memory=name) for name in ("auto", "exact")
+    }
+    assert (
+        contents(tmp_path / "auto")["checkpoint.safetensors"] != contents(tmp_path / "exact")["checkpoint.safetensors"]
+    )  # settings
+    assert_same_tensors(results["auto"].adapter.state_dict(), results["exact"].adapter.state_dict())
+    assert results["auto"].memory["reason"] == "activations exact, for there is no card to fit"
+
+
+class Full:
+    """Raises where a device is full, in some of the student's forwards."""
+
+    def __init__(self, monkeypatch, *failing):
+        self.count, self.failing = 0, failing
+        forward = Student.forward
+
+        def counted(student, batches):
+            self.count += 1
+            if self.count in self.failing:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+            return forward(student, batches)
+
+        monkeypatch.setattr(Student, "forward", counted)
+
+
+@pytest.mark.parametrize("base_weights", [None, "int8"])
+def test_auto_takes_the_next_way_once_and_goes_on_without_harm(tmp_path, monkeypatch, base_weights):
+    """The states of a tiny model are too small to be packed, so that every mode gives the same adapter bit for bit, if a failed
+    step leaves nothing behind: in its second micro-batch a gradient is there already."""
+    config = short(micro_batch_size=4, ema=0.9)
+    whole = distill_tiny(tmp_path / "whole", memory="auto", base_weights=base_weights, train_config=config)
+    full = Full(monkeypatch, 10)  # step 5
+    with pytest.warns(UserWarning, match="activations exact.* ran out of memory at step 5; going on with activations 8bit"):
+        found = distill_tiny(tmp_path / "run", memory="auto", base_weights=base_weights, train_config=config)
+    assert full.count == 12 * 2 + 2
+    assert_same_tensors(found.adapter.state_dict(), whole.adapter.state_dict())
+    assert [e["loss"] for e in logged(tmp_path / "run")] == [e["loss"] for e in logged(tmp_path / "whole")]
+    assert found.memory["activations"] == "8bit" and "after activations exact" in found.memory["reason"]
+    assert "ran out of memory at step 5" in read_json(tmp_path / "run" / "distill.json")["memory"]["reason"]
+
+
+@pytest.mark.filterwarnings("ignore:.*ran out of memory")
+@pytest.mark.parametrize(
+    ("memory", "failing", "step"), [("auto", (10, 12), 11), ("auto", (3, 4), 3), ("4bit", (2,), 2), (None, (1,), 1)]
+)
+def test_without_another_way_the_error_names_what_may_help(tmp_path, monkeypatch, memory, failing, step):
+    teacher = tiny_teacher()
+    base = {name: value.clone() for name, value in teacher.denoiser.state_dict().items()}
+    Full(monkeypatch, *failing)
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        distill_tiny(tmp_path, teacher, memory=memory, base_weights="int8")
+    message = str(caught.value)
+    for part in (
+        f"at step {step} with",
+        "Tried to allocate 2.00 GiB",
+        *map(repr, MODES),
+        "base_weights='int8'",
+        "micro_batch_size",
+    ):
+        assert part in message
+    assert attachment_of(teacher) is None
+    assert_same_tensors(teacher.denoiser.state_dict(), base)
+    assert "forward" not in vars(teacher.denoiser)
+    assert all(p.grad is None for p in teacher.denoiser.parameters())
+
+
+SIZES = {"exact": 100, "8bit": 60, "4bit": 40, "recompute": 20}
+
+
+def row(way):
+    """Weights and the like take 50, in int8 25; activations by mode; a fifth of them again for a moment."""
+    activations = SIZES[way.activations]
+    return MemoryRow(way.activations, 25 if way.base_weights else 50, 0, 0, 0, activations, activations // 5, {})
+
+
+@pytest.mark.parametrize(
+    ("budget", "batch", "way"),
+    [
+        (50 + 120, 4, Way("exact", None, 1)),
+        (50 + 240, 4, Way("exact", None, 2)),
+        (50 + 239, 4, Way("exact", None, 1)),
+        (50 + 5000, 4, Way("exact", None, 4)),
+        (50 + 119, 4, Way("8bit", None, 1)),
+        (50 + 71, 4, Way("4bit", None, 1)),
+        (50 + 47, 1, Way("recompute", None, 1)),
+        (25 + 48, 4, Way("recompute", "int8", 2)),
+        (25 + 23, 4, Way("recompute", "int8", 1)),
+    ],
+)
+def test_auto_takes_the_first_mode_that_fits_and_as_many_states_as_fit(budget, batch, way):
+    choice = choose(ways_of("auto", None, None), -(-budget * 1000 // int(USABLE * 1000)), batch, row)
+    assert choice.ways[0] == way
+    tried = [(left.activations, left.base_weights) for left in choice.ways]
+    assert tried == [*zip(MODES, [None] * 4, strict=True), ("recompute", "int8")][-len(tried) :]
+    assert str(way) in choice.reason
+
+
+def test_auto_says_why(monkeypatch):
+    import agd_fast.memory.choose as room
+
+    monkeypatch.setattr(room, "_GIB", 1)
+    choice = choose(ways_of("auto", None, None), 150, 8, row)
+    assert choice.reason == "activations 8bit, 1 state a forward: 122.00 of 150.00 GiB; activations exact would take 170.00"
+    least = choose(ways_of("auto", "nf4", None), 50, 8, row)
+    assert least.ways == (Way("recompute", "nf4", 1),)
+    assert least.reason.startswith("activations recompute, base in nf4, 1 state a forward, the least there is, though")
+
+
+def test_auto_keeps_to_what_was_asked_for():
+    choice = choose(ways_of("auto", "int8", 3), 400, 8, row)
+    assert choice.ways[0] == Way("8bit", "int8", 3)
+    assert {(left.base_weights, left.micro_batch_size) for left in choice.ways} == {("int8", 3)}
+    assert choose(ways_of("auto", None, 99), 10**6, 8, row).ways[0] == Way("exact", None, 99)
+
+
+def test_auto_on_a_card_estimates_the_largest_states(tmp_path, monkeypatch):
+    """The estimate is of the real denoiser with its adapter and of a state of the trajectories."""
+    seen = []
+
+    def budget(device, resident):
+        seen.append(resident)
+        return 10 * resident
+
+    monkeypatch.setattr(job, "budget_on", budget)
+    monkeypatch.setattr(job.Residency, "of", classmethod(lambda cls, teacher, *_: cls(teacher, torch.device("cpu"))))
+    choice_of = job._choice
+    monkeypatch.setattr(job, "_choice", lambda j, states, _, is_short: choice_of(j, states, torch.device("cuda"), is_short))
+    teacher = wide_teacher()
+    weights = sum(value.nbytes for value in teacher.denoiser.state_dict().values())
+    result = distill_tiny(tmp_path, teacher, memory="auto")
+    assert seen[0] == weights + sum(value.nbytes for value in result.adapter.state_dict().values())
+    assert result.memory["activations"] == "exact" and 1 <= result.memory["micro_batch_size"] <= 8
+
+
+def test_the_command_line_saves_memory(tmp_path):
+    arguments = [
+        "distill",
+        "--output",
+        tmp_path,
+        "--steps",
+        2,
+        "--batch-size",
+        4,
+        "--trajectories",
+        2,
+        "--validation",
+        0,
+        "--quiet",
+    ]
+    arguments += ["--memory", "auto", "--base-weights", "int8", "--micro-batch-size", 3]
+    done = CliRunner().invoke(app, list(map(str, arguments)), catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    assert json.loads((tmp_path / "distill.json").read_text())["memory"] | {"reason": ""} == {
+        "memory": "auto",
+        "way": "activations exact, base in int8, 3 states a forward",
+        "activations": "exact",
+        "base_weights": "int8",
+        "micro_batch_size": 3,
+        "reason": "",
+    }
