@@ -26,11 +26,12 @@ OTHERS = ("checkpointing", "mincut")
 
 
 def main(counted: Path, gradients: Sequence[Path]) -> None:
-    rows = read_json(counted)["rows"]
+    rows, found = read_json(counted)["rows"], [read_json(path) for path in gradients]
     text = PAGE.read_text(encoding="utf-8")
     sections = {
         "budget": budget_table(rows),
-        "ideas": ideas_table([read_json(path) for path in gradients]),
+        "ideas": ideas_table([one for one in found if one["adapter"]["kind"] != "cross_attention"]),
+        "ideas of cross-attention": ideas_table([one for one in found if one["adapter"]["kind"] == "cross_attention"]),
         "baselines": baseline_table(rows),
         "kinds": kind_table(rows),
     }
@@ -82,16 +83,18 @@ def kind_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def ideas_table(gradients: Sequence[dict[str, Any]]) -> str:
-    """One column of bytes, of the file that has them, and two of errors a model."""
-    counted = next(found for found in gradients if found["rows"][0]["saved_bytes"] is not None)
-    header = ["", "kept, SDXL, GiB"]
+    """One column of bytes, where a file has them, and three of errors a model; without, only ideas that round."""
+    counted = next((found["rows"] for found in gradients if found["rows"][0]["saved_bytes"] is not None), None)
+    header = ["", *(["kept, SDXL, GiB"] if counted else [])]
     for found in gradients:
         header += [f"{found['model']}: cosine", "error", "error, outliers"]
     cells = []
-    for index, row in enumerate(counted["rows"]):
-        line = [row["way"].replace("|", "\\|"), gib(row)]
-        for found in gradients:
-            one = found["rows"][index]
+    for index, row in enumerate(gradients[0]["rows"]):
+        same = [one["rows"][index] for one in gradients]
+        if counted is None and all(one["relative_error"] < 1e-5 for one in same):
+            continue
+        line = [row["way"].replace("|", "\\|"), *([gib(counted[index])] if counted else [])]
+        for one in same:
             errors = [one["relative_error"], one["outliers_relative_error"]]
             line += [f"{one['cosine']:.6f}", *(f"{error:.4f}" for error in errors)]
         cells.append(line)
