@@ -27,7 +27,7 @@ from agd_fast.environment import environment
 from agd_fast.files import read_json, write_json
 from memory.rows import CHECKPOINTING, EAGER, MINCUT, WAYS, Row, count_row, empty_row, key, print_rows
 from memory.students import ADAPTERS
-from memory.training import train_row
+from memory.training import IMAGES, train_row
 from nfe_speed import DTYPES, commit
 from speed.architectures import ARCHITECTURES, find_architecture
 from speed.hardware import gpu_state
@@ -40,7 +40,8 @@ def main() -> None:
     parser = _parser()
     args = parser.parse_args()
     if args.worker:
-        write_json(args.json, train_row(json.loads(args.worker), args.seconds))
+        found = train_row(json.loads(args.worker), args.seconds, images=args.images, lock=args.lock)
+        write_json(args.json, found)
         return
     try:
         for name in args.model:
@@ -75,7 +76,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--images-per-second", action="store_true", help="at the largest batch within --budget")
     parser.add_argument("--budget", type=size_of, help="such as 24GiB")
     parser.add_argument("--seconds", type=float, default=5.0, help="of timed steps a row")
+    parser.add_argument("--images", type=int, default=IMAGES, help="a step of the optimizer; default: %(default)s")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no further row after that")
+    parser.add_argument("--lock", type=Path, help="see on_gpu.py: others on the card stand still while times are taken")
     parser.add_argument("--json", type=Path, help="where rows are kept")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     return parser
@@ -117,16 +120,20 @@ def _measure(rows: list[Row], args: argparse.Namespace) -> list[Row]:
     for index, row in enumerate(rows, 1):
         if any(key(row) == key(found) for found in done):
             continue
-        if time.monotonic() >= deadline:
+        began = time.monotonic()
+        made = None
+        if began < deadline:
+            made = count_row(row) if args.device == "meta" else _train(row, args, deadline - began)
+        if made is None:
             print(f"no time left for {len(rows) - index + 1} of {len(rows)} rows; the same call goes on", file=sys.stderr)
             break
-        began = time.monotonic()
-        made = count_row(row) if args.device == "meta" else _train(row, args.seconds, deadline - began)
         done.append(made)
         print(f"{index}/{len(rows)} {describe(made)} ({time.monotonic() - began:.0f} s)", file=sys.stderr, flush=True)
         if args.json:
             where = {**environment(), **({"device": "meta"} if args.device == "meta" else gpu_state())}
-            write_json(args.json, {"environment": where, "commit": commit(), "rows": done})
+            complete = {key(row) for row in rows} <= {key(found) for found in done}
+            found = {"environment": where, "commit": commit(), "images": args.images, "complete": complete}
+            write_json(args.json, {**found, "rows": done})
     return [found for row in rows for found in done if key(row) == key(found)]
 
 
@@ -137,17 +144,17 @@ def describe(row: Row) -> str:
     return ", ".join([*filter(None, parts), *shown, *filter(None, [row["note"]])])
 
 
-def _train(row: Row, seconds: float, left: float) -> Row:
-    """By a process of its own."""
+def _train(row: Row, args: argparse.Namespace, left: float) -> Row | None:
+    """By a process of its own; None where it did not end in time."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "row.json"
-        command = [sys.executable, __file__, "--worker", json.dumps(row), "--seconds", str(seconds), "--json", str(path)]
+        command = [sys.executable, __file__, "--worker", json.dumps(row), "--json", str(path), "--images", str(args.images)]
+        command += ["--seconds", str(args.seconds), *(["--lock", str(args.lock)] if args.lock else [])]
         try:
             code = subprocess.run(command, timeout=None if left == float("inf") else left + 60).returncode
-            note = f"its process ended with {code}"
         except subprocess.TimeoutExpired:
-            note = "no time left"
-        return read_json(path) if path.exists() else {**empty_row(row), "note": note}
+            return None
+        return read_json(path) if path.exists() else {**empty_row(row), "note": f"its process ended with {code}"}
 
 
 if __name__ == "__main__":

@@ -97,6 +97,9 @@ def main() -> None:
     photographs.add_argument("--samples", type=int, default=10_000, help="images an arm and scale")
     photographs.add_argument("--scales", nargs="+", type=float, default=[1.5, 2.0, 3.0], help="guidance scales of the images")
     photographs.add_argument("--minutes", type=float, default=9.0, help="start nothing that would take longer")
+    photographs.add_argument(
+        "--teacher-minutes", type=float, default=TEACHER_MINUTES, help="of its training; default: %(default)g"
+    )
     photographs.add_argument("--inception", type=Path, help=INCEPTION)
     photographs.add_argument("--smoke", action="store_true", help="tiny teachers and runs, to see that all of it works")
     photographs.add_argument("--output", type=Path, default=Path("runs/photographs"), help="folder of teachers and results")
@@ -154,10 +157,10 @@ def _photographs(args: argparse.Namespace) -> None:
     for model in args.models:
         directory = args.output / "teachers" / f"{data.name}-{model}"
         left = args.minutes - (time.monotonic() - start) / 60
-        if not (directory / TEACHER_NAME).is_file() and left < TEACHER_MINUTES + 1 and not args.smoke:
+        if not (directory / TEACHER_NAME).is_file() and left < args.teacher_minutes + 1 and not args.smoke:
             print(f"stopped before the {model}; the same command goes on")
             return
-        make_teacher(args.data, model, directory, minutes=TEACHER_MINUTES, smoke=args.smoke)
+        make_teacher(args.data, model, directory, minutes=args.teacher_minutes, smoke=args.smoke)
         steps, trajectories = (2, 10) if args.smoke else (TrainConfig.steps, STANDARD.trajectories)
         sizes = Sizes(20, 4, 2) if args.smoke else Sizes(args.samples)
         arms = make_arms(

@@ -10,6 +10,7 @@ python bench/nfe_speed.py --model sdxl-1024 --device meta                       
 from __future__ import annotations
 
 import argparse
+import math
 import subprocess
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from speed.arms import ARMS, require_arms
 from speed.digits import measure_teacher
 from speed.hardware import gpu_state
 from speed.measure import Row
-from speed.models import Settings, measure_model
+from speed.models import LATE, Settings, measure_model
 from speed.reference import ReferenceAdapters
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -63,8 +64,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--reference-repo", type=Path, help="clone of github.com/cristianpjensen/agd, for agd_naive on a model")
     parser.add_argument("--counts", type=Path, nargs="+", default=[], help="JSON of runs with --device meta, to count nothing")
     parser.add_argument("--processes", action="store_true", help="a process for each of a model's arms, all at once")
+    parser.add_argument("--patience", type=float, default=math.inf, metavar="SECONDS", help="then such an arm is left out")
     parser.add_argument("--no-compile", action="store_true", help="record the engine's steps as they are, which takes seconds")
-    parser.add_argument("--lock", type=Path, help="file that is locked while times are taken, for others on the card")
+    parser.add_argument("--lock", type=Path, help="see on_gpu.py: others on the card stand still while times are taken")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     parser.add_argument("--plot", type=Path, help="of a picture; default: beside the JSON")
     return parser
@@ -89,6 +91,7 @@ def _settings(args: argparse.Namespace) -> Settings:
         counts=[row for path in args.counts for row in read_json(path)["rows"]],
         compiled=not args.no_compile,
         processes=args.processes,
+        patience=args.patience,
         lock=args.lock,
     )
 
@@ -115,7 +118,9 @@ def _report(rows: list[Row], settings: Settings, args: argparse.Namespace) -> No
             save_bars(path if len(rows) == len(own) else path.with_stem(f"{path.stem}-{model}"), own, title)
     where["kernels"] = f"{where['kernels']}; {default_policy()}"
     if args.json:
-        write_json(args.json, {"environment": where, "commit": commit(), "compiled": settings.compiled, "rows": rows})
+        complete = not any(LATE in (row["note"] or "") for row in rows)
+        found = {"environment": where, "commit": commit(), "compiled": settings.compiled, "complete": complete}
+        write_json(args.json, {**found, "rows": rows})
 
 
 def commit() -> str:

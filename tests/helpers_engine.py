@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 import agd_fast as agd
 from agd_fast.attaching.scope import scope_of
 from agd_fast.engine import engine_of
+from agd_fast.engine.engine import _Run
 from agd_fast.engine.tables import Table
 from helpers_pipelines import attach, sample
 from tiny import sd15
@@ -101,11 +102,12 @@ class Reading(TorchDispatchMode):
 
 def tables(denoiser: nn.Module) -> list[Table]:
     """Those of the scope that the denoiser is in."""
-    return [run.prepared.table for runs in scope_of(denoiser).store.values() for run in runs if run.prepared.table is not None]
+    runs = [run for kept in scope_of(denoiser).store.values() for run in kept if isinstance(run, _Run)]
+    return [run.prepared.table for run in runs if run.prepared.table is not None]
 
 
 def programs(denoiser: nn.Module) -> list[Any]:
-    return [found.program for found in engine_of(denoiser).captured.values()]
+    return [found.program for kept in engine_of(denoiser).captured.values() for found in kept]
 
 
 def reasons(model: Any) -> list[str]:

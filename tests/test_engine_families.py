@@ -19,7 +19,7 @@ from helpers_engine import RECORDED, Reading, assert_same, own_forwards, program
 from helpers_families import Forward, attach_trained, denoisers, exact_output, run, spec_for
 from tiny import FAMILIES
 
-PLAIN = {"hidream": "numpy", "hunyuanvideo15": "data-dependent", "lumina2": "data-dependent"}
+PLAIN = {"hidream": "values of a tensor that depends on x_t"}
 CAPTURED = [name for name in FAMILIES if name not in PLAIN]
 KINDS = [(name, kind) for name in ("sd15", "dit", "pixart", "sd3") for kind in ("cross_attention", "offset")]
 
@@ -169,6 +169,20 @@ HOISTED = [
     ("sd3", None, ["norm1.linear", "norm1_context.linear", "norm_out.linear", "context_embedder"], "attn.to_k"),
     ("qwenimage", None, ["img_mod.1", "txt_mod.1", "norm_out.linear", "txt_in"], "attn.to_k"),
     ("wan", None, ["attn2.to_k", "attn2.to_v", "time_proj", "time_embedder.linear_1"], "attn2.to_q"),
+    (
+        "lumina2",
+        None,
+        ["context_refiner.0.attn.to_k", "norm1.linear", "norm_out.linear_1", "timestep_embedder.linear_1"],
+        "layers.0.attn.to_k",
+    ),
+    ("zimage", None, ["context_refiner.0.attention.to_k", "layers.0.adaLN_modulation.0", "t_embedder.mlp.0"], "layers.0.attention.to_k"),
+    (
+        "kandinsky5",
+        None,
+        ["text_transformer_blocks.0.self_attention.to_key", "visual_modulation.out_layer"],
+        "visual_transformer_blocks.0.self_attention.to_key",
+    ),
+    ("hunyuanvideo15", None, ["token_refiner.refiner_blocks.0.attn.to_k", "norm1.linear"], "transformer_blocks.0.attn.to_k"),
 ]
 
 
@@ -193,5 +207,6 @@ def test_what_does_not_move_with_x_is_not_read_in_a_step(name, kind, hoisted, mo
     assert all(modules.values()) and all(any(map(before.has_read, found)) for found in modules.values())
     assert not [path for path, found in modules.items() if any(map(reading.has_read, found))]
     assert all(reading.has_read(one) for full, one in denoiser.named_modules() if f".{full}".endswith(f".{moving}"))
-    assert {len(rows) for rows in table.rows.values()} == {len(steps) + 1}
+    (count,) = {len(rows) for rows in table.rows.values()}
+    assert len(steps) < count <= 2 * len(steps) + 1  # a step may be passed in two roundings; one row is for none of them
     assert agd.info(pipe)["engine"]["ahead_bytes"] >= table.bytes > 0

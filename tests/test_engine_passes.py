@@ -84,6 +84,22 @@ def test_random_numbers_move():
     assert levels(lambda c: torch.rand_like(c) + c.exp(), [torch.ones(3)], [STATIC])["aten::rand_like"] == MOVING
 
 
+def test_attention_moves_as_its_inputs_do_unless_it_drops_some():
+    attend, c = F.scaled_dot_product_attention, torch.ones(1, 1, 3, 4)
+    for call in (lambda c: attend(c, c, c).exp(), lambda c: attend(c, c, c, None, 0.0, True).exp()):
+        assert levels(call, [c], [STATIC])["aten::exp"] == STATIC
+    for call in (lambda c: attend(c, c, c, None, 0.1).exp(), lambda c: attend(c, c, c, dropout_p=0.1).exp()):
+        assert levels(call, [c], [STATIC])["aten::exp"] == MOVING
+
+
+def test_a_cast_to_the_dtype_of_what_moves_does_not_move():
+    for c in (torch.ones(3), torch.ones(3, dtype=torch.float64)):
+        found = levels(lambda c, x: c.type_as(x).exp() * x, [c, torch.ones(3)], [STATIC, MOVING])
+        assert found["aten::exp"] == STATIC
+    x = torch.ones(3, requires_grad=False)
+    assert levels(lambda x: x.type_as(x).exp(), [x], [MOVING])["aten::exp"] == MOVING
+
+
 # partition
 
 FUNCTIONS = {

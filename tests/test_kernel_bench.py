@@ -6,7 +6,6 @@ import math
 import os
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -16,10 +15,8 @@ import torch
 
 sys.path.append(str(Path(__file__).parents[1] / "bench"))
 
-import on_gpu
 from agd_fast.ops import OPS
 from speed import kernel_checks, kernels
-from speed.hardware import busy, quiet
 from speed.kernel_checks import Meta, check_case, checks
 from speed.kernels import Case, Ceiling, Random, figures, flops, measure_case, odd_cases, real_cases, traffic
 
@@ -184,48 +181,6 @@ def test_more_shapes_are_compiled_than_pytorch_keeps(fake_card, monkeypatch):
         assert list(ways[0]) == ["compiled"] and not ways[1], width
 
 
-WRITE = "import json, sys; json.dump({'rows': [{'ok': %s}]}, open(sys.argv[sys.argv.index('--json') + 1], 'w')); print('said')"
-
-
-def test_a_task_writes_its_json_once(tmp_path, capsys):
-    task = on_gpu.Task("checks/a", ["-c", WRITE % "True"])
-    on_gpu.run_all([task], tmp_path, 2, math.inf)
-    written = (tmp_path / "checks/a.json").stat().st_mtime_ns
-    on_gpu.run_all([task], tmp_path, 2, math.inf)
-    assert (tmp_path / "checks/a.json").stat().st_mtime_ns == written
-    assert (tmp_path / "checks/a.log").read_text() == "said\n" and capsys.readouterr().out.count("checks/a: done after") == 1
-    on_gpu.require_green(tmp_path)
-
-
-def test_what_fails_or_takes_too_long_is_said(tmp_path, capsys):
-    tasks = [on_gpu.Task("a", ["-c", "import sys; sys.exit(3)"]), on_gpu.Task("b", ["-c", "import time; time.sleep(60)"])]
-    on_gpu.run_all(tasks, tmp_path, 2, time.monotonic() + 1)
-    said = capsys.readouterr().out
-    assert "a: failed (3) after" in said and "b: failed (no time left) after" in said
-
-
-def test_red_checks_stop(tmp_path):
-    on_gpu.run_all([on_gpu.Task("checks/a", ["-c", WRITE % "False"])], tmp_path, 1, math.inf)
-    with pytest.raises(SystemExit, match=r"1 checks are red, first {'ok': False}: see .*a.json; delete it to check again"):
-        on_gpu.require_green(tmp_path)
-
-
-def test_times_are_taken_while_nobody_is_busy(tmp_path):
-    lock, seen = tmp_path / "lock", []
-
-    def timed():
-        with quiet(lock):
-            seen.append("timed")
-
-    thread = threading.Thread(target=timed)
-    with busy(lock), busy(lock):
-        thread.start()
-        thread.join(0.2)
-        seen.append("checked")
-    thread.join()
-    assert seen == ["checked", "timed"]
-
-
 def test_red_kernels_are_written_and_all_counted(tmp_path, monkeypatch):
     rows = [{"op": "a", "ok": True}, {"op": "a", "ok": False}, {"op": "b", "ok": True}]
     monkeypatch.setattr(kernel_checks, "checks", lambda *_, **__: iter(rows))
@@ -234,27 +189,6 @@ def test_red_kernels_are_written_and_all_counted(tmp_path, monkeypatch):
         kernel_checks.main()
     found = json.loads((tmp_path / "checks.json").read_text())
     assert found["checked"] == 3 and found["rows"] == rows[1:2]
-
-
-@pytest.mark.parametrize(("errors", "code", "ok"), [(0, 0, True), (3, 1, False), (None, 0, False)])
-def test_sanitizer(tmp_path, monkeypatch, errors, code, ok):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert on_gpu.sanitize() == {"tool": "not there", "rows": []}
-    said = "nothing" if errors is None else f"========= ERROR SUMMARY: {errors} errors"
-    tool = tmp_path / "compute-sanitizer"
-    tool.write_text(f'#!/bin/sh\necho "$@ $PYTORCH_NO_CUDA_MEMORY_CACHING"\necho "{said}"\nexit {code}\n')
-    tool.chmod(0o755)
-    for row, end in zip(
-        on_gpu.sanitize()["rows"], ("packing_kernels.py --check-only 1\n", "kernel_checks --odd 1\n"), strict=True
-    ):
-        assert row["ok"] == ok and row["summary"] == ([] if errors is None else [f"ERROR SUMMARY: {errors} errors"])
-        assert "--tool memcheck" in row["end"] and end in row["end"]
-
-
-def test_tasks_are_of_every_op_and_model():
-    names = [task.name for task in (*on_gpu.checks(), *on_gpu.speeds())]
-    assert len(set(names)) == len(names) and {f"kernels/{op}" for op in OPS} < set(names)
-    assert {f"checks/kernel_{op}_bfloat16" for op in OPS} | {"checks/engine_sdxl", "nfe_speed/sdxl-1024_16"} < set(names)
 
 
 def test_pytest_benchmarks_every_op(tmp_path):

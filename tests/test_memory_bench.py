@@ -93,7 +93,7 @@ def test_the_largest_batch_that_fits(room, monkeypatch):
             raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(training, "_steps", steps)
-    monkeypatch.setattr(training, "_measure", lambda training, batch, seconds: {"images_per_second": float(batch)})
+    monkeypatch.setattr(training, "_measure", lambda training, batch, *_: {"images_per_second": float(batch)})
     found = training.train_row(row("eager", device="cpu", search=True), 0.0, SMALL)
     assert room - max(1, room // 16) <= found["batch"] <= room and found["note"] is None
     assert len(tried) == len({*tried})

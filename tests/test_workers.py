@@ -1,7 +1,9 @@
 """bench/speed/workers.py: arms that are kept in processes of their own."""
 
 import os
+import signal
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -24,3 +26,9 @@ def test_workers_keep_arms_and_may_end():
         with pytest.raises(EOFError):
             found["c"].made()
     assert [worker.process.exitcode for worker in found.values()] == [0, 0, 3]
+
+
+def test_who_is_late_is_ended():
+    with workers({"a": partial(time.sleep, 60)}) as found, pytest.raises(TimeoutError):
+        found["a"].made(0.1)
+    assert found["a"].process.exitcode == -signal.SIGKILL

@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from agd_fast.attaching.attachment import Attachment, attachment_of
 from agd_fast.attaching.scope import Scope, scope_of
+from agd_fast.engine.asked import Asked, Asking
 from agd_fast.engine.config import EngineConfig
 from agd_fast.engine.fingerprint import Fingerprint, obstacle, version
 from agd_fast.engine.program import Prepared, Program
@@ -25,7 +26,9 @@ from agd_fast.graph.levels import Level
 from agd_fast.spec import DenoiserSpec, argument_of, device_of, forward_parameters
 from agd_fast.warning import described, warn
 
-PROGRAMS = 16  # kept at once: shapes, armed or not
+PROGRAMS = 16  # kept at once: shapes, armed or not, values that a forward asks for
+ANSWERS = 4  # sets of values that forwards at the same shapes may be recorded anew for in one scope
+MET = 256  # sets of values that are remembered
 VALUES = 2  # that a static argument may have in one scope: conditional and unconditional forwards one after another
 AGREEMENT = {torch.float16: 0.05, torch.bfloat16: 0.1}  # of a captured program with the model, relative; other dtypes: EXACT
 EXACT = 1e-2
@@ -43,8 +46,11 @@ class _Run:
 
 @dataclass(eq=False)
 class Captured:
+    """output: the tree of the forward's output. asked: the values that it holds for."""
+
     program: Program
-    output: Any  # the tree of the forward's output
+    output: Any
+    asked: Asked
 
 
 class Engine:
@@ -55,9 +61,10 @@ class Engine:
     def __init__(self, denoiser: nn.Module, spec: DenoiserSpec, config: EngineConfig) -> None:
         self.denoiser, self.spec, self.config = denoiser, spec, config
         self.parameters = forward_parameters(denoiser)
-        self.captured: dict[Any, Captured] = {}
+        self.captured: dict[Any, list[Captured]] = {}  # more than one where values differ that the forward asks for
         self.refused: dict[Any, str] = {}  # why calls with a key are plain
         self.obstacle = ""  # why all calls are, for the model as it is
+        self.met: dict[Any, None] = {}  # values that no program was made for when they came, the oldest first
         self.ahead_bytes = 0  # of the last scope
         self._model: Fingerprint | None = None
         self._told: set[str] = set()
@@ -75,7 +82,10 @@ class Engine:
             self._refuse(request, request.obstacle)
         if request.key in self.refused:
             return self._plain(args, kwargs)
-        found = self.captured.get(request.key)
+        kept = self.captured.get(request.key, ())
+        found = next((one for one in kept if one.asked.holds(request.inputs, scope.store)), None)
+        if found is None and kept and not self._is_due(kept[0].asked, request, scope):
+            return self._plain(args, kwargs)
         if found is None:
             return self._record(request)
         number = None if request.guidance is None else request.guidance.number
@@ -89,12 +99,12 @@ class Engine:
         no CUDA graph. kernels, not_on_kernels: how many pieces of the last captured forward run on a kernel of ours, by op, and
         how many do not, by op and reason. ahead_bytes: of what was computed ahead, in the last scope."""
         device = device_of(self.denoiser)
-        programs = [found.program for found in self.captured.values()]
+        programs = [found.program for kept in self.captured.values() for found in kept]
         troubles = [trouble for program in programs for trouble in (program.trouble, program.recorded.trouble)]
         return {
             "compile": self.config.compiles(device),
             "cuda_graph": self.config.graphs(device),
-            "captured": len(self.captured),
+            "captured": len(programs),
             "ahead_bytes": self.ahead_bytes,
             **(programs[-1].kernels if programs else {"kernels": {}, "not_on_kernels": {}}),
             "slower_because": list(dict.fromkeys(filter(None, troubles))),
@@ -125,6 +135,19 @@ class Engine:
             if self.obstacle:
                 self._tell(self.obstacle)
 
+    def _is_due(self, asked: Asked, request: Request, scope: Scope) -> bool:
+        """Whether to record a forward again for the values that it asks for: not the first time that these come, as every prompt
+        may have its own."""
+        found = (request.key, asked.values(request.inputs, scope.store))
+        here: dict[Any, bool] = scope.store.setdefault(Asked, {})  # met in this scope, and whether they were due
+        if found in here:
+            return False
+        here[found] = found in self.met and sum(here.values()) < ANSWERS
+        self.met[found] = None
+        if len(self.met) > MET:
+            del self.met[next(iter(self.met))]
+        return here[found]
+
     def _record(self, request: Request) -> Any:
         """One plain forward, and its capture."""
         output = self._plain(request.args, request.kwargs)
@@ -132,15 +155,23 @@ class Engine:
         try:
             if not all(isinstance(leaf, Tensor) for leaf in leaves):
                 raise NotCapturableError(f"its output holds more than tensors: {[type(leaf).__name__ for leaf in leaves]}")
-            program = _program(request, self.config)
+            program, asked = _program(request, self.config)
             _require_same(_first_results(program, request), leaves)
         except NotCapturableError as error:
             self._refuse(request, str(error))
             return output
-        while len(self.captured) >= PROGRAMS:
-            del self.captured[next(iter(self.captured))]
-        self.captured[request.key] = Captured(program, tree)
+        self._keep(request, Captured(program, tree, asked))
         return output
+
+    def _keep(self, request: Request, found: Captured) -> None:
+        """The newest last; of too many, the oldest goes."""
+        kept = self.captured.pop(request.key, [])
+        self.captured[request.key] = [*kept, found]
+        if sum(map(len, self.captured.values())) > PROGRAMS:
+            oldest = next(iter(self.captured))
+            del self.captured[oldest][0]
+            if not self.captured[oldest]:
+                del self.captured[oldest]
 
     def _refuse(self, request: Request, reason: str) -> None:
         self.refused[request.key] = reason
@@ -180,10 +211,11 @@ def _moves(known: Sequence[Tensor], found: Tensor) -> bool:
     return found.is_inference() or len({id(tensor) for tensor in (*known, found)}) > VALUES
 
 
-def _program(request: Request, config: EngineConfig) -> Program:
-    captured = capture(request.function, request.inputs)
+def _program(request: Request, config: EngineConfig) -> tuple[Program, Asked]:
+    asking = Asking(request.inputs, request.levels)
+    captured = capture(asking(request.function), request.inputs)
     try:
-        return Program(captured, request.levels, request.timestep, config)
+        return Program(captured, request.levels, request.timestep, config), Asked(asking.questions.values())
     except Exception as error:
         raise NotCapturableError(f"its graph cannot be cut ({described(error)})") from error
 

@@ -21,8 +21,8 @@ def optimize(model: Model, config: EngineConfig | None = EngineConfig(), *, spec
 
     It acts inside a call of the pipeline, `agd_fast.sample` and `agd_fast.guided`, with an adapter armed and on the base as well.
     Outputs are equal to rounding. The first forward at new shapes runs as before and is captured. Where a forward cannot be
-    (offloading hooks, code that asks for values of tensors), the plain path runs, a warning says so once, and
-    `agd_fast.info(model)` says why.
+    (offloading hooks, code that asks for values of tensors that move during a call), the plain path runs, a warning says so
+    once, and `agd_fast.info(model)` says why.
     config: None takes the engine off: everything is as before.
     Raises: TypeError for an unknown denoiser without a spec; ValueError for one that is compiled already, and for an unknown
         AGD_FAST_KERNELS.

@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -47,6 +48,7 @@ def capture(function: Callable[..., list[Tensor]], inputs: Iterable[Tensor]) -> 
         raise NotCapturableError(f"its forward cannot be recorded ({described(error)})") from error
     graph = module.graph
     _drop_modes(graph)
+    _cast_by_dtype(graph)
     constants = _constants_as_inputs(graph, module)
     graph.eliminate_dead_code()
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
@@ -111,6 +113,14 @@ def _drop_modes(graph: fx.Graph) -> None:
             if node.target.__name__ == "_enter_autocast" and node.args[2]:
                 raise NotCapturableError("its forward switches autocast on")
             graph.erase_node(node)
+
+
+def _cast_by_dtype(graph: fx.Graph) -> None:
+    """x.type_as(y) needs no y, which may move where x does not."""
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.type_as.default):
+        x, y = map(value_of, node.all_input_nodes) if len(node.all_input_nodes) == 2 else (None, None)
+        if isinstance(x, Tensor) and isinstance(y, Tensor) and x.device == y.device:
+            node.target, node.args = torch.ops.aten.to.dtype, (node.args[0], y.dtype)
 
 
 def _constants_as_inputs(graph: fx.Graph, module: fx.GraphModule) -> dict[fx.Node, Tensor]:

@@ -9,7 +9,7 @@ from enum import IntEnum
 import torch
 from torch import Tensor, fx
 
-from agd_fast.graph.capture import schema_name, value_of
+from agd_fast.graph.capture import arguments_of, schema_name, value_of
 
 _MAYBE_COPIES = ("reshape", "reshape_as", "flatten", "ravel", "contiguous", "to", "type_as")  # views if the layout allows it
 
@@ -102,6 +102,9 @@ def _writes(node: fx.Node) -> bool:
 
 def is_random(node: fx.Node) -> bool:
     """Whether it draws random numbers."""
-    if schema_name(node) == "aten::dropout" and not node.args[2]:
-        return False
+    name = schema_name(node)
+    if name == "aten::dropout":
+        return bool(node.args[2])
+    if name == "aten::scaled_dot_product_attention":
+        return bool(arguments_of(node, None, None, None, None, 0.0)[4] or node.kwargs.get("dropout_p"))
     return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from agd_fast.spec import nest
 from memory.rows import CHECKPOINTING, EAGER, MINCUT, Row, empty_row
 from memory.students import arguments, student
 from speed.architectures import Architecture, find_architecture
+from speed.hardware import quiet
 
 IMAGES = 32  # a step of the optimizer, as presets have it
 
@@ -75,8 +77,11 @@ class Training:
         self.optimizer.zero_grad()
 
 
-def train_row(row: Row, seconds: float, architecture: Architecture | None = None) -> Row:
-    """`row` with its figures, measured on its device for about so long; the note says where memory ran out."""
+def train_row(
+    row: Row, seconds: float, architecture: Architecture | None = None, images: int = IMAGES, lock: Path | None = None
+) -> Row:
+    """`row` with its figures, measured on its device for about so long; the note says where memory ran out. images: a step of
+    the optimizer. lock: see `speed.hardware.quiet`."""
     device = torch.device(row["device"])
     _cap(row["cap_bytes"], device)
     found = empty_row(row)
@@ -85,16 +90,16 @@ def train_row(row: Row, seconds: float, architecture: Architecture | None = None
         found["parameters"] = count_parameters(training.attachment.adapter)
         with training.scope():
             batch = _largest(training, row["batch"]) if row["search"] else row["batch"]
-            found |= {"batch": batch, **_measure(training, batch, seconds)}
+            found |= {"batch": batch, **_measure(training, batch, seconds, images, lock)}
     except torch.OutOfMemoryError as error:
         found["note"] = f"out of memory: {str(error).splitlines()[0]}"[:200]
     return found
 
 
-def _measure(training: Training, batch: int, seconds: float) -> Row:
-    """Of groups of passes with one step of the optimizer behind them, as where a batch of IMAGES is made of smaller ones."""
+def _measure(training: Training, batch: int, seconds: float, images: int, lock: Path | None) -> Row:
+    """Of groups of passes with one step of the optimizer behind them, as where a batch of images is made of smaller ones."""
     run, device = training.passes(batch), training.device
-    group = max(1, -(-IMAGES // batch))
+    group = max(1, -(-images // batch))
     for _ in range(2):
         run()
         training.step()
@@ -103,14 +108,15 @@ def _measure(training: Training, batch: int, seconds: float) -> Row:
         _synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
     times: list[float] = []
-    end = time.perf_counter() + seconds
-    while not times or time.perf_counter() < end:
-        began = time.perf_counter()
-        for _ in range(group):
-            loss = run()
-        training.step()
-        _synchronize(device)
-        times.append((time.perf_counter() - began) / group)
+    with quiet(lock):
+        end = time.perf_counter() + seconds
+        while not times or time.perf_counter() < end:
+            began = time.perf_counter()
+            for _ in range(group):
+                loss = run()
+            training.step()
+            _synchronize(device)
+            times.append((time.perf_counter() - began) / group)
     median = statistics.median(times)
     print(f"  batch {batch}: {median:.3f} s a pass and its share of a step", file=sys.stderr, flush=True)
     return {

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from agd_fast.environment import environment
 from agd_fast.files import write_json
 from agd_fast.ops import Kernels, kernels_info
 from agd_fast.warning import described
-from speed.hardware import busy
+from nfe_speed import commit
 
 FAMILIES = ("sdxl", "dit", "sd3", "pixart", "wan", "sd15", "qwenimage", "sana", "auraflow")
 OMEGAS = (2.0, 5.0)
@@ -33,17 +34,17 @@ SETTINGS: tuple[tuple[str | None, Kernels, torch.dtype], ...] = (  # kind of ada
 )
 
 
-def check(name: str, device: torch.device) -> Iterator[dict[str, Any]]:
-    """One row a setting: the worst error of a plain and of an optimized forward over the steps of a run."""
+def check(name: str, device: str, setting: tuple[str | None, Kernels, torch.dtype]) -> dict[str, Any]:
+    """The worst error of a plain and of an optimized forward over the steps of a run."""
     sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
     from tiny import FAMILIES as TINY
 
-    for kind, policy, dtype in SETTINGS:
-        row = {"family": name, "kind": kind, "policy": policy, "dtype": str(dtype).removeprefix("torch.")}
-        try:
-            yield row | compare(TINY[name], kind, policy, device, dtype)
-        except Exception as error:  # red, not the end of the checks
-            yield row | {"ok": False, "reason": described(error)}
+    kind, policy, dtype = setting
+    row = {"family": name, "kind": kind, "policy": policy, "dtype": str(dtype).removeprefix("torch.")}
+    try:
+        return row | compare(TINY[name], kind, policy, torch.device(device), dtype)
+    except Exception as error:  # red, not the end of the checks
+        return row | {"ok": False, "reason": described(error)}
 
 
 @torch.no_grad()
@@ -105,15 +106,16 @@ def main() -> None:
     parser.add_argument("--family", choices=FAMILIES, required=True)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
-    parser.add_argument("--lock", type=Path, help="see nfe_speed.py")
     args = parser.parse_args()
     rows = []
-    with busy(args.lock):
-        for row in check(args.family, torch.device(args.device)):
-            print(row, flush=True)
-            rows.append(row)
+    with ProcessPoolExecutor(len(SETTINGS), get_context("spawn")) as pool:  # of each, most is compilation
+        checked = [pool.submit(check, args.family, args.device, setting) for setting in SETTINGS]
+        for one in as_completed(checked):
+            rows.append(one.result())
+            print(rows[-1], flush=True)
             if args.json:
-                write_json(args.json, {"environment": environment(), "rows": rows})
+                complete = len(rows) == len(SETTINGS)
+                write_json(args.json, {"environment": environment(), "commit": commit(), "complete": complete, "rows": rows})
     sys.exit(any(not row["ok"] for row in rows))
 
 

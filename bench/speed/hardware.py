@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import fcntl
+import os
+import signal
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,27 +37,27 @@ def roofline_ms(device: str, dtype: torch.dtype, flops: float, weight_bytes: int
 
 
 @contextmanager
-def busy(lock: Path | None) -> Iterator[None]:
-    """While something is compiled or checked that may go on beside other such things. lock: file that all of them share."""
-    with _locked(lock, fcntl.LOCK_SH):
-        yield
-
-
-@contextmanager
 def quiet(lock: Path | None) -> Iterator[None]:
-    """While times are taken: waits until nobody is busy, and nobody begins to be."""
-    with _locked(lock, fcntl.LOCK_EX):
-        yield
-
-
-@contextmanager
-def _locked(lock: Path | None, how: int) -> Iterator[None]:
+    """While times are taken: nobody else takes any, and every other process group that the file `lock` names is stopped."""
     if lock is None:
         yield
         return
-    with lock.open("a") as file:
-        fcntl.flock(file, how)
-        yield
+    with lock.open("a+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        others = [group for group in map(int, file.read().split()) if group != os.getpgrp()]
+        signal_groups(others, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            signal_groups(others, signal.SIGCONT)
+
+
+def signal_groups(groups: Iterable[int], what: signal.Signals) -> None:
+    """Those that have ended are passed over."""
+    for group in groups:
+        with suppress(ProcessLookupError):
+            os.killpg(group, what)
 
 
 def gpu_state() -> dict[str, str]:

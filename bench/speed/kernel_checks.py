@@ -21,7 +21,7 @@ from agd_fast.files import write_json
 from agd_fast.ops import OPS, kernels_info
 from agd_fast.ops.exactness import off
 from agd_fast.warning import described
-from speed.hardware import busy
+from nfe_speed import commit
 from speed.kernels import Case, Random, Row, odd_cases, real_cases
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -107,17 +107,15 @@ def main() -> None:
     parser.add_argument("--odd", action="store_true", help="only the odd shapes, at two batches")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--json", type=Path, help="write what is red to this file")
-    parser.add_argument("--lock", type=Path, help="see nfe_speed.py")
     args = parser.parse_args()
     if args.device == "cuda" and (reason := kernels_info()["missing"]):
         parser.error(f"expected kernels that run, found none: {reason}")
-    with busy(args.lock):
-        dtypes = [getattr(torch, args.dtype)] if args.dtype else DTYPES
-        found = list(checks(args.op, args.device, (1, 4) if args.odd else BATCHES, dtypes, odd=args.odd))
+    dtypes = [getattr(torch, args.dtype)] if args.dtype else DTYPES
+    found = list(checks(args.op, args.device, (1, 4) if args.odd else BATCHES, dtypes, odd=args.odd))
     red = [row for row in found if not row["ok"]]
     print(f"{len(found)} kernel checks, {len(red)} red{f', first {json.dumps(red[0])}' if red else ''}")
     if args.json:
-        write_json(args.json, {"environment": environment(), "checked": len(found), "rows": red})
+        write_json(args.json, {"environment": environment(), "commit": commit(), "checked": len(found), "rows": red})
     sys.exit(bool(red))
 
 

@@ -27,11 +27,11 @@ def main() -> None:
     with quiet(args.lock):
         ceiling = measure_ceiling()
     rows = []
-    for case in (case for case in real_cases() if case.op.name == args.op):
-        for batch in args.batch:
-            rows += measure_case(case, batch, ceiling, lock=args.lock)
-            where = {**environment(), **gpu_state()}
-            write_json(args.json, {"environment": where, "commit": commit(), "ceiling": asdict(ceiling), "rows": rows})
+    wanted = [(case, batch) for case in real_cases() if case.op.name == args.op for batch in args.batch]
+    for left, (case, batch) in zip(reversed(range(len(wanted))), wanted, strict=True):
+        rows += measure_case(case, batch, ceiling, lock=args.lock)
+        found = {"environment": {**environment(), **gpu_state()}, "commit": commit(), "ceiling": asdict(ceiling)}
+        write_json(args.json, {**found, "complete": not left, "rows": rows})
     print(f"{args.op}: {sum(row['note'] is not None for row in rows)} of {len(rows)} not timed", flush=True)
 
 

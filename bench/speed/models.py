@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -13,12 +15,13 @@ import torch
 
 from speed.architectures import Architecture, find_architecture
 from speed.arms import Arm, Workbench, is_compiled, note_of, untimed, weight_bytes
-from speed.hardware import busy, quiet
+from speed.hardware import quiet
 from speed.measure import Measured, Row, Run, attempt, compare, kernels, rows_of, time_runs
 from speed.reference import ReferenceAdapters
 from speed.workers import Worker, workers
 
 COUNTED_AS = {"cfg_compiled": "cfg", "agd_engine": "agd_hoisted"}  # the same operations, where nothing is compiled
+LATE = "not made in time"
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,8 @@ class Settings:
 
     kind: of our adapter; None takes the backbone's. compiled: whether the engine compiles.
     counts: rows of an earlier run, for FLOPs without counting anew.
-    processes: whether arms are made at the same time, each in its own. lock: see `speed.hardware`.
+    processes: whether arms are made at the same time, each in its own. patience: seconds after which such an arm is left out.
+    lock: see `speed.hardware`.
     """
 
     arms: Sequence[str]
@@ -41,6 +45,7 @@ class Settings:
     compiled: bool = True
     counts: Sequence[Row] = ()
     processes: bool = False
+    patience: float = math.inf
     lock: Path | None = None
 
 
@@ -100,10 +105,9 @@ def _count_arm(bench: Workbench, name: str, one: Measured) -> None:
 
 def _time(bench: Workbench, measured: dict[str, Measured], settings: Settings) -> None:
     runs: dict[str, Run] = {}
-    with busy(settings.lock):
-        for name, one in _timed(measured, bench.device).items():
-            attempt(one, partial(_make_run, bench, name, runs))
-        compare({name: run().float() for name, run in runs.items()}, measured)
+    for name, one in _timed(measured, bench.device).items():
+        attempt(one, partial(_make_run, bench, name, runs))
+    compare({name: run().float() for name, run in runs.items()}, measured)
     with quiet(settings.lock):
         time_runs(runs, measured, settings.rounds, bench.device)
 
@@ -122,10 +126,11 @@ def _time_processes(name: str, batch: int, measured: dict[str, Measured], settin
     groups = {arm: [arm] for arm in timed if is_compiled(arm)}
     groups["eager"] = [arm for arm in timed if not is_compiled(arm)]
     make = {group: partial(_made, arms, name, batch, settings) for group, arms in groups.items() if arms}
+    late = time.monotonic() + settings.patience
     with workers(make) as found:
         of_arm = {arm: found[group] for group, arms in groups.items() for arm in arms}
         for group, worker in found.items():
-            for arm, one in _made_by(worker, groups[group]).items():
+            for arm, one in _made_by(worker, groups[group], late).items():
                 _take(one, measured[arm])
         sound = {arm: worker for arm, worker in of_arm.items() if not measured[arm].failed}
         compare({arm: worker.output(arm) for arm, worker in sound.items()}, measured)
@@ -135,9 +140,11 @@ def _time_processes(name: str, batch: int, measured: dict[str, Measured], settin
             time_runs(runs, measured, settings.rounds, torch.device("cpu"))  # who runs waits for its own device
 
 
-def _made_by(worker: Worker, arms: Sequence[str]) -> dict[str, Measured]:
+def _made_by(worker: Worker, arms: Sequence[str], late: float) -> dict[str, Measured]:
     try:
-        return worker.made()
+        return worker.made(max(late - time.monotonic(), 0.0))
+    except TimeoutError:
+        return {arm: Measured(failed=True, note=LATE) for arm in arms}
     except EOFError:
         return {arm: Measured(failed=True, note="its process ended") for arm in arms}
 
@@ -145,13 +152,12 @@ def _made_by(worker: Worker, arms: Sequence[str]) -> dict[str, Measured]:
 def _made(arms: Sequence[str], name: str, batch: int, settings: Settings) -> tuple[dict[str, Measured], dict[str, Run]]:
     """In a worker: arms that were run until all of it is compiled, and what was measured of them so far."""
     found, runs = {arm: Measured() for arm in arms}, dict[str, Run]()
-    with busy(settings.lock):
-        bench = _workbench(find_architecture(name), batch, settings, settings.device)
-        for arm, one in found.items():
-            attempt(one, partial(_make_run, bench, arm, runs))
-        gc.collect()
-        if bench.device.type == "cuda":
-            torch.cuda.empty_cache()  # others need it
+    bench = _workbench(find_architecture(name), batch, settings, settings.device)
+    for arm, one in found.items():
+        attempt(one, partial(_make_run, bench, arm, runs))
+    gc.collect()
+    if bench.device.type == "cuda":
+        torch.cuda.empty_cache()  # others need it
     return found, runs
 
 

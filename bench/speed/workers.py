@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,8 +23,12 @@ class Worker:
     process: Any
     connection: Any
 
-    def made(self) -> Any:
-        """What became of making its arms; waits for that. Raises: EOFError when the process has ended."""
+    def made(self, seconds: float = math.inf) -> Any:
+        """What became of making its arms; waits for that. Raises: EOFError when the process has ended, TimeoutError when it has
+        not made them after so long and is ended."""
+        if not self.connection.poll(None if seconds == math.inf else seconds):
+            self.process.kill()
+            raise TimeoutError
         return self.connection.recv()
 
     def run(self, arm: str) -> None:

@@ -1,0 +1,105 @@
+"""What tasks have written: what is whole, what is green, what counts; and all of it as one tar."""
+
+from __future__ import annotations
+
+import shutil
+import tarfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from agd_fast.distillation.checkpoint import CHECKPOINT_NAME
+from agd_fast.files import PARTIAL, read_json, replacing
+
+Content = dict[str, Any]
+UNCHECKED = "unchecked"
+DTYPES = ("_bfloat16", "_float16", "_float32")
+
+
+class Results:
+    """JSON by the names of tasks. output: folder that is written to. earlier: one of what was measured before."""
+
+    def __init__(self, output: Path, earlier: Path) -> None:
+        self.output, self.earlier = output, earlier
+
+    def whole(self, name: str) -> Content | None:
+        """What a task wrote that needs not run again."""
+        found = self._read(name)
+        return found if found is not None and found.get("complete", not found.get("red")) else None
+
+    def green(self, name: str) -> bool:
+        """Whether a check was made to its end, and nothing is wrong."""
+        found = self.whole(name)
+        return found is not None and not wrong(found)
+
+    def place(self, name: str, needs: Sequence[str]) -> Path:
+        """Where a task is to write: among what counts for nothing yet, unless all that it needs is green. What is there of
+        it is there."""
+        path = self.output / f"{name}.json"
+        if not all(map(self.green, needs)):
+            path = self._unchecked(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        begun = (self.output / f"{name}.json", self.earlier / f"{name}.json")
+        if not path.exists() and (own := next((one for one in begun if one.exists()), None)):
+            shutil.copyfile(own, path)
+        return path
+
+    def bring(self, name: str) -> None:
+        """A folder that a task goes on with, where only an earlier session has it."""
+        if not (self.output / name).exists() and (self.earlier / name).exists():
+            shutil.copytree(self.earlier / name, self.output / name)
+
+    def waits(self, name: str) -> bool:
+        """Whether all of it is there, but for what it needs."""
+        path = self._unchecked(name)
+        return path.exists() and bool(read_json(path).get("complete", True))
+
+    def publish(self, name: str, needs: Sequence[str]) -> None:
+        """What was written before its checks were green counts from when they are."""
+        if all(map(self.green, needs)):
+            for file in self._unchecked(name).parent.glob(f"{Path(name).name}.*"):
+                file.replace(self.output / Path(name).parent / file.name)
+
+    def red(self) -> dict[str, Content]:
+        """By name, the first thing that is wrong."""
+        names = {path.relative_to(folder).with_suffix("").as_posix() for folder in self._folders for path in _judging(folder)}
+        found = {name: wrong(content) for name in sorted(names) if (content := self._read(name))}
+        return {name: rows[0] for name, rows in found.items() if rows}
+
+    def pack(self, tar: Path) -> None:
+        """All of the output in one file, but for checkpoints."""
+        with replacing(tar) as partial, tarfile.open(partial, "w:gz", compresslevel=1) as file:
+            for path in sorted(self.output.rglob("*")):
+                if path.is_file() and not path.name.endswith(PARTIAL) and path.name not in (CHECKPOINT_NAME, "lock"):
+                    file.add(path, path.relative_to(self.output).as_posix())
+
+    @property
+    def _folders(self) -> tuple[Path, ...]:
+        return tuple(dict.fromkeys((self.output, self.earlier)))
+
+    def _unchecked(self, name: str) -> Path:
+        return self.output / UNCHECKED / f"{name}.json"
+
+    def _read(self, name: str) -> Content | None:
+        for spelling in _spellings(name):
+            for folder in self._folders:
+                if (path := folder / f"{spelling}.json").exists():
+                    return read_json(path)
+        return None
+
+
+def wrong(content: Content) -> list[Content]:
+    """What is not ok, of a check's rows."""
+    return [*content.get("red", ()), *(row for row in content.get("rows", ()) if not row.get("ok", True))]
+
+
+def _judging(folder: Path) -> Iterator[Path]:
+    yield from folder.glob("checks/*.json")
+    yield from folder.glob("packing_kernels.json")
+
+
+def _spellings(name: str) -> Iterator[str]:
+    """Of kernels, earlier sessions checked all dtypes at once."""
+    yield name
+    if name.startswith("checks/kernel_") and (ending := next((one for one in DTYPES if name.endswith(one)), "")):
+        yield name.removesuffix(ending)

@@ -1,0 +1,163 @@
+"""What waits for a GPU, in order of value."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from agd_fast.ops import OPS
+from speed.engine_checks import FAMILIES, SETTINGS
+
+RESULTS = Path(__file__).parents[1] / "results"
+COUNTS = sorted(map(str, RESULTS.glob("nfe_speed_meta*.json")))
+SHORT = ("--steps", "10", "--rounds", "6")  # an eager step of SDXL takes a host 0.1 s
+NAIVE, COMPILED = ("agd_naive",), ("cfg_compiled", "unguided_engine", "agd_engine")
+ARMS = ("unguided", "cfg", "agd", *COMPILED)
+MODELS = {  # family of the tiny denoiser that the engine is checked on
+    "sdxl-1024": "sdxl",
+    "dit-xl2-256": "dit",
+    "sd21-768": "sd15",
+    "sd3-medium-1024": "sd3",
+    "pixart-sigma-1024": "pixart",
+    "wan-1.3b": "wan",
+    "qwen-image": "qwenimage",
+}
+FIRST = (("sdxl-1024", 1), ("dit-xl2-256", 1), ("dit-xl2-256", 16), ("dit-xl2-256", 4))
+LAST = (("sdxl-1024", 4), ("sdxl-1024", 16), *((model, 1) for model in MODELS if model not in ("sdxl-1024", "dit-xl2-256")))
+OURS = ("4bit", "recompute", "8bit", "exact")
+MEMORY = {  # of distilling SDXL at 1024²
+    "cap8": ("--cap", "8GiB", "--modes", *OURS),
+    "int8_cap6": ("--cap", "6GiB", "--base", "int8", "--modes", *OURS[:2]),
+    "uncapped": ("--modes", "eager", "checkpointing"),
+    "images_at_24": ("--images-per-second", "--budget", "24GiB"),
+}
+DTYPES = ("bfloat16", "float16", "float32")
+UNSEEN = ("activated_linear", "projection_mix", "projection_scores", "residual_norm", "gated_lora")  # on a card, by themselves
+PACKING = "checks/packing"
+
+
+@dataclass(frozen=True)
+class Task:
+    """A command of Python that writes the JSON at its name. {json}, {lock}, {output}, {minutes} and {patience} stand for its
+    file, the session's lock and folder, the minutes that are left, and the seconds after which none are left for taking times.
+
+    needs: names of checks. While they are not all green, what it writes counts for nothing.
+    times: whether it takes times, for which it stops all others (see `speed.hardware.quiet`).
+    processes: that it keeps busy at the same time. least: seconds in which it can't be done, as far as earlier sessions tell.
+    settings: of its environment.
+    """
+
+    name: str
+    command: Sequence[str]
+    needs: Sequence[str] = ()
+    times: bool = False
+    processes: int = 1
+    least: float = 20
+    settings: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def is_check(self) -> bool:
+        return self.name.startswith("checks/")
+
+
+Stage = list[Task]  # whose times are taken before those of the next one
+
+
+def all_stages() -> list[Stage]:
+    products = [name for name in sorted(OPS) if name not in UNSEEN]
+    return [
+        [of_engine("sdxl"), of_engine("dit"), *(speed(*one) for one in FIRST)],
+        [packing_check(), memory("cap8"), memory("int8_cap6")],
+        [memory("uncapped"), memory("images_at_24")],
+        [Task("packing_kernels", alone("packing_kernels.py"), times=True)],
+        [*(memory(name, "cross_attention") for name in ("cap8", "int8_cap6", "uncapped")), memory("uncapped", "reference")],
+        [*(check for op in (*UNSEEN, *products) for check in of_kernel(op)), *(kernel_speed(op) for op in (*UNSEEN, *products))],
+        [chosen_kernels(model) for model in ("dit-xl2-256", "sdxl-1024")],
+        [of_engine("sd15"), *sanitizer(), *(of_engine(name) for name in FAMILIES if name not in ("sdxl", "dit", "sd15"))],
+        *([speed(*one)] for one in LAST),
+    ]
+
+
+def photographs(data: Path) -> list[Stage]:
+    """A session of its own: a teacher is trained by the clock, so that nothing may run beside it."""
+    command = ["fidelity.py", "photographs", "--data", str(data.resolve()), "--output", "{output}/photographs"]
+    command += ["--minutes", "{minutes}", "--teacher-minutes", "6"]  # which is in time, with all before and after it
+    return [[Task("photographs", command, settings={"OMP_NUM_THREADS": "8"})]]
+
+
+def of_engine(family: str) -> Task:
+    own = ["-m", "speed.engine_checks", "--family", family, "--json", "{json}"]
+    one = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    return Task(f"checks/engine_{family}", own, processes=len(SETTINGS), least=40, settings=one)
+
+
+def of_kernel(op: str) -> list[Task]:
+    """One a dtype, the longest first."""
+    own = ["-m", "speed.kernel_checks", "--op", op, "--json", "{json}", "--dtype"]
+    return [Task(f"checks/kernel_{op}_{dtype}", [*own, dtype]) for dtype in reversed(DTYPES)]
+
+
+def kernel_speed(op: str) -> Task:
+    own = ["-m", "speed.kernel_speeds", "--op", op, "--json", "{json}", "--lock", "{lock}"]
+    return Task(f"kernels/{op}", own, [task.name for task in of_kernel(op)], times=True)
+
+
+def speed(model: str, batch: int) -> Task:
+    """Without our kernels: whether they win can only be measured on a card that is otherwise idle."""
+    arms = [*ARMS, *(NAIVE if batch == 1 else ())]
+    command = [*nfe(model, batch), *arms, "--lock", "{lock}"]
+    processes = len(COMPILED) + 1
+    if model == "qwen-image":  # no card holds it four times
+        processes = 1
+    else:
+        command += ["--processes", "--patience", "{patience}"]
+    threads = "2" if model.startswith("dit") else "4"
+    own = {"AGD_FAST_KERNELS": "never", "TORCHINDUCTOR_COMPILE_THREADS": threads}
+    return Task(f"nfe_speed/{model}_{batch}", command, [engine_of(model)], True, processes, least=110, settings=own)
+
+
+def chosen_kernels(model: str) -> Task:
+    """With those that win here, measured in the run, and with all of them."""
+    arms = ("unguided", "agd", "unguided_engine", "agd_engine", "agd_kernels")
+    needs = [engine_of(model), *(task.name for op in sorted(OPS) for task in of_kernel(op))]
+    own = {"AGD_FAST_KERNELS": "auto", "TORCHINDUCTOR_COMPILE_THREADS": "8"}
+    return Task(f"nfe_speed_kernels/{model}_1", alone(*nfe(model, 1), *arms), needs, True, least=90, settings=own)
+
+
+def nfe(model: str, batch: int) -> list[str]:
+    command = ["nfe_speed.py", "--model", model, "--batch", str(batch), "--dtype", "bf16", *SHORT, "--counts", *COUNTS]
+    return [*command, "--json", "{json}", "--arms"]
+
+
+def engine_of(model: str) -> str:
+    return f"checks/engine_{MODELS[model]}"
+
+
+def memory(name: str, adapter: str = "default") -> Task:
+    """The optimizer's step is taken after 8 images, not 32, where only one at a time fits; its share in a time is then larger."""
+    own = ["distill_memory.py", "--model", "sdxl-1024", *MEMORY[name], "--json", "{json}", "--lock", "{lock}"]
+    images = () if name == "images_at_24" else ("--images", "8", "--adapter", adapter)
+    full = f"distill_memory/{name}" + ("" if adapter == "default" else f"_{adapter}")
+    return Task(full, [*own, *images, "--minutes", "{minutes}"], [PACKING], times=True, least=45)
+
+
+def packing_check() -> Task:
+    return Task(PACKING, judged("--", "packing_kernels.py", "--check-only"))
+
+
+def sanitizer() -> list[Task]:
+    """Every kernel at small shapes: accesses outside of what was allocated."""
+    checked = {"packing": ("packing_kernels.py", "--check-only"), "kernels": ("-m", "speed.kernel_checks", "--odd")}
+    return [Task(f"checks/sanitizer_{name}", judged("--sanitizer", "--", *command)) for name, command in checked.items()]
+
+
+def judged(*command: str) -> list[str]:
+    return ["-m", "session.judged", "--json", "{json}", *command]
+
+
+def alone(*command: str) -> list[str]:
+    """A command that takes times from its beginning to its end."""
+    own = command if "--json" in command else (*command, "--json", "{json}")
+    return ["-m", "session.alone", "{lock}", sys.executable, *own]
