@@ -103,7 +103,8 @@ def distill(
         int | None, typer.Option(min=1, help="Most states a forward.", show_default="the batch, or what fits with --memory auto")
     ] = None,
     memory: Annotated[
-        str | None, typer.Option(help="What is kept for backward: exact, 8bit, 4bit, recompute, or auto: the first that fits.")
+        str | None,
+        typer.Option(help="What is kept for backward: exact, 8bit, 4bit, recompute, blocks, or auto: the first that fits."),
     ] = None,
     base_weights: Annotated[str | None, typer.Option(help="Keep the frozen weights as int8 or nf4 while training.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate; default: by kind.")] = None,

@@ -33,7 +33,7 @@ from speed.architectures import ARCHITECTURES, find_architecture
 from speed.hardware import gpu_state
 
 UNITS = {"GiB": 2**30, "MiB": 2**20, "GB": 10**9}
-AT_BUDGET = ("default", ("4bit", "recompute", CHECKPOINTING)), ("reference", (EAGER, CHECKPOINTING))  # adapter, ways
+AT_BUDGET = ("default", ("4bit", "recompute", "blocks", CHECKPOINTING)), ("reference", (EAGER, CHECKPOINTING))  # adapter, ways
 
 
 def main() -> None:

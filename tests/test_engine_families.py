@@ -175,7 +175,12 @@ HOISTED = [
         ["context_refiner.0.attn.to_k", "norm1.linear", "norm_out.linear_1", "timestep_embedder.linear_1"],
         "layers.0.attn.to_k",
     ),
-    ("zimage", None, ["context_refiner.0.attention.to_k", "layers.0.adaLN_modulation.0", "t_embedder.mlp.0"], "layers.0.attention.to_k"),
+    (
+        "zimage",
+        None,
+        ["context_refiner.0.attention.to_k", "layers.0.adaLN_modulation.0", "t_embedder.mlp.0"],
+        "layers.0.attention.to_k",
+    ),
     (
         "kandinsky5",
         None,

@@ -53,7 +53,7 @@ def real(denoiser, arguments, mode):
     return found
 
 
-PLAIN = [mode for mode in MODES if mode != "checkpointing"]
+PLAIN = [mode for mode in MODES if mode not in ("checkpointing", "blocks")]
 CASES = [("sdxl", "4bit"), *((name, mode) for name in ("dit", "pixart") for mode in PLAIN), ("sd3", "recompute")]
 
 
@@ -71,6 +71,14 @@ def test_equals_what_a_real_backward_keeps(name, mode):
     difference = sum(estimated.by_op[op] - found[op] for op in attention & estimated.by_op.keys())
     assert 0 <= difference <= random + (padding if name == "pixart" else 0)
     assert estimated.activations == sum(estimated.by_op.values())
+
+
+def test_blocks_keep_their_inputs_as_a_real_backward_does():
+    pipe, _, arguments = family("sdxl")
+    estimated = estimate_memory(pipe, inputs=arguments, modes=["blocks"]).rows[0]
+    assert estimated.activations == sum(real(denoiser_of(pipe), arguments, "blocks").values())
+    assert estimated.by_op["checkpointed inputs"] > estimated.activations / 2
+    assert not pipe.unet.is_gradient_checkpointing
 
 
 @pytest.mark.parametrize("name", ["pixart", "dit"])
@@ -215,7 +223,7 @@ def test_as_text():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"modes": ["2bit"]}, r"modes must be of off, checkpointing, exact, 8bit, 4bit, recompute .*; found '2bit'"),
+        ({"modes": ["2bit"]}, r"modes must be of off, checkpointing, exact, 8bit, 4bit, recompute, blocks .*; found '2bit'"),
         ({"base_weights": "int4"}, r"base_weights must be one of 'int8', 'nf4' or None; found 'int4'"),
         ({"optimizer": "sgd"}, r"optimizer must be one of 'adamw', 'host' or None; found 'sgd'"),
         ({"inputs": {"timestep": (1,)}}, r"inputs need 'sample'"),

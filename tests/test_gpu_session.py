@@ -24,6 +24,7 @@ import nfe_speed
 import on_gpu
 from agd_fast.files import read_json
 from agd_fast.ops import OPS
+from memory import training
 from session import alone, judged
 from session.results import Results
 from session.running import Session
@@ -337,19 +338,43 @@ def test_a_command_alone_holds_the_lock(tmp_path, monkeypatch):
     assert subprocess.run([sys.executable, "-c", LOCKS, lock]).returncode == 0
 
 
-def test_a_row_of_memory_holds_the_lock(tmp_path, monkeypatch):
-    lock, path, training = str(tmp_path / "lock"), tmp_path / "row.json", distill_memory.training
+class Steps:
+    """In place of a training: whether the lock is held at each of its steps."""
 
-    def train_row(row, seconds):
-        locked = subprocess.run([sys.executable, "-c", LOCKS, lock], capture_output=True).returncode == 1
-        return {**row, "seconds": seconds, "images": training.IMAGES, "locked": locked}
+    device = torch.device("cpu")
 
-    monkeypatch.setattr(training, "train_row", train_row)
-    monkeypatch.setattr(training, "IMAGES", 32)
-    options = ["--worker", '{"mode": "8bit"}', "--json", path, "--images", 8, "--seconds", 2, "--lock", lock]
+    def __init__(self, lock):
+        self.lock, self.locked, self.passes_run = lock, [], 0
+
+    def passes(self, batch):
+        def run():
+            self.passes_run += 1
+            return torch.zeros(())
+
+        return run
+
+    def step(self):
+        self.locked.append(subprocess.run([sys.executable, "-c", LOCKS, self.lock], capture_output=True).returncode == 1)
+
+
+def test_a_row_of_memory_holds_the_lock_while_it_takes_times(tmp_path):
+    steps = Steps(tmp_path / "lock")
+    steps.lock.touch()
+    training._measure(steps, 2, 0.0, 8, steps.lock)
+    assert steps.locked == [False, False, True] and steps.passes_run == 2 + 8 // 2
+
+
+def test_a_worker_of_memory_is_given_all_that_counts(tmp_path, monkeypatch):
+    path = tmp_path / "row.json"
+
+    def train_row(row, seconds, images, lock):
+        return {**row, "seconds": seconds, "images": images, "lock": str(lock)}
+
+    monkeypatch.setattr(distill_memory, "train_row", train_row)
+    options = ["--worker", '{"mode": "8bit"}', "--json", path, "--images", 8, "--seconds", 2, "--lock", "l"]
     monkeypatch.setattr(sys, "argv", ["distill_memory.py", *map(str, options)])
     distill_memory.main()
-    assert read_json(path) == {"mode": "8bit", "seconds": 2.0, "images": 8, "locked": True}
+    assert read_json(path) == {"mode": "8bit", "seconds": 2.0, "images": 8, "lock": "l"}
 
 
 class Late:

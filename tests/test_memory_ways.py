@@ -6,6 +6,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import agd_fast as agd
 from agd_fast.attaching import attachment_of
 from agd_fast.cli import app
 from agd_fast.distillation import job
@@ -14,22 +15,33 @@ from agd_fast.files import read_json
 from agd_fast.memory import MODES
 from agd_fast.memory.choose import USABLE, Way, choose, ways_of
 from agd_fast.memory.estimate import MemoryRow
-from helpers_distillation import assert_same_tensors, collect_tiny, contents, distill_tiny, logged, short, tiny_teacher
+from helpers_distillation import (
+    assert_same_tensors,
+    collect_tiny,
+    contents,
+    custom_teacher,
+    distill_tiny,
+    logged,
+    short,
+    tiny_teacher,
+)
 from helpers_memory import wide_teacher
 
 
-@pytest.mark.parametrize("memory", MODES)
+@pytest.mark.parametrize("memory", [*MODES, "blocks"])
 def test_what_was_used_is_written_down(tmp_path, memory):
     result = distill_tiny(tmp_path, wide_teacher(), memory=memory, base_weights="int8")
     written = read_json(tmp_path / "distill.json")["memory"]
     assert written == result.memory
-    way = f"activations {memory}, base in int8"
+    blocks = memory == "blocks"
+    way = f"{'blocks run again, activations 8bit' if blocks else f'activations {memory}'}, base in int8"
     assert written == {
         "memory": memory,
         "way": way,
-        "activations": memory,
+        "activations": "8bit" if blocks else memory,
         "base_weights": "int8",
         "micro_batch_size": None,
+        "blocks": blocks,
         "reason": "as asked for",
     }
     assert read_json(tmp_path / "adapter_config.json")["about"]["memory"] == way
@@ -54,7 +66,7 @@ def test_a_run_goes_on_with_another_micro_batch_but_no_other_way_to_save_memory(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"memory": "2bit"}, "memory .*'exact', '8bit', '4bit', 'recompute', 'auto'.*'2bit'"),
+        ({"memory": "2bit"}, "memory .*'exact', '8bit', '4bit', 'recompute', 'blocks', 'auto'.*'2bit'"),
         ({"base_weights": "int4"}, "base_weights .*'int8', 'nf4'.*'int4'"),
     ],
 )
@@ -62,6 +74,35 @@ def test_an_unknown_name_is_said_before_anything_runs(tmp_path, settings, messag
     with pytest.raises(ValueError, match=message):
         distill_tiny(tmp_path / "run", **settings)
     assert not (tmp_path / "run").exists()
+
+
+def test_blocks_give_the_adapter_of_8_bits_and_leave_the_model_as_it_was(tmp_path, monkeypatch):
+    """The blocks of a tiny model run again in every backward, and are what they were."""
+    states = collect_tiny(tmp_path / "states", wide_teacher(), trajectories=6)
+    found, reruns = {}, []
+    for memory in ("8bit", "blocks"):
+        teacher = wide_teacher()
+        block = teacher.denoiser.transformer_blocks[0]
+
+        def forward(*args, own=block.forward, **kwargs):
+            reruns.append(torch.is_grad_enabled())
+            return own(*args, **kwargs)
+
+        monkeypatch.setattr(block, "forward", forward)
+        found[memory] = distill_tiny(tmp_path / memory, teacher, trajectories=states, memory=memory)
+        assert not teacher.denoiser.is_gradient_checkpointing
+        found[memory, "runs"] = sum(reruns)
+        reruns.clear()
+    assert_same_tensors(found["blocks"].adapter.state_dict(), found["8bit"].adapter.state_dict())
+    assert found["blocks", "runs"] == 2 * found["8bit", "runs"] > 0
+
+
+def test_blocks_of_a_model_that_has_none_are_refused_before_anything_runs(tmp_path):
+    teacher = custom_teacher()
+    with pytest.raises(ValueError, match="memory='blocks' expects a model of diffusers with gradient checkpointing, found none"):
+        agd.distill(teacher, conditions={"label": torch.arange(3)}, output_dir=tmp_path / "run", memory="blocks")
+    assert not (tmp_path / "run").exists() and attachment_of(teacher) is None
+    assert [way.mode for way in ways_of("auto", None, None, blocks=False)] == [*MODES, "recompute"]
 
 
 def test_auto_on_the_cpu_is_exact(tmp_path):
@@ -122,7 +163,7 @@ def test_without_another_way_the_error_names_what_may_help(tmp_path, monkeypatch
     for part in (
         f"at step {step} with",
         "Tried to allocate 2.00 GiB",
-        *map(repr, MODES),
+        *map(repr, [*MODES, "blocks"]),
         "base_weights='int8'",
         "micro_batch_size",
     ):
@@ -133,13 +174,13 @@ def test_without_another_way_the_error_names_what_may_help(tmp_path, monkeypatch
     assert all(p.grad is None for p in teacher.denoiser.parameters())
 
 
-SIZES = {"exact": 100, "8bit": 60, "4bit": 40, "recompute": 20}
+SIZES = {"exact": 100, "8bit": 60, "4bit": 40, "recompute": 20, "blocks": 15}
 
 
 def row(way):
     """Weights and the like take 50, in int8 25; activations by mode; a fifth of them again for a moment."""
-    activations = SIZES[way.activations]
-    return MemoryRow(way.activations, 25 if way.base_weights else 50, 0, 0, 0, activations, activations // 5, {})
+    activations = SIZES[way.mode]
+    return MemoryRow(way.mode, 25 if way.base_weights else 50, 0, 0, 0, activations, activations // 5, {})
 
 
 @pytest.mark.parametrize(
@@ -152,15 +193,16 @@ def row(way):
         (50 + 119, 4, Way("8bit", None, 1)),
         (50 + 71, 4, Way("4bit", None, 1)),
         (50 + 47, 1, Way("recompute", None, 1)),
-        (25 + 48, 4, Way("recompute", "int8", 2)),
-        (25 + 23, 4, Way("recompute", "int8", 1)),
+        (50 + 18, 1, Way("8bit", None, 1, blocks=True)),
+        (25 + 36, 4, Way("8bit", "int8", 2, blocks=True)),
+        (25 + 17, 4, Way("8bit", "int8", 1, blocks=True)),
     ],
 )
 def test_auto_takes_the_first_mode_that_fits_and_as_many_states_as_fit(budget, batch, way):
     choice = choose(ways_of("auto", None, None), -(-budget * 1000 // int(USABLE * 1000)), batch, row)
     assert choice.ways[0] == way
-    tried = [(left.activations, left.base_weights) for left in choice.ways]
-    assert tried == [*zip(MODES, [None] * 4, strict=True), ("recompute", "int8")][-len(tried) :]
+    tried = [(left.mode, left.base_weights) for left in choice.ways]
+    assert tried == [*((mode, None) for mode in SIZES), ("blocks", "int8")][-len(tried) :]
     assert str(way) in choice.reason
 
 
@@ -170,9 +212,11 @@ def test_auto_says_why(monkeypatch):
     monkeypatch.setattr(room, "_GIB", 1)
     choice = choose(ways_of("auto", None, None), 150, 8, row)
     assert choice.reason == "activations 8bit, 1 state a forward: 122.00 of 150.00 GiB; activations exact would take 170.00"
-    least = choose(ways_of("auto", "nf4", None), 50, 8, row)
-    assert least.ways == (Way("recompute", "nf4", 1),)
-    assert least.reason.startswith("activations recompute, base in nf4, 1 state a forward, the least there is, though")
+    least = choose(ways_of("auto", "nf4", None), 40, 8, row)
+    assert least.ways == (Way("8bit", "nf4", 1, blocks=True),)
+    assert least.reason.startswith(
+        "blocks run again, activations 8bit, base in nf4, 1 state a forward, the least there is, though"
+    )
 
 
 def test_auto_keeps_to_what_was_asked_for():
@@ -225,5 +269,6 @@ def test_the_command_line_saves_memory(tmp_path):
         "activations": "exact",
         "base_weights": "int8",
         "micro_batch_size": 3,
+        "blocks": False,
         "reason": "",
     }

@@ -20,6 +20,7 @@ from agd_fast.distillation.teachers import Prompts, teachers_of
 from agd_fast.files import differences
 from agd_fast.guiders.teaching import gives_cond_at_one
 from agd_fast.hub import resolve
+from agd_fast.memory.blocks import has_blocks
 from agd_fast.memory.choose import Memory, ways_of
 from agd_fast.memory.weight_codes import Kind
 from agd_fast.spec import DenoiserSpec
@@ -83,11 +84,12 @@ def distill(
         `init`: one round of training on its own states. A pipeline runs shard_size samples at once, at one scale.
     validation: held-out guided trajectories a scale for `guidance_explained`; 0 for none, None for 50, or 8 of a pipeline.
     validate_every: also measure, and draw a picture, after every so many steps, into output_dir/validation.
-    memory: what is kept of a forward for its backward: "exact" (what is needed, not rounded), "8bit", "4bit", "recompute", or
-        "auto", the first of these that fits the card, in the end over a base in int8 (see `agd_fast.frozen_backward`,
-        `agd_fast.estimate_memory`); None is plain autograd. In the first four, and in "auto" where the card is small for the
-        model, a model is on the card for its own forwards alone and goes back to where it was, guidance is two forwards of one
-        sample each, and the optimizer's moments lie in host memory. On the CPU "auto" is "exact".
+    memory: what is kept of a forward for its backward: "exact" (what is needed, not rounded), "8bit", "4bit",
+        "recompute", "blocks" (gradient checkpointing, and 8 bits inside of it: the least), or "auto", the first of these that
+        fits the card, in the end over a base in int8 (see `agd_fast.frozen_backward`, `agd_fast.estimate_memory`); None is
+        plain autograd. In all but the last two, and in "auto" where the card is small for the model, a model is on the card for
+        its own forwards alone and goes back to where it was, guidance is two forwards of one sample each, and the optimizer's
+        moments lie in host memory. On the CPU "auto" is "exact".
     base_weights: "int8" or "nf4" keeps the frozen weights as codes while training (`agd_fast.memory.base_weights`), with the
         originals in host memory; states, validation and what is left to the caller are of the weights as they are.
     resume: continue an interrupted run in output_dir; False trains anew on the trajectories there.
@@ -111,7 +113,6 @@ def distill(
     for name, value in (("validation", validation), ("validate_every", validate_every)):
         if value is not None and value < (name == "validate_every"):
             raise ValueError(f"{name} must be a positive number or {0 if name == 'validation' else None}, found {value}")
-    ways_of(memory, base_weights, None)  # names that are none are said before anything runs
     teachers = teachers_of(
         model,
         prompts=prompts,
@@ -128,6 +129,7 @@ def distill(
         raise ValueError(f"expected a number of trajectories for a pipeline's {len(teachers)} denoisers, found collected ones")
     jobs = []
     for index, (name, one, table) in enumerate(teachers):
+        ways_of(memory, base_weights, None, has_blocks(one.denoiser))  # what cannot be is said before anything runs
         folder = directory if index == 0 else directory / name
         of_init = init if init is None or index == 0 else init / name
         config = _adapter_config(adapter, guidance_range, one.spec.omega_offset, of_init)

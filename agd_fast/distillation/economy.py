@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from agd_fast.memory.base_weights import PackedBase, packed_base
+from agd_fast.memory.blocks import checkpointing
 from agd_fast.memory.choose import Choice
 from agd_fast.memory.frozen_backward import frozen_backward
 from agd_fast.warning import warn
@@ -43,6 +44,8 @@ class Economy:
         kind, mode = self.way.base_weights, self.way.activations
         if kind is not None and self._base is None:
             self._base = self._around_base.enter_context(packed_base(self.denoiser, kind))
+        if self.way.blocks:
+            self._around_forward.enter_context(checkpointing(self.denoiser))
         if mode is not None:
             self._around_forward.enter_context(frozen_backward(self.denoiser, activations=mode))
 

@@ -25,6 +25,7 @@ from agd_fast.distillation.train import make_accelerator, train
 from agd_fast.evaluation.explained import SCALES, Explained, guidance_explained
 from agd_fast.files import differences, fingerprint, replacing, write_json
 from agd_fast.freezing import frozen
+from agd_fast.memory.blocks import has_blocks
 from agd_fast.memory.choose import Choice, Memory, budget_on, choose, estimator, ways_of
 from agd_fast.memory.weight_codes import Kind
 from agd_fast.spec import device_of
@@ -188,7 +189,7 @@ def _train(
 def _choice(job: Job, states: Trajectories, device: torch.device, short: bool) -> Choice:
     """On the CPU nothing has to be saved: "auto" is the first way."""
     config = job.train_config
-    ways = ways_of(job.memory, job.base_weights, config.micro_batch_size)
+    ways = ways_of(job.memory, job.base_weights, config.micro_batch_size, has_blocks(job.teacher.denoiser))
     if job.memory != "auto":
         return Choice(ways, "as asked for")
     if device.type != "cuda":

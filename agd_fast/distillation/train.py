@@ -29,8 +29,7 @@ from agd_fast.distillation.loss import distillation_loss
 from agd_fast.distillation.student import Student
 from agd_fast.files import append_text, write_text
 from agd_fast.memory.base_weights import PackedWeight
-from agd_fast.memory.choose import Choice, ways_of
-from agd_fast.memory.modes import Activations
+from agd_fast.memory.choose import Choice, Memory, ways_of
 from agd_fast.memory.optimizer import HostAdamW
 from agd_fast.teacher import Teacher
 from agd_fast.trajectories import Batch, Trajectories
@@ -183,9 +182,10 @@ def _in_memory(gradients: Callable[[int | None], Tensor], economy: Economy, opti
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
         if not (alone and economy.fall(step)):
+            modes = ", ".join(repr(one) for one in get_args(Memory) if one != "auto")
             raise torch.OutOfMemoryError(
                 f"training ran out of memory at step {step} with {economy.way} ({found}); expected one of "
-                f"memory={', '.join(map(repr, get_args(Activations)))} that keeps less, base_weights='int8', or a smaller "
+                f"memory={modes} that keeps less, base_weights='int8', or a smaller "
                 "TrainConfig(micro_batch_size=...); agd_fast.estimate_memory tells what each takes"
             )
 

@@ -8,11 +8,11 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from agd_fast.memory.estimate import MemoryRow, estimate_memory
-from agd_fast.memory.modes import Activations
+from agd_fast.memory.estimate import BLOCKS, OFF, MemoryRow, estimate_memory
+from agd_fast.memory.modes import WITHIN_BLOCKS, Activations
 from agd_fast.memory.weight_codes import Kind
 
-Memory = Literal["exact", "8bit", "4bit", "recompute", "auto"]
+Memory = Literal["exact", "8bit", "4bit", "recompute", "blocks", "auto"]
 
 _GIB = 2**30
 USABLE = 0.9  # of what is free: the rest is for the allocator's gaps and for the workspaces of cuBLAS and cuDNN
@@ -21,31 +21,49 @@ USABLE = 0.9  # of what is free: the rest is for the allocator's gaps and for th
 @dataclass(frozen=True)
 class Way:
     """One way to train. activations: of `frozen_backward`, None for plain autograd. base_weights: of `packed_base`.
-    micro_batch_size: states a forward; None for all of a batch."""
+    micro_batch_size: states a forward; None for all of a batch. blocks: whether only the input of each block is kept, which runs
+    again in backward, with `activations` of one block at a time."""
 
     activations: Activations | None = None
     base_weights: Kind | None = None
     micro_batch_size: int | None = None
+    blocks: bool = False
+
+    @property
+    def mode(self) -> str:
+        """Of `estimate_memory`."""
+        return BLOCKS if self.blocks else self.activations or OFF
 
     def __str__(self) -> str:
-        parts = [f"activations {self.activations}"] if self.activations else []
+        parts = ["blocks run again"] if self.blocks else []
+        parts += [f"activations {self.activations}"] if self.activations else []
         parts += [f"base in {self.base_weights}"] if self.base_weights else []
         states = self.micro_batch_size
         parts += [f"{states} state{'s' * (states > 1)} a forward"] if states else []
         return ", ".join(parts) or "nothing saved"
 
 
-def ways_of(memory: Memory | None, base_weights: Kind | None, micro_batch_size: int | None) -> tuple[Way, ...]:
-    """What `distill` may do, in the order in which it is tried: one way, or those of "auto".
+def ways_of(
+    memory: Memory | None, base_weights: Kind | None, micro_batch_size: int | None, blocks: bool = True
+) -> tuple[Way, ...]:
+    """What `distill` may do, in the order in which it is tried: one way, or those of "auto". blocks: whether the denoiser has
+    blocks that can run again.
 
-    Raises: ValueError for a name that is none.
+    Raises: ValueError for a name that is none, and for "blocks" without any.
     """
     for name, value, known in (("memory", memory, get_args(Memory)), ("base_weights", base_weights, get_args(Kind))):
         if value is not None and value not in known:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, known))} or None; found {value!r}")
+    of_blocks = (Way(WITHIN_BLOCKS, base_weights, micro_batch_size, blocks=True),) if blocks else ()
+    if memory == "blocks":
+        if not of_blocks:
+            raise ValueError(
+                "memory='blocks' expects a model of diffusers with gradient checkpointing, found none; see 'recompute'"
+            )
+        return of_blocks
     if memory != "auto":
         return (Way(memory, base_weights, micro_batch_size),)
-    ways = tuple(Way(mode, base_weights, micro_batch_size) for mode in get_args(Activations))
+    ways = (*(Way(mode, base_weights, micro_batch_size) for mode in get_args(Activations)), *of_blocks)
     return ways if base_weights else (*ways, replace(ways[-1], base_weights="int8"))
 
 
@@ -94,14 +112,13 @@ def _states_that_fit(row: MemoryRow, usable: int) -> int:
 
 def estimator(model: Any, inputs: Mapping[str, Any], optimizer: str) -> Callable[[Way], MemoryRow]:
     """Estimates by way, for arguments of the denoiser with one state; the modes of one kind of base together."""
-    known: dict[tuple[str | None, str | None], MemoryRow] = {}
+    known: dict[tuple[str, str | None], MemoryRow] = {}
 
     def estimate(way: Way) -> MemoryRow:
-        key = (way.activations, way.base_weights)
+        key = (way.mode, way.base_weights)
         if key not in known:
-            mode = way.activations or "off"
-            found = estimate_memory(model, modes=(mode,), base_weights=way.base_weights, inputs=inputs, optimizer=optimizer)
-            known[key] = found.row(mode)
+            found = estimate_memory(model, modes=(way.mode,), base_weights=way.base_weights, inputs=inputs, optimizer=optimizer)
+            known[key] = found.row(way.mode)
         return known[key]
 
     return estimate

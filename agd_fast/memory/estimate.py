@@ -14,8 +14,10 @@ from torch import nn
 
 from agd_fast.adapters import AdapterConfig
 from agd_fast.attaching import armed, attach, attachment_of, component_of, require_attachment, spec_of, uncompiled, unload
+from agd_fast.memory.blocks import checkpointing, has_blocks
 from agd_fast.memory.counting import FusedAttention, Live, run_backward, saving, storages_of
 from agd_fast.memory.frozen_backward import frozen_backward
+from agd_fast.memory.modes import WITHIN_BLOCKS
 from agd_fast.memory.twin import arguments_of, meta_twin, pack_twin
 from agd_fast.memory.weight_codes import Kind
 from agd_fast.spec import DenoiserSpec, device_of, nest
@@ -23,8 +25,8 @@ from agd_fast.spec import DenoiserSpec, device_of, nest
 if TYPE_CHECKING:
     from rich.table import Table
 
-OFF, CHECKPOINTING = "off", "checkpointing"
-MODES = (OFF, CHECKPOINTING, "exact", "8bit", "4bit", "recompute")
+OFF, CHECKPOINTING, BLOCKS = "off", "checkpointing", "blocks"
+MODES = (OFF, CHECKPOINTING, "exact", "8bit", "4bit", "recompute", BLOCKS)
 OPTIMIZERS = {"adamw": 2, "host": 0}  # moments on the card, each as large as the parameters
 TOP = 6  # ops that a table shows
 _UNITS = {"MiB": 2**20, "GiB": 2**30}
@@ -169,7 +171,7 @@ def estimate_memory(
 
 def chosen_modes(denoiser: nn.Module, modes: Sequence[str] | None) -> tuple[str, ...]:
     """In the order of MODES. Raises: ValueError for an unknown mode, or one that the denoiser does not have."""
-    known = tuple(mode for mode in MODES if mode != CHECKPOINTING or getattr(denoiser, "_supports_gradient_checkpointing", False))
+    known = tuple(mode for mode in MODES if mode not in (CHECKPOINTING, BLOCKS) or has_blocks(denoiser))
     for mode in modes or ():
         if mode not in known:
             raise ValueError(f"modes must be of {', '.join(known)} for a {type(denoiser).__name__}; found {mode!r}")
@@ -229,20 +231,16 @@ def keeping(denoiser: nn.Module, mode: str) -> AbstractContextManager[Any]:
     if mode == OFF:
         return nullcontext()
     if mode == CHECKPOINTING:
-        return _checkpointing(denoiser)
+        return checkpointing(denoiser)
+    if mode == BLOCKS:
+        return _in_blocks(denoiser)
     return frozen_backward(denoiser, activations=mode)
 
 
 @contextmanager
-def _checkpointing(denoiser: nn.Module) -> Iterator[None]:
-    """diffusers' own, block by block."""
-    was = bool(denoiser.is_gradient_checkpointing)
-    denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
-    try:
+def _in_blocks(denoiser: nn.Module) -> Iterator[None]:
+    with checkpointing(denoiser), frozen_backward(denoiser, activations=WITHIN_BLOCKS):
         yield
-    finally:
-        if not was:
-            denoiser.disable_gradient_checkpointing()  # type: ignore[operator]
 
 
 def _bytes(module: nn.Module) -> int:

@@ -50,6 +50,7 @@ MODES: dict[str, Mode] = {
     "4bit": Mode(norm=4, fine=8, factor=4, attention=8),
     "recompute": Mode(norm=4, fine=8, factor=4, attention=8, recomputes=True),
 }
+WITHIN_BLOCKS: Activations = "8bit"  # of one block at a time, while it runs again
 
 
 def find_mode(activations: str | Mode) -> Mode:

@@ -21,8 +21,10 @@ NAMES = {
     "sd3-medium-1024": "SD3-medium 1024²",
     "pixart-sigma-1024": "PixArt-Σ 1024²",
     "dit-xl2-256": "DiT-XL/2 256²",
+    "qwen-image": "Qwen-Image 1024²",
+    "wan-1.3b": "Wan 2.1 1.3B, 81 frames of 480×832",
 }
-OTHERS = ("checkpointing", "mincut")
+WAYS = ("eager", "checkpointing", "mincut", *MODES[1:], "blocks")
 
 
 def main(counted: Path, gradients: Sequence[Path]) -> None:
@@ -57,6 +59,8 @@ def budget_table(rows: Sequence[dict[str, Any]]) -> str:
     cells = []
     for model, name in NAMES.items():
         found = [find(rows, model, mode) for mode in MODES]
+        if found[0] is None or found[0]["budget_bytes"] is None:
+            continue
         cells.append((name, "paper", *(gib(row, "budget_bytes") for row in found)))
         cells.append(("", "counted", *(gib(row) for row in found)))
     return table(("GiB", "", *MODES), cells)
@@ -66,7 +70,7 @@ def baseline_table(rows: Sequence[dict[str, Any]]) -> str:
     cells = []
     for model, name in NAMES.items():
         eager = find(rows, model, "eager")
-        for mode in ("eager", *OTHERS, *MODES[1:]):
+        for mode in WAYS:
             row = find(rows, model, mode)
             if row is None or eager is None:
                 continue
@@ -77,7 +81,7 @@ def baseline_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def kind_table(rows: Sequence[dict[str, Any]]) -> str:
-    shown = ("eager", "checkpointing", *MODES[1:])
+    shown = [way for way in WAYS if way != "mincut"]
     cells = [(name, *(gib(find(rows, model, mode, "cross_attention")) for mode in shown)) for model, name in NAMES.items()]
     return table(("GiB", *shown), cells)
 

@@ -32,6 +32,7 @@ WAYS = {
     "8bit": "ours",
     "4bit": "ours",
     "recompute": "ours",
+    "blocks": "ours: checkpointing, and 8 bits while a block runs again",
 }
 KEY = ("model", "batch", "adapter", "mode", "dtype", "base", "optimizer", "device", "cap_bytes", "search")  # what a row is one of
 FIGURES = (

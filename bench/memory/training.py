@@ -18,8 +18,8 @@ from agd_fast.adapters import count_parameters
 from agd_fast.attaching import armed, require_attachment
 from agd_fast.distillation.loss import distillation_loss
 from agd_fast.families import find_spec
-from agd_fast.memory import frozen_backward
 from agd_fast.memory.base_weights import packed_base
+from agd_fast.memory.estimate import keeping
 from agd_fast.memory.optimizer import HostAdamW
 from agd_fast.spec import nest
 from memory.rows import CHECKPOINTING, EAGER, MINCUT, Row, empty_row
@@ -50,10 +50,8 @@ class Training:
         with ExitStack() as stack:
             if self.base is not None:
                 stack.enter_context(packed_base(self.denoiser, self.base))
-            if self.mode == CHECKPOINTING:
-                self.denoiser.enable_gradient_checkpointing()
-            elif self.mode not in (EAGER, MINCUT):
-                stack.enter_context(frozen_backward(self.denoiser, self.mode))
+            if self.mode not in (EAGER, MINCUT):
+                stack.enter_context(keeping(self.denoiser, self.mode))
             yield
 
     def passes(self, batch: int) -> Callable[[], Tensor]:

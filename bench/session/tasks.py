@@ -26,7 +26,7 @@ MODELS = {  # family of the tiny denoiser that the engine is checked on
 }
 FIRST = (("sdxl-1024", 1), ("dit-xl2-256", 1), ("dit-xl2-256", 16), ("dit-xl2-256", 4))
 LAST = (("sdxl-1024", 4), ("sdxl-1024", 16), *((model, 1) for model in MODELS if model not in ("sdxl-1024", "dit-xl2-256")))
-OURS = ("4bit", "recompute", "8bit", "exact")
+OURS = ("recompute", "blocks", "4bit", "8bit", "exact")
 MEMORY = {  # of distilling SDXL at 1024²
     "cap8": ("--cap", "8GiB", "--modes", *OURS),
     "int8_cap6": ("--cap", "6GiB", "--base", "int8", "--modes", *OURS[:2]),
