@@ -23,6 +23,7 @@ import agd_fast as agd
 from agd_fast.attaching import armed, require_attachment
 from agd_fast.datasets import digits_teacher
 from agd_fast.memory import MODES, Mode, frozen_backward
+from agd_fast.memory.modes import WITHIN_BLOCKS
 from helpers_distillation import tiny_teacher
 from helpers_families import attach_trained, denoisers, run, watched
 from tiny import TinyFamily
@@ -121,7 +122,8 @@ def tensors_in(value: Any, depth: int = 12) -> list[Tensor]:
     return [tensor for one in inner for tensor in tensors_in(one, depth - 1)]
 
 
-SMALLEST = {name: replace(mode, smallest=0) for name, mode in MODES.items()}  # tiny models have nothing but small tensors
+_EVERY = {**MODES, "blocks": WITHIN_BLOCKS}
+SMALLEST = {name: replace(mode, smallest=0) for name, mode in _EVERY.items()}  # tiny models have nothing but small tensors
 
 
 @dataclass

@@ -159,7 +159,7 @@ def test_weights_changed_before_backward_are_refused(armed_backbone):
         output.sum().backward()
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", SMALLEST)
 def test_checkpointed_blocks_run_again_as_they_ran(armed_backbone, mode):
     """Their re-runs keep what their forwards kept, which torch checks: the same norms in the fine form."""
     chosen = replace(SMALLEST[mode], narrow=0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -14,9 +13,7 @@ from agd_fast.memory import MODES
 from agd_fast.memory.handlers import HANDLERS
 from agd_fast.memory.interception import FrozenBackward, Run
 from agd_fast.memory.provenance import Plan
-from helpers_memory import keeping, nodes, tensors_in
-
-SMALLEST = {name: replace(mode, smallest=0) for name, mode in MODES.items()}
+from helpers_memory import SMALLEST, keeping, nodes, tensors_in
 
 
 def run(mode, function, *inputs, plan=None):
@@ -215,6 +212,14 @@ def test_a_silu_behind_a_norm_keeps_nothing_more():
     x, function = wanted(2, 4, 16, 16), partial(F.group_norm, num_groups=2)
     for mode in MODES:
         assert kept(mode, lambda x: F.silu(function(x)), x) == kept(mode, function, x)
+
+
+def test_attention_that_is_not_to_run_again_is_autograds():
+    q = wanted(2, 4, 64, 16)
+    attend = lambda q: F.scaled_dot_product_attention(q, q, q)  # noqa: E731
+    assert kept("blocks", attend, q) >= 2 * q.nbytes > kept("8bit", attend, q)  # its output too
+    (expected,) = torch.autograd.grad(attend(q).square().sum(), q)
+    assert torch.equal(torch.autograd.grad(run("blocks", attend, q).square().sum(), q)[0], expected)
 
 
 def test_a_trainable_linear_shares_the_norm_that_it_reads():

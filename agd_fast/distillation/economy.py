@@ -41,7 +41,7 @@ class Economy:
         self._around_base.close()
 
     def _enter(self) -> None:
-        kind, mode = self.way.base_weights, self.way.activations
+        kind, mode = self.way.base_weights, self.way.kept
         if kind is not None and self._base is None:
             self._base = self._around_base.enter_context(packed_base(self.denoiser, kind))
         if self.way.blocks:

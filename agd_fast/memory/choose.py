@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from agd_fast.memory.estimate import BLOCKS, OFF, MemoryRow, estimate_memory
-from agd_fast.memory.modes import WITHIN_BLOCKS, Activations
+from agd_fast.memory.modes import WITHIN_BLOCKS, Activations, Mode
 from agd_fast.memory.weight_codes import Kind
 
 Memory = Literal["exact", "8bit", "4bit", "recompute", "blocks", "auto"]
@@ -22,7 +22,7 @@ USABLE = 0.9  # of what is free: the rest is for the allocator's gaps and for th
 class Way:
     """One way to train. activations: of `frozen_backward`, None for plain autograd. base_weights: of `packed_base`.
     micro_batch_size: states a forward; None for all of a batch. blocks: whether only the input of each block is kept, which runs
-    again in backward, with `activations` of one block at a time."""
+    again in backward, with `activations` of one block at a time, but for its attention."""
 
     activations: Activations | None = None
     base_weights: Kind | None = None
@@ -33,6 +33,11 @@ class Way:
     def mode(self) -> str:
         """Of `estimate_memory`."""
         return BLOCKS if self.blocks else self.activations or OFF
+
+    @property
+    def kept(self) -> str | Mode | None:
+        """Of `frozen_backward`."""
+        return WITHIN_BLOCKS if self.blocks else self.activations
 
     def __str__(self) -> str:
         parts = ["blocks run again"] if self.blocks else []
@@ -54,7 +59,7 @@ def ways_of(
     for name, value, known in (("memory", memory, get_args(Memory)), ("base_weights", base_weights, get_args(Kind))):
         if value is not None and value not in known:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, known))} or None; found {value!r}")
-    of_blocks = (Way(WITHIN_BLOCKS, base_weights, micro_batch_size, blocks=True),) if blocks else ()
+    of_blocks = (Way("8bit", base_weights, micro_batch_size, blocks=True),) if blocks else ()
     if memory == "blocks":
         if not of_blocks:
             raise ValueError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, get_args
 
 Activations = Literal["exact", "8bit", "4bit", "recompute"]
@@ -23,7 +23,8 @@ class Mode:
     or a recomputation, reads; x̂ of group norms, and of rows shorter than `narrow`, whose gradient takes errors of x̂ in by 1/√n.
     factor: factors of activations and of gated products. attention: q, k, v.
     groups: consecutive elements that share a scale, in 4 bits and in 8. smallest: elements below which autograd is left alone.
-    recomputes: whether outputs of frozen linears are made again from what norms keep.
+    recomputes: whether outputs of frozen linears are made again from what norms keep. attends_again: whether attention runs again
+    in its backward; without, autograd keeps its output too, nothing of it rounded.
     """
 
     norm: int | None = None
@@ -34,6 +35,7 @@ class Mode:
     narrow: int = 256
     smallest: int = 4096
     recomputes: bool = False
+    attends_again: bool = True
 
     def packing(self, bits: int | None) -> Packing:
         assert bits is not None, "exact modes pack nothing"
@@ -50,7 +52,7 @@ MODES: dict[str, Mode] = {
     "4bit": Mode(norm=4, fine=8, factor=4, attention=8),
     "recompute": Mode(norm=4, fine=8, factor=4, attention=8, recomputes=True),
 }
-WITHIN_BLOCKS: Activations = "8bit"  # of one block at a time, while it runs again
+WITHIN_BLOCKS = replace(MODES["8bit"], attends_again=False)  # of one block at a time, while it runs again: attention did already
 
 
 def find_mode(activations: str | Mode) -> Mode:

@@ -32,7 +32,7 @@ def scaled_dot_product_attention(
 ) -> Tensor:
     """query: [..., T, d]; key: [..., S, d]; value: [..., S, d_v]; attn_mask: broadcast to [..., T, S] → [..., T, d_v]."""
     inputs = (query, key, value)
-    if dropout_p or not any(run.replaces(one, attn_mask) for one in inputs):
+    if dropout_p or not run.mode.attends_again or not any(run.replaces(one, attn_mask) for one in inputs):
         return call()
     with torch.no_grad():
         output = call()
