@@ -48,8 +48,8 @@ if [ -n "$lacking" ]; then
 fi
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader || fail "expected a GPU, found no nvidia-smi that runs"
 
-AGD_FAST_CUDA_ARCHS=${AGD_FAST_CUDA_ARCHS:-90} "$python" setup.py -q build_ext --inplace >"$out/build.log" 2>&1 || true
-compgen -G "agd_fast/_cuda*.so" >/dev/null || echo "gpu_session: agd_fast._cuda was not built, see build.log: what needs it will be red"
+export AGD_FAST_CUDA_ARCHS=${AGD_FAST_CUDA_ARCHS:-90} AGD_FAST_BUILD_EXT=1
+"$python" setup.py -q build_ext --inplace >"$out/build.log" 2>&1 && compgen -G "agd_fast/_cuda*.so" >/dev/null || echo "gpu_session: agd_fast._cuda was not built, see build.log: what needs it will be red"
 
 left=$("$python" -c "print($minutes - $SECONDS / 60)")
 echo "gpu_session: ready after $SECONDS s"

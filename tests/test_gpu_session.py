@@ -425,13 +425,14 @@ def test_sanitizer(tmp_path, errors, code, ok):
 
 @pytest.mark.parametrize(("options", "code", "rows"), [([], 0, 1), ([], 3, 1), (["--sanitizer"], 3, 0)])
 def test_judged_by_the_exit_code(tmp_path, monkeypatch, options, code, rows):
-    monkeypatch.setattr(judged.shutil, "which", lambda name: None)
+    monkeypatch.setattr(judged.shutil, "which", lambda name, path: None)
     command = ["-c", f"print('said'); raise SystemExit({code})"]
     monkeypatch.setattr(sys, "argv", ["judged", "--json", str(tmp_path / "out.json"), *options, "--", *command])
     with pytest.raises(SystemExit) as ended:
         judged.main()
     found = json.loads((tmp_path / "out.json").read_text())
     assert bool(ended.value.code) == bool(code and rows) and len(found["rows"]) == rows
+    assert found["complete"] == bool(rows)  # what nothing was checked for is to be checked again
     assert all(row["ok"] == (not code) and row["end"] == "said\n" and row["checked"] == command for row in found["rows"])
 
 

@@ -1,9 +1,12 @@
 """The way of a run in little memory: asked for or chosen, the next one when memory runs out, and where it is written."""
 
 import json
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 from typer.testing import CliRunner
 
 import agd_fast as agd
@@ -13,6 +16,7 @@ from agd_fast.distillation import job
 from agd_fast.distillation.student import Student
 from agd_fast.files import read_json
 from agd_fast.memory import MODES
+from agd_fast.memory.blocks import checkpointing
 from agd_fast.memory.choose import USABLE, Way, choose, ways_of
 from agd_fast.memory.estimate import MemoryRow
 from helpers_distillation import (
@@ -95,6 +99,19 @@ def test_blocks_give_the_adapter_of_8_bits_and_leave_the_model_as_it_was(tmp_pat
         reruns.clear()
     assert_same_tensors(found["blocks"].adapter.state_dict(), found["8bit"].adapter.state_dict())
     assert found["blocks", "runs"] == 2 * found["8bit", "runs"] > 0
+
+
+def test_checkpointing_that_was_there_before_is_there_again():
+    first, second = wide_teacher().denoiser, wide_teacher().denoiser
+    first.enable_gradient_checkpointing(own := partial(checkpoint, use_reentrant=False))
+    second.enable_gradient_checkpointing()
+    second.gradient_checkpointing = False
+    kinds = [[(module, dict(vars(module))) for module in model.modules()] for model in (first, second)]
+    for model, before in zip((first, second), kinds, strict=True):
+        with checkpointing(model):
+            assert all(module.gradient_checkpointing for module, values in before if "gradient_checkpointing" in values)
+        assert all(vars(module) == values for module, values in before)
+    assert first._gradient_checkpointing_func is own and not second.gradient_checkpointing
 
 
 def test_blocks_of_a_model_that_has_none_are_refused_before_anything_runs(tmp_path):
@@ -194,16 +211,31 @@ def row(way):
         (50 + 71, 4, Way("4bit", None, 1)),
         (50 + 47, 1, Way("recompute", None, 1)),
         (50 + 18, 1, Way("8bit", None, 1, blocks=True)),
-        (25 + 36, 4, Way("8bit", "int8", 2, blocks=True)),
+        (25 + 48, 4, Way("8bit", None, 1, blocks=True)),
+        (25 + 24, 4, Way("recompute", "int8", 1)),
+        (25 + 18, 4, Way("8bit", "int8", 1, blocks=True)),
         (25 + 17, 4, Way("8bit", "int8", 1, blocks=True)),
     ],
 )
 def test_auto_takes_the_first_mode_that_fits_and_as_many_states_as_fit(budget, batch, way):
     choice = choose(ways_of("auto", None, None), -(-budget * 1000 // int(USABLE * 1000)), batch, row)
     assert choice.ways[0] == way
-    tried = [(left.mode, left.base_weights) for left in choice.ways]
-    assert tried == [*((mode, None) for mode in SIZES), ("blocks", "int8")][-len(tried) :]
+    order = [*((mode, None) for mode in SIZES), ("recompute", "int8"), ("blocks", "int8")]
+    kept = [(one.mode, one.base_weights) for one in choice.ways]
+    following = order[order.index(kept[0]) + 1 :][:1]
+    assert kept == [kept[0], *following]
     assert str(way) in choice.reason
+
+
+def test_what_auto_goes_on_with_takes_clearly_less():
+    """Blocks take as little as what is made again by itself: then the base's weights are what is left to save."""
+
+    def level(way):
+        found = row(way)
+        return replace(found, activations=19) if way.blocks else found
+
+    choice = choose(ways_of("auto", None, None), -(-74 * 1000 // int(USABLE * 1000)), 1, level)
+    assert choice.ways == (Way("recompute", None, 1), Way("recompute", "int8", 1))
 
 
 def test_auto_says_why(monkeypatch):
@@ -215,7 +247,7 @@ def test_auto_says_why(monkeypatch):
     least = choose(ways_of("auto", "nf4", None), 40, 8, row)
     assert least.ways == (Way("8bit", "nf4", 1, blocks=True),)
     assert least.reason.startswith(
-        "blocks run again, activations 8bit, base in nf4, 1 state a forward, the least there is, though"
+        "blocks run again, activations 8bit, base in nf4, 1 state a forward, the last way there is, though"
     )
 
 

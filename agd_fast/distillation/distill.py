@@ -85,8 +85,8 @@ def distill(
     validation: held-out guided trajectories a scale for `guidance_explained`; 0 for none, None for 50, or 8 of a pipeline.
     validate_every: also measure, and draw a picture, after every so many steps, into output_dir/validation.
     memory: what is kept of a forward for its backward: "exact" (what is needed, not rounded), "8bit", "4bit",
-        "recompute", "blocks" (gradient checkpointing, and 8 bits inside of it: the least), or "auto", the first of these that
-        fits the card, in the end over a base in int8 (see `agd_fast.frozen_backward`, `agd_fast.estimate_memory`); None is
+        "recompute", "blocks" (gradient checkpointing, and 8 bits inside of it: mostly the least), or "auto", the first of these
+        that fits the card, in the end over a base in int8 (see `agd_fast.frozen_backward`, `agd_fast.estimate_memory`); None is
         plain autograd. In all but the last two, and in "auto" where the card is small for the model, a model is on the card for
         its own forwards alone and goes back to where it was, guidance is two forwards of one sample each, and the optimizer's
         moments lie in host memory. On the CPU "auto" is "exact".

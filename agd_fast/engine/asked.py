@@ -145,7 +145,8 @@ class Asking(TorchFunctionMode):
         question = self._question(node, nodes, tracer.root)
         if any(one.op in ("placeholder", "get_attr") for one in nodes):  # it may become another
             self.questions[node] = question
-        return question.answer
+        with _disable_current_modes():
+            return question.answer.clone()  # which the forward may write to
 
     def _question(self, asked: fx.Node, nodes: list[fx.Node], constants: Any) -> Question:
         placeholders = [node for node in asked.graph.nodes if node.op == "placeholder"]

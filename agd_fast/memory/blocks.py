@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 from torch import nn
 
+_SET = ("gradient_checkpointing", "_gradient_checkpointing_func")  # on every module that can
+
 
 def has_blocks(denoiser: nn.Module) -> bool:
     """Whether it is a model whose blocks can run again."""
@@ -15,11 +17,14 @@ def has_blocks(denoiser: nn.Module) -> bool:
 
 @contextmanager
 def checkpointing(denoiser: nn.Module) -> Iterator[None]:
-    """Inside, a block keeps its input alone, and runs again in backward."""
-    was = bool(denoiser.is_gradient_checkpointing)
+    """Inside, a block keeps its input alone, and runs again in backward. What was set before is set again afterwards."""
+    modules = [module for module in denoiser.modules() if hasattr(module, _SET[0])]
+    before = [{name: vars(module)[name] for name in _SET if name in vars(module)} for module in modules]
     denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
     try:
         yield
     finally:
-        if not was:
-            denoiser.disable_gradient_checkpointing()  # type: ignore[operator]
+        for module, values in zip(modules, before, strict=True):
+            for name in _SET:
+                vars(module).pop(name, None)
+            vars(module).update(values)

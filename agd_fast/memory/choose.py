@@ -15,6 +15,7 @@ from agd_fast.memory.weight_codes import Kind
 Memory = Literal["exact", "8bit", "4bit", "recompute", "blocks", "auto"]
 
 _GIB = 2**30
+LESS = 0.95  # of what a way takes that ran out of memory: what may fit in its place
 USABLE = 0.9  # of what is free: the rest is for the allocator's gaps and for the workspaces of cuBLAS and cuDNN
 
 
@@ -68,13 +69,14 @@ def ways_of(
         return of_blocks
     if memory != "auto":
         return (Way(memory, base_weights, micro_batch_size),)
-    ways = (*(Way(mode, base_weights, micro_batch_size) for mode in get_args(Activations)), *of_blocks)
-    return ways if base_weights else (*ways, replace(ways[-1], base_weights="int8"))
+    modes = tuple(Way(mode, base_weights, micro_batch_size) for mode in get_args(Activations))
+    least = (modes[-1], *of_blocks)
+    return (*modes[:-1], *least, *(() if base_weights else (replace(way, base_weights="int8") for way in least)))
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The ways that are left, the chosen one first, and why that."""
+    """The chosen way, with the one to go on with should it run out of memory, and why that."""
 
     ways: tuple[Way, ...]
     reason: str
@@ -86,7 +88,8 @@ def choose(
     batch_size: int,
     estimate: Callable[[Way], MemoryRow],
 ) -> Choice:
-    """The first way of which one state a forward fits, with as many states a forward as fit, up to the batch.
+    """The first way of which one state a forward fits, with as many states a forward as fit, up to the batch; behind it the next
+    one that takes clearly less.
 
     budget: bytes for weights, adapters, gradients, optimizer, activations and working memory. estimate: of a way at one state.
     Where nothing fits, the last way with one state a forward.
@@ -98,12 +101,14 @@ def choose(
         most = _states_that_fit(row, usable) if way.micro_batch_size is None else way.micro_batch_size
         states = min(most, batch_size)
         if states and _at(row, states) <= usable:
-            rest = tuple(replace(left, micro_batch_size=left.micro_batch_size or states) for left in ways[index:])
+            less = LESS * _at(row, states)
+            after = next((left for left in ways[index + 1 :] if _at(estimate(left), states) <= less), None)
+            found = [replace(one, micro_batch_size=one.micro_batch_size or states) for one in (way, after) if one]
             before = f"; {needs[-1]}" if needs else ""
-            return Choice(rest, f"{rest[0]}: {_gib(_at(row, states))} of {_gib(budget)} GiB{before}")
+            return Choice(tuple(found), f"{found[0]}: {_gib(_at(row, states))} of {_gib(budget)} GiB{before}")
         needs.append(f"{way} would take {_gib(_at(row, max(states, 1)))}")
     last = replace(ways[-1], micro_batch_size=ways[-1].micro_batch_size or 1)
-    return Choice((last,), f"{last}, the least there is, though {needs[-1]} of {_gib(budget)} GiB")
+    return Choice((last,), f"{last}, the last way there is, though {needs[-1]} of {_gib(budget)} GiB")
 
 
 def _at(row: MemoryRow, states: int) -> int:

@@ -21,6 +21,7 @@ from agd_fast.files import write_json
 from nfe_speed import commit
 
 Row = dict[str, Any]
+CUDA = [os.path.join(home, "bin") for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if home]
 
 
 def judge(command: Sequence[str]) -> Row:
@@ -45,7 +46,7 @@ def main() -> None:
     parser.add_argument("--sanitizer", action="store_true", help="through compute-sanitizer, if it is there")
     parser.add_argument("command", nargs="+", help="of Python")
     args = parser.parse_args()
-    tool = shutil.which("compute-sanitizer")
+    tool = shutil.which("compute-sanitizer", path=os.pathsep.join([os.environ.get("PATH", ""), *CUDA]))
     if not args.sanitizer:
         rows = [judge(args.command)]
     elif tool:
@@ -55,7 +56,7 @@ def main() -> None:
         print("expected compute-sanitizer on PATH, found none: nothing is checked")
     for row in rows:
         print(row["end"])
-    write_json(args.json, {"environment": environment(), "commit": commit(), "rows": rows})
+    write_json(args.json, {"environment": environment(), "commit": commit(), "complete": bool(rows), "rows": rows})
     sys.exit(any(not row["ok"] for row in rows))
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 import tarfile
+import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +74,11 @@ class Results:
         with replacing(tar) as partial, tarfile.open(partial, "w:gz", compresslevel=1) as file:
             for path in sorted(self.output.rglob("*")):
                 if path.is_file() and not path.name.endswith(PARTIAL) and path.name not in (CHECKPOINT_NAME, "lock"):
-                    file.add(path, path.relative_to(self.output).as_posix())
+                    with suppress(FileNotFoundError):  # its task goes on writing
+                        content = path.read_bytes()
+                        entry = tarfile.TarInfo(path.relative_to(self.output).as_posix())
+                        entry.size, entry.mtime = len(content), int(time.time())
+                        file.addfile(entry, io.BytesIO(content))
 
     @property
     def _folders(self) -> tuple[Path, ...]:
