@@ -220,6 +220,19 @@ def test_what_may_change_within_a_call_is_not_taken_for_granted(name):
     assert reason in found
 
 
+@torch.no_grad()
+def test_values_that_cannot_be_captured_leave_others_on_the_engine():
+    plain, fast = curious(lambda model, x, t, mask: x * mask.sum().item() if mask[0] == 1 else x.abs() if x.sum() > 0 else -x)
+    good, bad = torch.tensor([1, 1, 0, 0]), torch.tensor([0, 1, 0, 0])
+    assert_follows(plain, fast, [good])
+    with pytest.warns(UserWarning, match="depends on x_t") as warned:
+        assert_follows(plain, fast, [bad, good])
+    assert len(warned) == 1 and len(fast._compiled_call_impl.refused) == 1
+    with own_forwards(fast) as seen, scoped(fast, torch.tensor([500, 20])):
+        fast(X, T, good)
+    assert not seen
+
+
 def test_data_of_the_model_that_is_written_between_calls():
     plain, fast = curious(ASKS["of weights too"])
     mask = torch.tensor([1, 1, 0, 0])

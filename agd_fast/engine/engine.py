@@ -62,7 +62,7 @@ class Engine:
         self.denoiser, self.spec, self.config = denoiser, spec, config
         self.parameters = forward_parameters(denoiser)
         self.captured: dict[Any, list[Captured]] = {}  # more than one where values differ that the forward asks for
-        self.refused: dict[Any, str] = {}  # why calls with a key are plain
+        self.refused: dict[Any, str] = {}  # why calls with a key, or with these values at one, are plain
         self.obstacle = ""  # why all calls are, for the model as it is
         self.met: dict[Any, None] = {}  # values that no program was made for when they came, the oldest first
         self.ahead_bytes = 0  # of the last scope
@@ -79,15 +79,16 @@ class Engine:
             return self._plain(args, kwargs)
         request = self._request(scope, attachment, args, kwargs)
         if request.obstacle and request.key not in self.refused:
-            self._refuse(request, request.obstacle)
+            self._refuse(request.key, request.obstacle)
         if request.key in self.refused:
             return self._plain(args, kwargs)
-        kept = self.captured.get(request.key, ())
+        kept = self.captured.get(request.key, [])
         found = next((one for one in kept if one.asked.holds(request.inputs, scope.store)), None)
-        if found is None and kept and not self._is_due(kept[0].asked, request, scope):
-            return self._plain(args, kwargs)
+        if found is None and not kept:
+            return self._record(request, request.key)
         if found is None:
-            return self._record(request)
+            answers = (request.key, kept[0].asked.values(request.inputs, scope.store))
+            return self._record(request, answers) if self._is_due(answers, scope) else self._plain(args, kwargs)
         number = None if request.guidance is None else request.guidance.number
         results = found.program.run(request.inputs, self._prepared(found.program, request, scope), number)
         if found.program.trouble:
@@ -135,21 +136,20 @@ class Engine:
             if self.obstacle:
                 self._tell(self.obstacle)
 
-    def _is_due(self, asked: Asked, request: Request, scope: Scope) -> bool:
+    def _is_due(self, answers: Any, scope: Scope) -> bool:
         """Whether to record a forward again for the values that it asks for: not the first time that these come, as every prompt
         may have its own."""
-        found = (request.key, asked.values(request.inputs, scope.store))
         here: dict[Any, bool] = scope.store.setdefault(Asked, {})  # met in this scope, and whether they were due
-        if found in here:
+        if answers in here or answers in self.refused:
             return False
-        here[found] = found in self.met and sum(here.values()) < ANSWERS
-        self.met[found] = None
+        here[answers] = answers in self.met and sum(here.values()) < ANSWERS
+        self.met[answers] = None
         if len(self.met) > MET:
             del self.met[next(iter(self.met))]
-        return here[found]
+        return here[answers]
 
-    def _record(self, request: Request) -> Any:
-        """One plain forward, and its capture."""
+    def _record(self, request: Request, key: Any) -> Any:
+        """One plain forward, and its capture. key: what is refused where there is none."""
         output = self._plain(request.args, request.kwargs)
         leaves, tree = pytree.tree_flatten(output)
         try:
@@ -158,7 +158,7 @@ class Engine:
             program, asked = _program(request, self.config)
             _require_same(_first_results(program, request), leaves)
         except NotCapturableError as error:
-            self._refuse(request, str(error))
+            self._refuse(key, str(error))
             return output
         self._keep(request, Captured(program, tree, asked))
         return output
@@ -173,8 +173,8 @@ class Engine:
             if not self.captured[oldest]:
                 del self.captured[oldest]
 
-    def _refuse(self, request: Request, reason: str) -> None:
-        self.refused[request.key] = reason
+    def _refuse(self, key: Any, reason: str) -> None:
+        self.refused[key] = reason
         self._tell(reason)
 
     def _prepared(self, program: Program, request: Request, scope: Scope) -> Prepared:
