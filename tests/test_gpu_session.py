@@ -1,7 +1,5 @@
-"""bench/on_gpu.py, bench/session/ and bench/gpu_session.sh: order, going on, the end in time, checks and what needs them."""
+"""bench/on_gpu.py and bench/session/: order, going on, the end in time, checks and what needs them."""
 
-import argparse
-import importlib
 import json
 import math
 import os
@@ -10,8 +8,6 @@ import subprocess
 import sys
 import tarfile
 import time
-from contextlib import nullcontext
-from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -19,23 +15,14 @@ import torch
 
 sys.path.append(str(Path(__file__).parents[1] / "bench"))
 
-import distill_memory
-import nfe_speed
 import on_gpu
-from agd_fast.files import read_json
-from agd_fast.ops import OPS
-from memory import training
-from session import alone, judged
 from session.results import Results
 from session.running import Session
-from session.tasks import Task, all_stages, photographs
-from speed import models
+from session.tasks import Task
 from speed.hardware import quiet
-from speed.measure import Measured
 
 BENCH = Path(__file__).parents[1] / "bench"
 LONG = "import time; time.sleep(600)"
-SHELL = BENCH / "gpu_session.sh"
 
 
 def writing(content, then="print('said')"):
@@ -71,72 +58,6 @@ def state(pid):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except FileNotFoundError:
         return "Z"
-
-
-ORDER = [
-    [
-        "checks/engine_sdxl",
-        "checks/engine_dit",
-        *(f"nfe_speed/{one}" for one in ("sdxl-1024_1", "dit-xl2-256_*", "dit-xl2-256_*")),
-    ],
-    ["distill_memory/cap8"],
-    ["distill_memory/int8_cap6"],
-    ["distill_memory/uncapped"],
-    ["distill_memory/images_at_24"],
-    ["packing_kernels"],
-    ["checks/kernel_activated_linear_*", "checks/kernel_gated_lora_float32", "kernels/activated_linear"],
-    ["checks/engine_sd15", "checks/sanitizer_*"],
-    ["nfe_speed/sd21-768_1", "nfe_speed/qwen-image_1"],
-]
-
-
-def test_what_is_worth_most_comes_first():
-    names = [task.name for stage in all_stages() for task in stage]
-    last = -1
-    for globs in ORDER:
-        found = [index for index, name in enumerate(names) for glob in globs if fnmatch(name, glob)]
-        assert len(found) >= len(set(globs)) and min(found) > last, globs
-        last = max(found)
-
-
-def test_tasks_are_of_every_op_and_model():
-    tasks = [task for stage in all_stages() for task in stage]
-    names = [task.name for task in tasks]
-    assert len(set(names)) == len(names) and {f"kernels/{op}" for op in OPS} < set(names)
-    kernels = {f"checks/kernel_{op}_{dtype}" for op in OPS for dtype in ("bfloat16", "float16", "float32")}
-    assert kernels | {"checks/engine_sdxl", "nfe_speed/sdxl-1024_16"} < set(names)
-    needs = {need for task in tasks for need in task.needs}
-    assert kernels < needs < set(names) and all(name.startswith("checks/") for name in needs)
-    of = {task.name: task.needs for task in tasks}
-    assert of["nfe_speed/dit-xl2-256_4"] == ["checks/engine_dit"] and of["distill_memory/cap8"] == ["checks/packing"]
-    assert all(task.times != task.is_check and ("{lock}" in task.command) == task.times for task in tasks)
-
-
-class ParsedError(Exception):
-    pass
-
-
-@pytest.mark.parametrize("stage", [*all_stages(), *photographs(Path("train.npz"))], ids=lambda stage: stage[0].name)
-def test_commands_are_what_their_scripts_take(stage, monkeypatch):
-    parse = argparse.ArgumentParser.parse_args
-
-    def parsed(parser):
-        parse(parser)
-        raise ParsedError
-
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parsed)
-    for task in stage:
-        own = {"json": "found.json", "lock": "lock", "output": "output", "minutes": "1", "patience": "1"}
-        parts = [part.format(**own) for part in task.command]
-        if "session.alone" in parts:
-            parts = parts[4:]
-        if "session.judged" in parts:
-            assert parts[:4] == ["-m", "session.judged", "--json", "found.json"]
-            parts = parts[parts.index("--") + 1 :]
-        name, options = (parts[1], parts[2:]) if parts[0] == "-m" else (parts[0].removesuffix(".py"), parts[1:])
-        monkeypatch.setattr(sys, "argv", [name, *options])
-        with pytest.raises(ParsedError):
-            importlib.import_module(name).main()
 
 
 def test_a_task_writes_its_json_once(tmp_path, capsys):
@@ -325,163 +246,3 @@ def test_one_command(tmp_path, monkeypatch, capsys):
     assert run("--names", "a") == 0 and list(held(tar)) == ["a.json"]
     assert run() == 1 and "failed: b, see logs/b.log" in capsys.readouterr().out
     assert run("--photographs", "train.npz") == 0 and set(held(tar)) == {"a.json", "photographs/teacher.json"}
-
-
-LOCKS = "import fcntl, sys; fcntl.flock(open(sys.argv[1]), fcntl.LOCK_EX | fcntl.LOCK_NB)"
-
-
-def test_a_command_alone_holds_the_lock(tmp_path, monkeypatch):
-    lock = str(tmp_path / "lock")
-    monkeypatch.setattr(sys, "argv", ["alone", lock, sys.executable, "-c", LOCKS, lock])
-    with pytest.raises(SystemExit, match="1"):
-        alone.main()
-    assert subprocess.run([sys.executable, "-c", LOCKS, lock]).returncode == 0
-
-
-class Steps:
-    """In place of a training: whether the lock is held at each of its steps."""
-
-    device = torch.device("cpu")
-
-    def __init__(self, lock):
-        self.lock, self.locked, self.passes_run = lock, [], 0
-
-    def passes(self, batch):
-        def run():
-            self.passes_run += 1
-            return torch.zeros(())
-
-        return run
-
-    def step(self):
-        self.locked.append(subprocess.run([sys.executable, "-c", LOCKS, self.lock], capture_output=True).returncode == 1)
-
-
-def test_a_row_of_memory_holds_the_lock_while_it_takes_times(tmp_path):
-    steps = Steps(tmp_path / "lock")
-    steps.lock.touch()
-    training._measure(steps, 2, 0.0, 8, steps.lock)
-    assert steps.locked == [False, False, True] and steps.passes_run == 2 + 8 // 2
-
-
-def test_a_worker_of_memory_is_given_all_that_counts(tmp_path, monkeypatch):
-    path = tmp_path / "row.json"
-
-    def train_row(row, seconds, images, lock):
-        return {**row, "seconds": seconds, "images": images, "lock": str(lock)}
-
-    monkeypatch.setattr(distill_memory, "train_row", train_row)
-    options = ["--worker", '{"mode": "8bit"}', "--json", path, "--images", 8, "--seconds", 2, "--lock", "l"]
-    monkeypatch.setattr(sys, "argv", ["distill_memory.py", *map(str, options)])
-    distill_memory.main()
-    assert read_json(path) == {"mode": "8bit", "seconds": 2.0, "images": 8, "lock": "l"}
-
-
-class Late:
-    """In place of a worker: one of its arms is never made."""
-
-    def __init__(self, arms):
-        self.arms = arms
-
-    def made(self, seconds):
-        assert 0 <= seconds <= 5
-        if "agd_engine" in self.arms:
-            raise TimeoutError
-        return {arm: Measured(nfe=2.0) for arm in self.arms}
-
-    def output(self, arm):
-        return torch.ones(2)
-
-    def run(self, arm):
-        pass
-
-
-def test_what_is_late_leaves_the_others_their_times(monkeypatch, tmp_path):
-    monkeypatch.setattr(models, "workers", lambda make: nullcontext({group: Late(one.args[0]) for group, one in make.items()}))
-    counted = {"adapter": None, "arm": "none", "model": "none", "batch": 1, "steps": 1, "dtype": "none"}
-    arms, cpu = ["unguided", "agd", "agd_engine"], torch.device("cpu")
-    made = models.Settings(arms, 2, 2, torch.float32, cpu, 4.0, counts=[counted], processes=True, patience=5.0)
-    rows = models.measure_model("dit-xl2-256", [1], made)
-    assert [(row["arm"], row["ms_per_step"] is None, row["note"]) for row in rows] == [
-        ("unguided", False, None),
-        ("agd", False, None),
-        ("agd_engine", True, models.LATE),
-    ]
-    for some, complete in ((rows, False), (rows[:2], True)):
-        nfe_speed._report(some, made, argparse.Namespace(json=tmp_path / "a.json", plot=None))
-        assert read_json(tmp_path / "a.json")["complete"] is complete
-
-
-@pytest.mark.parametrize(("errors", "code", "ok"), [(0, 0, True), (3, 1, False), (None, 0, False)])
-def test_sanitizer(tmp_path, errors, code, ok):
-    said = "nothing" if errors is None else f"========= ERROR SUMMARY: {errors} errors"
-    tool = tmp_path / "compute-sanitizer"
-    tool.write_text(f'#!/bin/sh\necho "$@ $PYTORCH_NO_CUDA_MEMORY_CACHING"\necho "{said}"\nexit {code}\n')
-    tool.chmod(0o755)
-    row = judged.sanitize(["-m", "speed.kernel_checks", "--odd"], str(tool))
-    assert row["ok"] == ok and row["summary"] == ([] if errors is None else [f"ERROR SUMMARY: {errors} errors"])
-    assert "--tool memcheck" in row["end"] and "kernel_checks --odd 1\n" in row["end"]
-
-
-@pytest.mark.parametrize(("options", "code", "rows"), [([], 0, 1), ([], 3, 1), (["--sanitizer"], 3, 0)])
-def test_judged_by_the_exit_code(tmp_path, monkeypatch, options, code, rows):
-    monkeypatch.setattr(judged.shutil, "which", lambda name, path: None)
-    command = ["-c", f"print('said'); raise SystemExit({code})"]
-    monkeypatch.setattr(sys, "argv", ["judged", "--json", str(tmp_path / "out.json"), *options, "--", *command])
-    with pytest.raises(SystemExit) as ended:
-        judged.main()
-    found = json.loads((tmp_path / "out.json").read_text())
-    assert bool(ended.value.code) == bool(code and rows) and len(found["rows"]) == rows
-    assert found["complete"] == bool(rows)  # what nothing was checked for is to be checked again
-    assert all(row["ok"] == (not code) and row["end"] == "said\n" and row["checked"] == command for row in found["rows"])
-
-
-PYTHON = """#!/bin/sh
-case "$1" in
--) sed -n 's/^names = "\\(.*\\)"/\\1/p' > /dev/null; test -e "$SCRATCH/site/diffusers" || echo "$LACKING" ;;
--m) shift; echo "$@" >> "$SAID"; mkdir -p "$SCRATCH/site/diffusers" ;;
--c) exec "$REAL" "$@" ;;
-*) echo "$@ $PYTHONPATH" >> "$SAID"; test "$1" != bench/on_gpu.py || exit "$CODE" ;;
-esac
-"""
-
-
-@pytest.fixture
-def machine(tmp_path):
-    """→ what the script says there, its exit code, what it called; commands are stubs."""
-    for name, text in {"python3": PYTHON, "nvidia-smi": "#!/bin/sh\necho card\n"}.items():
-        (tmp_path / "bin").mkdir(exist_ok=True)
-        (tmp_path / "bin" / name).write_text(text)
-        (tmp_path / "bin" / name).chmod(0o755)
-
-    def call(*args, lacking="", code=0):
-        own = {"SCRATCH": tmp_path / "scratch", "SAID": tmp_path / "said", "WHEELS": tmp_path / "wheels", "LACKING": lacking}
-        own |= {"REAL": sys.executable, "CODE": code, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
-        own = {**os.environ, **{name: str(value) for name, value in own.items()}}
-        done = subprocess.run(["bash", SHELL, *map(str, args)], env=own, capture_output=True, text=True, cwd=tmp_path)
-        said = tmp_path / "said"
-        return done.stdout + done.stderr, done.returncode, said.read_text().splitlines() if said.exists() else []
-
-    return call
-
-
-def test_the_script_prepares_a_machine(machine, tmp_path):
-    (tmp_path / "wheels").mkdir()
-    (tmp_path / "wheels/diffusers.whl").touch()
-    said, code, (install, build, runs) = machine("out", "9", "--names", "checks/*", lacking="diffusers", code=5)
-    assert code == 5 and "card" in said and (tmp_path / "out/session.log").is_file()
-    assert (
-        install.startswith("pip install") and install.endswith(str(tmp_path / "wheels/diffusers.whl")) and "--no-index" in install
-    )
-    assert build.startswith("setup.py -q build_ext --inplace") and f"{tmp_path}/scratch/site:{BENCH.parent}" in runs
-    options = runs.split()
-    assert options[:5] == ["bench/on_gpu.py", "--output", f"{tmp_path}/scratch/results", "--tar", f"{tmp_path}/out/gpu.tar.gz"]
-    assert options[5] == "--minutes" and 8.5 < float(options[6]) <= 9 and options[7:9] == ["--names", "checks/*"]
-    assert len(machine("out", "9")[2]) == 5  # what is installed is not installed again
-
-
-def test_the_script_says_what_is_missing(machine):
-    assert machine()[:2] == ("gpu_session: expected the folder to write to, found no argument\n", 2)
-    assert "expected minutes as the second argument, found '--list'" in machine("out", "--list")[0]
-    said, code, called = machine("out", lacking="diffusers")
-    assert code == 2 and "found none; there is no diffusers here" in said and not called

@@ -1,0 +1,202 @@
+"""bench/session/: which commands a session on a GPU runs, in which order, and the parts that are made for it."""
+
+import argparse
+import importlib
+import json
+import subprocess
+import sys
+from contextlib import nullcontext
+from fnmatch import fnmatch
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.append(str(Path(__file__).parents[1] / "bench"))
+
+import distill_memory
+import nfe_speed
+from agd_fast.files import read_json
+from agd_fast.ops import OPS
+from memory import training
+from session import alone, judged
+from session.tasks import all_stages, photographs
+from speed import models
+from speed.measure import Measured
+
+BENCH = Path(__file__).parents[1] / "bench"
+
+
+ORDER = [
+    [
+        "checks/engine_sdxl",
+        "checks/engine_dit",
+        *(f"nfe_speed/{one}" for one in ("sdxl-1024_1", "dit-xl2-256_*", "dit-xl2-256_*")),
+    ],
+    ["distill_memory/cap8"],
+    ["distill_memory/int8_cap6"],
+    ["distill_memory/uncapped"],
+    ["distill_memory/images_at_24"],
+    ["packing_kernels"],
+    ["checks/kernel_activated_linear_*", "checks/kernel_gated_lora_float32", "kernels/activated_linear"],
+    ["checks/engine_sd15", "checks/sanitizer_*"],
+    ["nfe_speed/sd21-768_1", "nfe_speed/qwen-image_1"],
+]
+
+
+def test_what_is_worth_most_comes_first():
+    names = [task.name for stage in all_stages() for task in stage]
+    last = -1
+    for globs in ORDER:
+        found = [index for index, name in enumerate(names) for glob in globs if fnmatch(name, glob)]
+        assert len(found) >= len(set(globs)) and min(found) > last, globs
+        last = max(found)
+
+
+def test_tasks_are_of_every_op_and_model():
+    tasks = [task for stage in all_stages() for task in stage]
+    names = [task.name for task in tasks]
+    assert len(set(names)) == len(names) and {f"kernels/{op}" for op in OPS} < set(names)
+    kernels = {f"checks/kernel_{op}_{dtype}" for op in OPS for dtype in ("bfloat16", "float16", "float32")}
+    assert kernels | {"checks/engine_sdxl", "nfe_speed/sdxl-1024_16"} < set(names)
+    needs = {need for task in tasks for need in task.needs}
+    assert kernels < needs < set(names) and all(name.startswith("checks/") for name in needs)
+    of = {task.name: task.needs for task in tasks}
+    assert of["nfe_speed/dit-xl2-256_4"] == ["checks/engine_dit"] and of["distill_memory/cap8"] == ["checks/packing"]
+    assert all(task.times != task.is_check and ("{lock}" in task.command) == task.times for task in tasks)
+
+
+class ParsedError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("stage", [*all_stages(), *photographs(Path("train.npz"))], ids=lambda stage: stage[0].name)
+def test_commands_are_what_their_scripts_take(stage, monkeypatch):
+    parse = argparse.ArgumentParser.parse_args
+
+    def parsed(parser):
+        parse(parser)
+        raise ParsedError
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parsed)
+    for task in stage:
+        own = {"json": "found.json", "lock": "lock", "output": "output", "minutes": "1", "patience": "1"}
+        parts = [part.format(**own) for part in task.command]
+        if "session.alone" in parts:
+            parts = parts[4:]
+        if "session.judged" in parts:
+            assert parts[:4] == ["-m", "session.judged", "--json", "found.json"]
+            parts = parts[parts.index("--") + 1 :]
+        name, options = (parts[1], parts[2:]) if parts[0] == "-m" else (parts[0].removesuffix(".py"), parts[1:])
+        monkeypatch.setattr(sys, "argv", [name, *options])
+        with pytest.raises(ParsedError):
+            importlib.import_module(name).main()
+
+
+LOCKS = "import fcntl, sys; fcntl.flock(open(sys.argv[1]), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+
+
+def test_a_command_alone_holds_the_lock(tmp_path, monkeypatch):
+    lock = str(tmp_path / "lock")
+    monkeypatch.setattr(sys, "argv", ["alone", lock, sys.executable, "-c", LOCKS, lock])
+    with pytest.raises(SystemExit, match="1"):
+        alone.main()
+    assert subprocess.run([sys.executable, "-c", LOCKS, lock]).returncode == 0
+
+
+class Steps:
+    """In place of a training: whether the lock is held at each of its steps."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, lock):
+        self.lock, self.locked, self.passes_run = lock, [], 0
+
+    def passes(self, batch):
+        def run():
+            self.passes_run += 1
+            return torch.zeros(())
+
+        return run
+
+    def step(self):
+        self.locked.append(subprocess.run([sys.executable, "-c", LOCKS, self.lock], capture_output=True).returncode == 1)
+
+
+def test_a_row_of_memory_holds_the_lock_while_it_takes_times(tmp_path):
+    steps = Steps(tmp_path / "lock")
+    steps.lock.touch()
+    training._measure(steps, 2, 0.0, 8, steps.lock)
+    assert steps.locked == [False, False, True] and steps.passes_run == 2 + 8 // 2
+
+
+def test_a_worker_of_memory_is_given_all_that_counts(tmp_path, monkeypatch):
+    path = tmp_path / "row.json"
+
+    def train_row(row, seconds, images, lock):
+        return {**row, "seconds": seconds, "images": images, "lock": str(lock)}
+
+    monkeypatch.setattr(distill_memory, "train_row", train_row)
+    options = ["--worker", '{"mode": "8bit"}', "--json", path, "--images", 8, "--seconds", 2, "--lock", "l"]
+    monkeypatch.setattr(sys, "argv", ["distill_memory.py", *map(str, options)])
+    distill_memory.main()
+    assert read_json(path) == {"mode": "8bit", "seconds": 2.0, "images": 8, "lock": "l"}
+
+
+class Late:
+    """In place of a worker: one of its arms is never made."""
+
+    def __init__(self, arms):
+        self.arms = arms
+
+    def made(self, seconds):
+        assert 0 <= seconds <= 5
+        if "agd_engine" in self.arms:
+            raise TimeoutError
+        return {arm: Measured(nfe=2.0) for arm in self.arms}
+
+    def output(self, arm):
+        return torch.ones(2)
+
+    def run(self, arm):
+        pass
+
+
+def test_what_is_late_leaves_the_others_their_times(monkeypatch, tmp_path):
+    monkeypatch.setattr(models, "workers", lambda make: nullcontext({group: Late(one.args[0]) for group, one in make.items()}))
+    counted = {"adapter": None, "arm": "none", "model": "none", "batch": 1, "steps": 1, "dtype": "none"}
+    arms, cpu = ["unguided", "agd", "agd_engine"], torch.device("cpu")
+    made = models.Settings(arms, 2, 2, torch.float32, cpu, 4.0, counts=[counted], processes=True, patience=5.0)
+    rows = models.measure_model("dit-xl2-256", [1], made)
+    assert [(row["arm"], row["ms_per_step"] is None, row["note"]) for row in rows] == [
+        ("unguided", False, None),
+        ("agd", False, None),
+        ("agd_engine", True, models.LATE),
+    ]
+    for some, complete in ((rows, False), (rows[:2], True)):
+        nfe_speed._report(some, made, argparse.Namespace(json=tmp_path / "a.json", plot=None))
+        assert read_json(tmp_path / "a.json")["complete"] is complete
+
+
+@pytest.mark.parametrize(("errors", "code", "ok"), [(0, 0, True), (3, 1, False), (None, 0, False)])
+def test_sanitizer(tmp_path, errors, code, ok):
+    said = "nothing" if errors is None else f"========= ERROR SUMMARY: {errors} errors"
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(f'#!/bin/sh\necho "$@ $PYTORCH_NO_CUDA_MEMORY_CACHING"\necho "{said}"\nexit {code}\n')
+    tool.chmod(0o755)
+    row = judged.sanitize(["-m", "speed.kernel_checks", "--odd"], str(tool))
+    assert row["ok"] == ok and row["summary"] == ([] if errors is None else [f"ERROR SUMMARY: {errors} errors"])
+    assert "--tool memcheck" in row["end"] and "kernel_checks --odd 1\n" in row["end"]
+
+
+@pytest.mark.parametrize(("options", "code", "rows"), [([], 0, 1), ([], 3, 1), (["--sanitizer"], 3, 0)])
+def test_judged_by_the_exit_code(tmp_path, monkeypatch, options, code, rows):
+    monkeypatch.setattr(judged.shutil, "which", lambda name, path: None)
+    command = ["-c", f"print('said'); raise SystemExit({code})"]
+    monkeypatch.setattr(sys, "argv", ["judged", "--json", str(tmp_path / "out.json"), *options, "--", *command])
+    with pytest.raises(SystemExit) as ended:
+        judged.main()
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert bool(ended.value.code) == bool(code and rows) and len(found["rows"]) == rows
+    assert found["complete"] == bool(rows)  # what nothing was checked for is to be checked again
+    assert all(row["ok"] == (not code) and row["end"] == "said\n" and row["checked"] == command for row in found["rows"])
