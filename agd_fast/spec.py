@@ -27,7 +27,8 @@ Place = Literal["first", "last"]
 class Site:
     """Where an adapter acts: the output of every module whose name matches `path`, or one of its arguments.
 
-    path: glob over the names of `denoiser.named_modules()`; `*` also crosses dots.
+    path: glob over the names of `denoiser.named_modules()`; `*` also crosses dots. Where a module's batch is a multiple of the
+        denoiser's, the entries of a sample follow one another in it.
     width: channels C of what is changed; None reads it off the module (linears, norms, diffusers' attention). A string names
         a parameter that has as many elements, such as the "scale_shift_table" that is added to an argument; modules without it
         do not match.
@@ -59,13 +60,14 @@ class Condition:
 
     argument: its name; a dot reaches into a dict argument ("added_cond_kwargs.text_embeds").
     embedding: names of the base's own modules applied in turn to get e_c [B, D] or [B, L, D]; empty
-        takes the argument as it is.
+        takes the argument as it is, tokens in several dimensions [B, L, K, D] as one sequence.
     null: the unconditional value: a number, "config.<attribute>" read off the denoiser, or "same" where it does not
         differ; None when the caller must give one (`Teacher(null_condition=...)`).
     width: channels of e_c, a number or "config.<attribute>", or several of these of which the first that is set counts; None
         finds out by embedding the label 0.
     adapt: whether adapters see it; False only passes it through.
-    mask: argument that tells its tokens from padding, [B, L], where the denoiser takes one.
+    mask: argument that tells its tokens from padding, [B, L], or how many they are, [B], where the denoiser takes one.
+    grouped: whether it has several entries a sample, one after another, such as one a frame; adapters see the first.
     """
 
     argument: str
@@ -74,6 +76,7 @@ class Condition:
     width: int | str | tuple[str, ...] | None = None
     adapt: bool = True
     mask: str | None = None
+    grouped: bool = False
 
 
 @dataclass(frozen=True)
@@ -86,8 +89,8 @@ class PipelineSpec:
     conditional: whether the conditional prediction is the "first" or the "last": of the halves of a doubled batch, or of two
         forwards one after another.
     negative_prompt: what to pass where guidance does not run without one and the caller gives none.
-    output_sign: −1 where the pipeline turns the sign of the denoiser's prediction before the scheduler gets it.
-    guider: name of the component that holds the guidance scale, where the pipeline has a guider instead of an argument.
+    guider: name of the component that holds the guidance scale, where the pipeline has a guider instead of an argument; or of
+        several, of which a call uses one.
     """
 
     components: tuple[str, ...] = ("transformer",)
@@ -95,8 +98,11 @@ class PipelineSpec:
     cfg_off_value: float = 1.0
     conditional: Place = "last"
     negative_prompt: str | None = None
-    output_sign: int = 1
-    guider: str | None = None
+    guider: str | tuple[str, ...] | None = None
+
+    @property
+    def guiders(self) -> tuple[str, ...]:
+        return (self.guider,) if isinstance(self.guider, str) else self.guider or ()
 
 
 @dataclass(frozen=True)
@@ -113,7 +119,7 @@ class DenoiserSpec:
         image and text tokens.
     listed: arguments that are a list with one tensor a sample.
     batch_dims: arguments, by (dotted) name, whose batch is another dimension than the first; None for those that all samples
-        share.
+        share. A name stands for all that is inside of it.
     attention, feed_forward, convolution: blocks that residual adapters are added to.
     modulation: conditioning sites that modulation adapters move.
     adapter_kind: of an adapter whose config names none.
@@ -147,6 +153,17 @@ class DenoiserSpec:
     @property
     def adapted(self) -> tuple[Condition, ...]:
         return tuple(condition for condition in self.conditions if condition.adapt)
+
+    @property
+    def grouped(self) -> tuple[str, ...]:
+        """Names of the arguments that have several entries a sample."""
+        return tuple(condition.argument for condition in self.conditions if condition.grouped)
+
+    def batch_dim(self, name: str) -> int | None:
+        """Which dimension of an argument, by (dotted) name, is the batch; None where all samples share it."""
+        while name and name not in self.batch_dims:
+            name = name.rpartition(".")[0]
+        return self.batch_dims[name] if name else 0
 
 
 @dataclass(frozen=True)
@@ -287,8 +304,13 @@ def config_value(denoiser: nn.Module, value: Any) -> Any:
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Where its forward runs: what accelerate offloads module by module lies on "meta" in between."""
+    """Where its forward runs: in between, what accelerate offloads by modules lies on "meta", diffusers' groups on the CPU."""
     device = next(module.parameters()).device
+    if device.type == "cpu":
+        for inner in module.modules():
+            registry = vars(inner).get("_diffusers_hook")
+            if registry is not None and (hook := registry.get_hook("group_offloading")) is not None:
+                return hook.config.onload_device
     if device.type == "meta":
         for inner in module.modules():
             if (found := getattr(getattr(inner, "_hf_hook", None), "execution_device", None)) is not None:
@@ -334,7 +356,7 @@ def argument_of(name: str, parameters: Sequence[str], args: Sequence[Any], kwarg
 
 
 def nest(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Keyword arguments of the denoiser from values by (dotted) name; where the inner names are numbers they are a tuple's."""
+    """Keyword arguments of the denoiser from values by (dotted) name; where the inner names are numbers they are a list's."""
     arguments: dict[str, Any] = {}
     inner: dict[str, dict[str, Any]] = {}
     for name, value in values.items():
@@ -345,5 +367,5 @@ def nest(values: Mapping[str, Any]) -> dict[str, Any]:
             arguments[outer] = value
     for outer, found in inner.items():
         nested = nest(found)
-        arguments[outer] = tuple(nested[key] for key in sorted(nested, key=int)) if all(map(str.isdigit, nested)) else nested
+        arguments[outer] = [nested[key] for key in sorted(nested, key=int)] if all(map(str.isdigit, nested)) else nested
     return arguments

@@ -250,6 +250,14 @@ class Teacher:
         with armed(self.require_adapter("predict_agd"), omega):
             return self.predict(x, timestep, conditions)
 
+    def arguments_on_meta(self, conditions: Conditions, count: int) -> dict[str, Any]:
+        """Arguments of a forward of `count` samples or more, by (dotted) name, as shapes without values."""
+        meta = torch.device("meta")
+        first = self.placed({name: value[:1] for name, value in conditions.items()})
+        rows = {name: value.to(meta).expand(count, *value.shape[1:]) for name, value in first.items()}
+        sample = torch.empty(count, *self.sample_shape, device=meta, dtype=self.dtype)
+        return {self.spec.sample: sample, self.spec.timestep: torch.zeros(count, device=meta), **rows}
+
     def start(self, count: int, generator: torch.Generator) -> Tensor:
         """What `count` trajectories start from, [count, ...]: here noise."""
         return torch.randn(count, *self.sample_shape, generator=generator)

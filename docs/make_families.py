@@ -20,7 +20,12 @@ PAGE = DOCS / "families.md"
 sys.path.insert(0, str(TESTS))
 
 import torch  # noqa: E402
-from diffusers import FluxTransformer2DModel, StableDiffusionInstructPix2PixPipeline, StableDiffusionPipeline  # noqa: E402
+from diffusers import (  # noqa: E402
+    FluxTransformer2DModel,
+    Ideogram4Transformer2DModel,
+    StableDiffusionInstructPix2PixPipeline,
+    StableDiffusionPipeline,
+)
 
 import agd_fast as agd  # noqa: E402
 from agd_fast.attaching import components_of, own_call, spec_of, uncompiled  # noqa: E402
@@ -32,6 +37,7 @@ from tiny import FAMILIES, TinyFamily, sd15  # noqa: E402
 
 STANDARD = "ε(∅) + ω·(ε(c) − ε(∅))"
 RESCALED = "that, times ‖ε(c)‖ / ‖·‖ along the last dimension"
+SHORTENED = "that, times min(1, ‖ε(c)‖ / ‖·‖) along the last dimension"
 OTHER = "another rule"
 COLUMNS = (
     "denoiser",
@@ -47,24 +53,78 @@ KINDS = ("modulation", "attention", "feed_forward", "convolution")
 
 # what the table cannot show; said where a pipeline departs from the standard combination or may be asked to
 REMARKS = {
+    "BriaFibo2Transformer2DModel": (
+        "The pipeline's default negative prompt is not empty: ε(∅) is that of this text. Captions that ask for text to be drawn "
+        "change the condition from step to step: they are refused, unless `call={'render_text_images': False}`."
+    ),
+    "BriaTransformer2DModel": "ε(∅) is that of zeros, where no negative prompt is given.",
     "CogVideoXTransformer3DModel": (
         "`use_dynamic_cfg=True` makes ω a function of t, and the recorded target follows it; see [limits](limits.md)."
     ),
     "DiTTransformer2DModel": "The ε channels alone are guided; the learned sigma is as the conditional pass gives it.",
+    "EasyAnimateTransformer3DModel": (
+        'Guidance needs a negative prompt; where none is given, `""` is passed. `guidance_rescale` is 0 by default. In `call=` '
+        "it becomes a part of the target."
+    ),
+    "Flux2Transformer2DModel": (
+        "FLUX.2 [klein] base has guidance. FLUX.2-dev has `guidance_embeds` and is refused, as is a pipeline with "
+        "`is_distilled`, such as that of FLUX.2 [klein]."
+    ),
+    "FluxTransformer2DModel": (
+        "Without `guidance_embeds`, as models whose guidance was not distilled or was undone: guidance runs only beside a "
+        'negative prompt; where none is given, `""` is passed.'
+    ),
     "HiDreamImageTransformer2DModel": (
         "The pipeline turns the sign of the prediction; the target is in the denoiser's own. In eval mode the routed experts run "
         "without gradients; see [limits](limits.md)."
+    ),
+    "HunyuanDiT2DModel": (
+        "The learned sigma is dropped, then the rest is guided. `guidance_rescale` is 0 by default. In `call=` it becomes a part "
+        "of the target."
+    ),
+    "HunyuanImageTransformer2DModel": (
+        "The scale lies on two guiders, one for prompts with quotes; a scale in the call is for both. An adapter learns whatever "
+        "rule they have; here it is `ClassifierFreeGuidance`. With `AdaptiveProjectedMixGuidance`, which the published pipeline "
+        "has, the scale counts for the first steps alone: later ones have a scale of the guider's own."
+    ),
+    "HunyuanVideoTransformer3DModel": (
+        "Without `guidance_embeds`, as SkyReels-V1: guidance runs only beside a negative prompt; where none is given, "
+        '`""` is passed. `guidance_scale` is an input of guidance-distilled models, which are refused.'
     ),
     "HunyuanVideo15Transformer3DModel": (
         "The scale lies on the pipeline's guider. An adapter learns whatever rule that guider has; here it is "
         "`ClassifierFreeGuidance`."
     ),
     "Kandinsky5Transformer3DModel": "The pipeline's default negative prompt is not empty: ε(∅) is that of this text.",
+    "Krea2Transformer2DModel": (
+        "The pipeline writes ε(c) + g·(ε(c) − ε(∅)), which is the standard combination at ω = g + 1. One with `is_distilled` is "
+        "refused."
+    ),
+    "LatteTransformer3DModel": (
+        "All channels are guided, then those of the learned sigma are dropped. `mask_feature`, on by default, cuts the text of a "
+        "single prompt to its length, and of several sets the padding to zero, so that a prompt is not what it is alone; with "
+        "`call={'mask_feature': False}` it is."
+    ),
+    "LongCatImageTransformer2DModel": (
+        "`enable_cfg_renorm` is on by default and only shortens; with `call={'enable_cfg_renorm': False}` the target is the "
+        "standard one. `enable_prompt_rewrite`, on by default, lets a language model write the prompt anew for each run: switch "
+        "it off, so that states of one prompt are of one text."
+    ),
     "LTXVideoTransformer3DModel": "`guidance_rescale` is 0 by default. In `call=` it becomes a part of the target.",
     "Lumina2Transformer2DModel": (
         "`cfg_normalization` is on by default; with `call={'cfg_normalization': False}` the target is the standard one. "
         "`cfg_trunc_ratio` ends guidance early; the target is then ε(c)."
     ),
+    "LuminaNextDiT2DModel": (
+        "The first three channels are guided, the fourth is as the conditional pass gives it, and the learned sigma is dropped. "
+        "The pipeline turns the sign of the prediction."
+    ),
+    "MochiTransformer3DModel": "t runs from 0 (noise) to 1000.",
+    "MotifVideoTransformer3DModel": (
+        "The scale lies on the pipeline's guider. An adapter learns whatever rule that guider has; here it is "
+        "`ClassifierFreeGuidance`."
+    ),
+    "NucleusMoEImageTransformer2DModel": "Always rescaled. The pipeline turns the sign of the prediction.",
     "PixArtTransformer2DModel": "All channels are guided, then those of the learned sigma are dropped.",
     "QwenImageTransformer2DModel": (
         'Always rescaled. Guidance runs only beside a negative prompt; where none is given, `" "` is passed. '
@@ -72,8 +132,15 @@ REMARKS = {
     ),
     "SD3Transformer2DModel": "`skip_guidance_layers` adds a third branch and is refused.",
     "SanaTransformer2DModel": "Sana-Sprint has `guidance_embeds` and is refused.",
+    "SkyReelsV2Transformer3DModel": (
+        "The pipelines of diffusion forcing (`SkyReelsV2DiffusionForcing…`) step a scheduler for each frame; they are not known."
+    ),
     "StableAudioDiTModel": "ε(∅) is that of zeros, where no negative prompt is given.",
     "UNet2DConditionModel": "`guidance_rescale` is 0 by default. In `call=` it becomes a part of the target.",
+    "UNetMotionModel": (
+        "The pipelines repeat the prompt for each frame. Where frames have prompts of their own (FreeNoise), adapters see that "
+        "of the first."
+    ),
     "WanTransformer3DModel": (
         "Wan 2.2 A14B has two denoisers, each with an adapter and a scale; the second scale is the first's where none is given."
     ),
@@ -148,8 +215,32 @@ nothing. Each of these was tried on a tiny model:
 `time_cond_proj_dim` what LCM has and what was distilled like it. InstructPix2Pix guides by three branches, with a scale for each
 of two.
 
+Image models of diffusers that run guidance and are not in the table, because of how their pipelines call them:
+
+- Ideogram 4: the unconditional prediction is another model's, and is made at every scale.
+- OmniGen: both predictions are made at every scale; with pictures in the prompt there are three.
+- DreamLite: a second scale, for the picture that is edited, is a third branch.
+- Qwen-Image 2.1: keys and values of the text are kept from the first step on, so that later steps are called otherwise.
+- GLM-Image: an autoregressive model writes tokens first, and what is kept of pictures is handed to the denoiser as an object.
+- PRX: with guidance the pipeline of diffusers 0.42 runs one prompt a call, and fails with several.
+- JoyImage: with pictures to edit, it overwrites their part of x_t at every step. It has two branches and is not described yet.
+- FLUX.3: has Modular Diffusers' blocks and no pipeline.
+
+Models of video and sound, for the same reason, and U-Nets whose blocks are others than those of their class in the table:
+
+- LTX-2 and Kandinsky 6: video and sound are predicted, guided and stepped side by side; by default LTX-2 guides by four branches.
+- Cosmos: Cosmos 1 steps its scheduler twice a step; what Cosmos 2 hands to it is mixed with x_t. Cosmos 2.5 guides
+  from ω = 2 on, so that smaller ones have no target.
+- Wan VACE: takes one prompt and one generator a call.
+- ModelScope's text to video (UNet3DConditionModel): the frames of all videos are the batch that is handed to the scheduler.
+- ACE-Step: guidance has momentum, so that it depends on the steps before.
+- Helios: makes one chunk of the video after another, each from those before. AnyFlow: is told at each step which t comes next.
+- DeepFloyd IF and Kandinsky 2.x: a UNet2DConditionModel without the blocks of Stable Diffusion's.
+- AudioLDM 2, Stable Audio 3, LongCat-AudioDiT, Kandinsky 3 and Stable Cascade have two branches and are not described yet.
+
 Not recognised, because nothing in their configs tells: models that were distilled to few steps and are called without guidance,
-such as SDXL-Turbo, SDXL-Lightning or Z-Image-Turbo. An adapter can be attached to them, but there is no second forward to save.
+such as SDXL-Turbo, SDXL-Lightning, FLUX.1-schnell or Z-Image-Turbo. An adapter can be attached to them, but there is no second
+forward to save.
 """
 
 
@@ -200,7 +291,7 @@ def target_of(pipe: Any, family: TinyFamily, component: str) -> str:
     if len(family.guided) > 1 and component == "transformer_2":
         omega = family.guided["guidance_scale_2"]
     with torch.no_grad():
-        Recorder(pipe, teacher.denoiser, spec, 1, visit).run(
+        Recorder(pipe, teacher.denoiser, spec, 1, visit, teacher.ask_what_is_handed(0)).run(
             lambda: own_call(pipe, spec)(**arguments, generator=torch.Generator().manual_seed(0))
         )
     return names.pop() if len(names) == 1 else OTHER
@@ -214,8 +305,8 @@ def _rule(teacher: PipelineTeacher, step: Step, omega: float) -> str:
         for call in (step.conditional, step.unconditional)
     )
     plain = unconditional + omega * (conditional - unconditional)
-    rescaled = plain * (conditional.norm(dim=-1, keepdim=True) / plain.norm(dim=-1, keepdim=True))
-    for name, expected in ((STANDARD, plain), (RESCALED, rescaled)):
+    ratio = conditional.norm(dim=-1, keepdim=True) / plain.norm(dim=-1, keepdim=True)
+    for name, expected in ((STANDARD, plain), (RESCALED, plain * ratio), (SHORTENED, plain * ratio.clamp(max=1))):
         guided = step.guided[:, : expected.shape[1]]
         if (guided - expected).abs().max() < 1e-4 * expected.abs().max():
             return name
@@ -229,8 +320,9 @@ def _row(name: str, spec: DenoiserSpec, tried: list[tuple[str, TinyFamily, Any, 
     targets = sorted({target for *_, target in tried if target is not None})
     offset = f"g + {spec.omega_offset:g}" if spec.omega_offset else "g"
     arguments = " and ".join(f"`{argument}`" for argument in spec.pipeline.omega_arguments)
-    if spec.pipeline.guider is not None:
-        arguments += f" of `pipe.{spec.pipeline.guider}`, as an argument once an adapter is on"
+    if spec.pipeline.guiders:
+        holders = " and ".join(f"`pipe.{guider}`" for guider in spec.pipeline.guiders)
+        arguments += f" of {holders}, as an argument once an adapter is on"
     return [
         f"`{name}`",
         "; ".join(f"{cls} ({', '.join(labels)})" for cls, labels in pipelines.items()) or "none",
@@ -273,7 +365,7 @@ def _tests() -> str:
     siblings = ", ".join(f"`{name}`" for name in _siblings())
     return (
         f"The names in brackets are those of the pipelines in `tests/tiny/`. Every test of a family ({over_all}) "
-        f"runs them, but for {siblings}: these have the UNet of another and fewer tests.\n\n"
+        f"runs them, but for {siblings}: these have the denoiser of another, or its class, and fewer tests.\n\n"
         "What a pipeline does beyond the table:"
     )
 
@@ -290,14 +382,16 @@ def _refused() -> Iterator[tuple[str, Callable[[], Any]]]:
         guidance_embeds=True,
         axes_dims_rope=(4, 2, 2),
     )
-    yield "FluxTransformer2DModel with `guidance_embeds`, as FLUX.1-dev", lambda: agd.attach(flux, spec=agd.discover(flux))
+    yield "FluxTransformer2DModel with `guidance_embeds`, as FLUX.1-dev", lambda: agd.attach(flux)
+    klein = FAMILIES["flux2"].pipeline()
+    klein.register_to_config(is_distilled=True)
+    yield "Flux2KleinPipeline or Krea2Pipeline with `is_distilled`", lambda: agd.attach(klein)
     lcm = StableDiffusionPipeline(**{**sd15.components(), "unet": sd15.unet(time_cond_proj_dim=8)})
     yield "UNet2DConditionModel with `time_cond_proj_dim`, as LCM", lambda: agd.attach(lcm)
     parts = {**sd15.components(), "unet": sd15.unet(8)}
     yield "StableDiffusionInstructPix2PixPipeline", lambda: agd.attach(StableDiffusionInstructPix2PixPipeline(**parts))
-    unknown = FluxTransformer2DModel(
-        **{name: value for name, value in flux.config.items() if not name.startswith("_") and name != "guidance_embeds"}
-    )
+    sizes = {"num_layers": 1, "attention_head_dim": 8, "num_attention_heads": 1, "intermediate_size": 8, "adaln_dim": 4}
+    unknown = Ideogram4Transformer2DModel(in_channels=4, llm_features_dim=8, mrope_section=(2, 1, 1), **sizes)
     yield "a class that is not in the table, without `spec=`", lambda: agd.attach(unknown)
 
 

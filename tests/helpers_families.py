@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -71,6 +72,7 @@ def watched(pipe: Any) -> Iterator[Watched]:
     spec, found, step = spec_for(pipe), Watched(), pipe.scheduler.step
     since: list[Forward] = []
 
+    @functools.wraps(step)  # pipelines read its signature
     def watch_step(model_output: Tensor, *args: Any, **kwargs: Any) -> Any:
         found.steps.append([*since])
         found.handed.append(model_output.clone())

@@ -265,3 +265,34 @@ def test_hunyuanvideo_15_takes_the_scale_in_the_call_or_from_its_guider():
     with forwards(pipe) as seen:
         sample(pipe, family, guidance_scale=1.0)
     assert seen == [1] * 4
+
+
+def test_prompts_with_and_without_quotes_have_each_a_guider_at_the_calls_scale():
+    pipe = FAMILIES["hunyuan_image"].pipeline()
+    quoted = {**FAMILIES["hunyuan_image"].call, "prompt": ['a ship "red"']}
+    attach(pipe)
+    for arguments in ({"prompt": ["a ship"]}, {"prompt": ['a ship "red"']}):
+        with forwards(pipe) as seen, no_warnings():
+            found = pipe(**{**quoted, **arguments}, generator=torch.Generator().manual_seed(0), guidance_scale=3.0)[0]
+        assert seen == [1] * 4
+        again = pipe(**{**quoted, **arguments}, generator=torch.Generator().manual_seed(0), guidance_scale=5.0)[0]
+        assert not torch.equal(again, found)
+    assert (pipe.guider.guidance_scale, pipe.ocr_guider.guidance_scale) == (4.0, 2.0)
+    with agd.disabled(pipe), forwards(pipe) as seen:
+        two = [pipe(**quoted, generator=torch.Generator().manual_seed(0), **own)[0] for own in ({}, {"guidance_scale": 2.0})]
+    assert seen == [1] * 16
+    assert torch.equal(*two)  # each guider has its own scale where the call has none
+    agd.unload(pipe)
+    pipe.guider = pipe.ocr_guider = None
+    with pytest.raises(ValueError, match="expected a guider of diffusers as guider or ocr_guider of this HunyuanImagePipeline"):
+        agd.pipelines.PipelineTeacher.of(pipe, inputs={"prompt": ["a ship"]})
+
+
+@pytest.mark.parametrize("name", ["flux2", "krea2"])
+def test_a_pipeline_whose_model_is_distilled_is_refused_and_can_be_optimized(name):
+    pipe = FAMILIES[name].pipeline()
+    pipe.register_to_config(is_distilled=True)
+    with pytest.raises(ValueError, match=r"Pipeline says that its model is distilled \(is_distilled=True\), so it makes one"):
+        attach(pipe)
+    assert attachment_of(pipe) is None
+    assert agd.info(agd.optimize(pipe))["engine"] is not None

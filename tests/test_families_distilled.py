@@ -16,9 +16,14 @@ SETTINGS = {"trajectories": 24, "hidden": 8, "learning_rate": None, "batch_size"
 HARD = {"trajectories": 96, "hidden": 4, "learning_rate": 5e-3}  # guidance is weak there: 24 trajectories are learnt by heart
 SLOW = {"batch_size": 4}
 OF_FAMILY = {
+    "animatediff": {**SLOW, "trajectories": 40, "hidden": 4, "learning_rate": 1e-2},
     "auraflow": HARD,
+    "easyanimate": SLOW,
+    "hunyuan_image": SLOW,
     "hunyuanvideo15": SLOW,
     "lumina2": HARD,
+    "motif_video": SLOW,
+    "sana_video": SLOW,
     "sd15": {**SLOW, "hidden": 4, "learning_rate": 1e-2},
     "sdxl": {**HARD, **SLOW},
     "zimage": SLOW,  # whose samples are predicted one by one

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, TypeVar
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import nn
 
 from agd_fast.adapters import Adapter, AdapterConfig, adapter_sites, build_adapter, count_parameters, for_backbone
@@ -32,10 +33,11 @@ def attach(model: Any, config: AdapterConfig | None = None, *, spec: DenoiserSpe
 
     A pipeline with several denoisers gets one on each; that of the first is returned. The pipeline's own call then arms them.
     Raises: TypeError for an unknown denoiser without a spec; ValueError when an adapter is attached already, a block
-    path is unknown, a width does not match, or the denoiser has its guidance distilled into it already.
+    path is unknown, a width does not match, or the model has its guidance distilled into it already.
     """
     spec = spec_of(model, spec)
     config = for_backbone(config or AdapterConfig(), spec)
+    _require_undistilled(getattr(model, "owner", model))
     fresh = []
     for component in components_of(model, spec).values():
         denoiser = uncompiled(component)
@@ -121,6 +123,15 @@ def _require_guidance(denoiser: nn.Module) -> None:
                 f"this {type(denoiser).__name__} takes the guidance scale as an input ({name}={value}), so it makes one forward "
                 "a step already: expected a model that runs classifier-free guidance, AGD gains nothing here"
             )
+
+
+def _require_undistilled(model: Any) -> None:
+    """Raises: ValueError for a pipeline that says of its model that it was distilled: it then runs without guidance."""
+    if isinstance(model, DiffusionPipeline) and model.config.get("is_distilled"):
+        raise ValueError(
+            f"this {type(model).__name__} says that its model is distilled (is_distilled=True), so it makes one forward a step "
+            "already: expected a model that runs classifier-free guidance, AGD gains nothing here"
+        )
 
 
 def unload(model: Model) -> Model:

@@ -25,12 +25,14 @@ _AUTOCASTING = frozenset(filter(torch.amp.is_autocast_available, ("cpu", "cuda",
 class AttachedSite:
     """What the hook at a site needs: what the adapter does there and, during an armed forward, its prepared entry.
 
-    position: of the argument that it changes, among the module's positional ones. image: how many of the tokens are the image's.
+    position: of the argument that it changes, among the module's positional ones. samples: of the forward that is under way.
+    image: how many of the tokens are the image's.
     """
 
     def __init__(self, adapter: SiteAdapter, position: int) -> None:
         self.adapter, self.position = adapter, position
         self.prepared: Any = None
+        self.samples = 1
         self.image = 0
 
 
@@ -71,13 +73,15 @@ class Attachment:
                 f"guided(...) was given ω for {omega.shape[0]} samples, but the denoiser was called with a batch of {batch}; "
                 "expected one forward a step without CFG's doubled batch (double guidance)"
             )
+        for site in self.sites:
+            site.samples = batch
         self._count_image_tokens(denoiser, first)
         timestep = torch.as_tensor(self.argument(spec.timestep, args, kwargs), device=first.device).float()
         timestep = timestep.flatten(1).amax(dim=1) if timestep.ndim > 1 else timestep.reshape(-1)  # one a token: the noisiest
         conditions: dict[str, Tensor] = {}
         masks: dict[str, Tensor] = {}
         for condition in spec.adapted:
-            value, mask = self._condition(denoiser, condition, args, kwargs)
+            value, mask = self._condition(denoiser, condition, batch, args, kwargs)
             conditions[condition.argument] = value
             if mask is not None:
                 masks[condition.argument] = mask
@@ -91,7 +95,7 @@ class Attachment:
             return self.adapter.prepare(omega, time, embedded, masks, gate=self.gate, ahead=self.ahead)
 
     def _condition(
-        self, denoiser: nn.Module, condition: Condition, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+        self, denoiser: nn.Module, condition: Condition, batch: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> tuple[Tensor, Tensor | None]:
         """A condition [B, ...] and which of its tokens [B, L] are no padding."""
         value = self.argument(condition.argument, args, kwargs)
@@ -104,10 +108,13 @@ class Attachment:
             lengths = torch.tensor([len(one) for one in value], device=value[0].device)
             value = pad_sequence(value, batch_first=True)
             return value, torch.arange(value.shape[1], device=value.device) < lengths[:, None]
+        if condition.grouped:
+            value = value.unflatten(0, (batch, -1))[:, 0]
+        tokens = tuple(value.shape[1:-1])
+        if len(tokens) > 1:  # tokens in several dimensions
+            value = value.flatten(1, -2)
         mask = None if condition.mask is None else self.argument(condition.mask, args, kwargs)
-        if mask is None:
-            return value, None
-        return value, mask.reshape(len(mask), -1)[:, : value.shape[1]] > 0
+        return value, None if mask is None else _token_mask(mask, tokens)
 
     def _count_image_tokens(self, denoiser: nn.Module, first: Tensor) -> None:
         """first: one sample, [C, ...] or already tokens [N, C]."""
@@ -115,6 +122,19 @@ class Attachment:
             count = _image_tokens(denoiser, self.spec, tuple(first.shape))
             for site in self.sites:
                 site.image = count
+
+
+def _token_mask(mask: Tensor, tokens: tuple[int, ...]) -> Tensor:
+    """Which of these tokens count [B, L], of a mask of them and perhaps more behind them, or of how many do [B].
+
+    Where tokens lie in several dimensions, such as layers and positions, it is a mask of the one that is as long.
+    """
+    if mask.ndim == 1:
+        return torch.arange(tokens[0], device=mask.device) < mask[:, None]
+    mask = mask.flatten(1) > 0
+    if len(tokens) == 1:
+        return mask[:, : tokens[0]]
+    return mask.view(len(mask), *(size if size == mask.shape[1] else 1 for size in tokens)).expand(-1, *tokens).flatten(1)
 
 
 def _no_autocast(device: torch.device) -> AbstractContextManager[Any]:

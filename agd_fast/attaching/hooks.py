@@ -64,6 +64,8 @@ def _changed(attached: AttachedSite, hidden: Tensor, base: Tensor) -> Tensor:
         _require_width(site, rows)
         return adapter(rows, rows, prepared).unflatten(-1, base.shape[-2:])
     _require_width(site, base)
+    if (several := len(base) // attached.samples) > 1:
+        return _changed_entries(attached, hidden, base, several)
     if site.tokens == "all":
         return adapter(hidden, base, prepared)
     count, total = attached.image, base.shape[1]
@@ -72,6 +74,17 @@ def _changed(attached: AttachedSite, hidden: Tensor, base: Tensor) -> Tensor:
     )
     changed, left = adapter(hidden[:, image], base[:, image], prepared), base[:, text]
     return torch.cat([changed, left] if site.tokens == "first" else [left, changed], dim=1)
+
+
+def _changed_entries(attached: AttachedSite, hidden: Tensor, base: Tensor, several: int) -> Tensor:
+    """Where the batch holds several entries a sample, one after another, as frames of a video: their tokens are the sample's."""
+    adapter, prepared = attached.adapter, attached.prepared
+    if adapter.site.channel_dim == -1 and base.ndim > 2:
+        hidden, joined = (tokens.unflatten(0, (-1, several)).flatten(1, 2) for tokens in (hidden, base))
+        return adapter(hidden, joined, prepared).reshape(base.shape)
+    if isinstance(prepared, Tensor):  # [B, …], else of one sample
+        prepared = prepared.repeat_interleave(several, dim=0)
+    return adapter(hidden, base, prepared)
 
 
 def _require_width(site: Any, base: Tensor) -> None:

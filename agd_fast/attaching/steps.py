@@ -26,8 +26,31 @@ def before_forward(component: nn.Module, action: Callable[[tuple[Any, ...], dict
         action(args, kwargs)
         return compiled(*args, **kwargs)
 
-    call.inner = compiled  # type: ignore[attr-defined]
-    component._compiled_call_impl = call  # compiled in place: its hooks are compiled too
+    with _called_instead(component, call):
+        yield
+
+
+@contextmanager
+def after_forward(component: nn.Module, action: Callable[[Any], Any]) -> Iterator[None]:
+    """Inside, every forward of a denoiser gives `action(output)`, outside of what torch.compile compiles."""
+    compiled = component._compiled_call_impl
+    if compiled is None:
+        handle = component.register_forward_hook(lambda _, args, output: action(output))
+        try:
+            yield
+        finally:
+            handle.remove()
+        return
+    with _called_instead(component, lambda *args, **kwargs: action(compiled(*args, **kwargs))):
+        yield
+
+
+@contextmanager
+def _called_instead(component: nn.Module, call: Any) -> Iterator[None]:
+    """Of a denoiser that is compiled in place, so that its hooks are compiled too."""
+    compiled = component._compiled_call_impl
+    call.inner = compiled
+    component._compiled_call_impl = call
     try:
         yield
     finally:

@@ -13,7 +13,7 @@ TRAINED = 1000  # timesteps of the noise schedules of diffusers' models
 def ways_to_pass(timesteps: Tensor, spec: DenoiserSpec, argument: Tensor) -> list[Tensor]:
     """What the denoiser is given at each of a scheduler's timesteps, [T] on the CPU, if `argument` is one of these: once for each
     way in which pipelines make it: rounded before or after it is scaled, by a division or, as CUDA divides by numbers, by a
-    product with the reciprocal; or not scaled.
+    product with the reciprocal, and where it is turned round, before or after that; or not scaled.
 
     None of a timestep that is not the scheduler's, and where a batch has several. Waits for the device; on "meta", where nothing
     is known, the first way is taken.
@@ -35,9 +35,14 @@ def position_of(timesteps: Tensor, spec: DenoiserSpec, argument: Tensor) -> int 
 
 
 def _scaled(times: Tensor, spec: DenoiserSpec) -> list[Tensor]:
-    if not spec.timestep_ascends:
-        times = TRAINED - times
-    if spec.timestep_scale == 1:
+    if spec.timestep_ascends:
+        return _divided(times, spec.timestep_scale)
+    late = [TRAINED / spec.timestep_scale - way for way in _divided(times, spec.timestep_scale)]
+    return [*_divided(TRAINED - times, spec.timestep_scale), *late]  # turned round before or after it is scaled
+
+
+def _divided(times: Tensor, scale: float) -> list[Tensor]:
+    if scale == 1:
         return [times]
-    reciprocal = 1 / torch.tensor(spec.timestep_scale, dtype=torch.promote_types(times.dtype, torch.float32))
-    return [times / spec.timestep_scale, (times * reciprocal.to(times.device)).to(times.dtype)]
+    reciprocal = 1 / torch.tensor(scale, dtype=torch.promote_types(times.dtype, torch.float32))
+    return [times / scale, (times * reciprocal.to(times.device)).to(times.dtype)]

@@ -52,10 +52,13 @@ def own_call(pipe: Any, spec: DenoiserSpec | None = None) -> Callable[..., Any]:
     cls, attachment = type(pipe), attachment_of(pipe)
     call = functools.partial(getattr(cls, "_agd_pipeline", cls).__call__, pipe)
     spec = spec or (attachment.spec if attachment else None)
-    if spec is None or spec.pipeline.guider is None:
+    names = () if spec is None else spec.pipeline.guiders
+    guiders = [guider for name in names if (guider := getattr(pipe, name, None)) is not None]
+    if names and not guiders:
+        raise ValueError(f"expected a guider of diffusers as {' or '.join(names)} of this {cls.__name__}, found none")
+    if spec is None or not guiders:
         return call
-    off = spec.pipeline.cfg_off_value
-    return GuiderCall(call, getattr(pipe, spec.pipeline.guider), spec.pipeline.omega_arguments[0], off)
+    return GuiderCall(call, guiders, spec.pipeline.omega_arguments[0], spec.pipeline.cfg_off_value)
 
 
 def share(pipe: Any, other: Pipeline) -> Pipeline:

@@ -8,7 +8,12 @@ from agd_fast.distillation.config import Loss, Weighting
 
 
 def distillation_loss(prediction: Tensor, target: Tensor, omega: Tensor, loss: Loss, weighting: Weighting) -> Tensor:
-    """Mean over samples of the weighted mean error a sample; prediction, target [B, C, ...], omega [B] → scalar float32."""
+    """Mean over samples of the weighted mean error a sample; prediction, target [B, C, ...], omega [B] → scalar float32.
+
+    Raises: ValueError when prediction and target differ in shape.
+    """
+    if prediction.shape != target.shape:
+        raise ValueError(f"expected a prediction of the target's shape {tuple(target.shape)}, found {tuple(prediction.shape)}")
     error = prediction.float() - target.float()
     each = (error.square() if loss == "l2" else error.abs()).flatten(1).mean(dim=1)  # [B]
     if weighting == "omega":

@@ -44,15 +44,23 @@ def few_at_once(component: nn.Module, spec: DenoiserSpec, size: int) -> Iterator
         component._compiled_call_impl = None
 
 
+def first_few(arguments: Mapping[str, Any], spec: DenoiserSpec, size: int) -> dict[str, Any]:
+    """Those of a forward of the first `size` samples."""
+    count = len(arguments[spec.sample])
+    return {name: _part(name, value, spec, count, slice(0, min(size, count))) for name, value in arguments.items()}
+
+
 def _part(path: str, value: Any, spec: DenoiserSpec, count: int, here: slice) -> Any:
     """Of an argument by (dotted) name, as the recorder tells rows from constants."""
     if path in spec.listed:
         return value[here]
     if isinstance(value, Mapping):
         return {key: _part(f"{path}.{key}", inner, spec, count, here) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)) and any(isinstance(inner, Tensor) for inner in value):
+    if isinstance(value, (list, tuple)):
         return type(value)(_part(f"{path}.{index}", inner, spec, count, here) for index, inner in enumerate(value))
-    dim = spec.batch_dims.get(path, 0)
+    if path in spec.grouped:
+        return value.unflatten(0, (count, -1))[here].flatten(0, 1)
+    dim = spec.batch_dim(path)
     if not isinstance(value, Tensor) or dim is None or value.ndim <= dim or value.shape[dim] != count:
         return value
     return value.narrow(dim, here.start, here.stop - here.start)

@@ -19,7 +19,7 @@ SPECS = {
             Site("norm_out.linear"),
             Site("proj_out", form="affine"),
         ),
-        batch_dims={"image_rotary_emb.0": None, "image_rotary_emb.1": None},
+        batch_dims={"image_rotary_emb": None},
         pipeline=PipelineSpec(),
     )
 }

@@ -27,6 +27,6 @@ SPECS = {
             Site("final_layer.linear", form="affine"),
         ),
         batch_dims={"encoder_hidden_states_llama3": 1},
-        pipeline=PipelineSpec(output_sign=-1),
+        pipeline=PipelineSpec(),
     )
 }

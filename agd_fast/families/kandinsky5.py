@@ -24,7 +24,7 @@ SPECS = {
             Site("out_layer.modulation.out_layer"),
             Site("out_layer.out_layer", form="affine"),
         ),
-        batch_dims={"visual_rope_pos.0": None, "visual_rope_pos.1": None, "visual_rope_pos.2": None, "text_rope_pos": None},
+        batch_dims={"visual_rope_pos": None, "text_rope_pos": None},
         pipeline=PipelineSpec(conditional="first"),
     )
 }

@@ -24,6 +24,6 @@ SPECS = {
             Site("norm_out.linear_1"),
             Site("norm_out.linear_2", form="affine"),
         ),
-        pipeline=PipelineSpec(conditional="first", output_sign=-1),
+        pipeline=PipelineSpec(conditional="first"),
     )
 }

@@ -24,6 +24,6 @@ SPECS = {
             Site("all_final_layer.*.linear", form="affine"),
         ),
         omega_offset=1.0,
-        pipeline=PipelineSpec(cfg_off_value=0.0, conditional="first", output_sign=-1),
+        pipeline=PipelineSpec(cfg_off_value=0.0, conditional="first"),
     )
 }

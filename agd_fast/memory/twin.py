@@ -141,7 +141,8 @@ def first_call(
         else:
             raise ValueError(f"{type(pipe).__name__} never called its denoiser; expected inputs={{argument: tensor or shape}}")
     found.pop("return_dict", None)
-    found[spec.timestep] = torch.as_tensor(found[spec.timestep]).reshape(-1).expand(batch)
+    timestep = torch.as_tensor(found[spec.timestep])
+    found[spec.timestep] = timestep if timestep.ndim > 1 else timestep.reshape(-1).expand(batch)
     return found
 
 

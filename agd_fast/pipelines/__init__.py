@@ -1,5 +1,5 @@
 """Pipelines of diffusers as teachers: what they compute is recorded from their own runs, not written again."""
 
-from agd_fast.pipelines.teacher import PipelineTeacher
+from agd_fast.pipelines.teacher import Arm, PipelineTeacher
 
-__all__ = ["PipelineTeacher"]
+__all__ = ["Arm", "PipelineTeacher"]

@@ -15,10 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from agd_fast.attaching.find import uncompiled
-from agd_fast.attaching.steps import around_step, before_forward
-from agd_fast.spec import DenoiserSpec, forward_parameters
+from agd_fast.attaching.steps import after_forward, around_step, before_forward
+from agd_fast.pipelines.handed import PART, Handed, shape_of
+from agd_fast.spec import DenoiserSpec, config_value, forward_parameters
 
 _NOT_RECORDED = ("return_dict",)
+
+
+class UnknownShape(Exception):  # noqa: N818 (no error)
+    """Of one sample of a denoiser's output: the pipeline was not asked yet what it hands on of it."""
 
 
 @dataclass(frozen=True)
@@ -49,23 +54,39 @@ class Recorder:
     """Follows one run of a pipeline for one of its denoisers.
 
     visit: is handed every step in which that denoiser was called, and returns the guided prediction [B, ...] to go on with.
-    batch: number of samples. component: the denoiser, compiled where it is.
+    batch: number of samples. component: the denoiser, compiled where it is. handed: what the scheduler gets of its output, by the
+    shape of a sample of it.
+    Raises: UnknownShape at the first step for an output of another shape.
     """
 
-    def __init__(self, pipe: Any, component: nn.Module, spec: DenoiserSpec, batch: int, visit: Callable[[Step], Tensor]) -> None:
-        self.pipe, self.component, self.spec, self.batch, self.visit = pipe, component, spec, batch, visit
+    def __init__(
+        self,
+        pipe: Any,
+        component: nn.Module,
+        spec: DenoiserSpec,
+        batch: int,
+        visit: Callable[[Step], Tensor],
+        handed: Mapping[tuple[int, ...], Handed],
+    ) -> None:
+        self.pipe, self.component, self.spec, self.batch, self.visit, self.handed = pipe, component, spec, batch, visit, handed
         self.parameters = forward_parameters(uncompiled(component))
+        self.shape: tuple[int, ...] = ()
         self.calls: list[dict[str, Any]] = []
         self.done = 0  # steps
 
     def run(self, call: Callable[[], Any]) -> Any:
         with ExitStack() as stack:
             stack.enter_context(before_forward(self.component, self._called))
+            stack.enter_context(after_forward(self.component, self._returned))
             stack.enter_context(around_step(self.pipe.scheduler, self._stepped))
             return call()
 
     def _called(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.calls.append({**dict(zip(self.parameters, args, strict=False)), **kwargs})
+
+    def _returned(self, output: Any) -> Any:
+        self.shape = shape_of(output)
+        return output
 
     def _stepped(self, step: Callable[..., Any], model_output: Tensor, *args: Any, **kwargs: Any) -> Any:
         calls, self.calls = self.calls, []
@@ -78,15 +99,23 @@ class Recorder:
                 )
             first = self.spec.pipeline.conditional == "first"
             conditional, unconditional = (halves[0], halves[-1]) if first else (halves[-1], halves[0])
-            guided = self._to_prediction(model_output, conditional)
+            if self.shape not in self.handed:
+                raise UnknownShape(self.shape)
+            handed = self.handed[self.shape]
+            guided = handed.prediction(self._one_half(model_output))
             found = Step(conditional, unconditional if len(halves) == 2 else None, guided, self.done)
-            model_output = self._from_prediction(self.visit(found), model_output)
+            prediction = handed.handed(self.visit(found), self._one_half(model_output))
+            model_output = torch.cat([prediction, prediction]) if len(model_output) == 2 * self.batch else prediction
             self.calls = []  # without those that the visitor made
         self.done += 1
         return step(model_output, *args, **kwargs)
 
     def _halves(self, call: dict[str, Any]) -> list[Call]:
         sample = call[self.spec.sample]
+        if not isinstance(sample[0], Tensor):
+            raise ValueError(
+                f"{type(self.pipe).__name__} passes its denoiser several tensors a sample, of pictures beside it; expected one"
+            )
         size = len(sample)
         if size % self.batch:
             raise ValueError(
@@ -94,12 +123,18 @@ class Recorder:
                 "multiple"
             )
         rows, constants = self._split(call, size)
+        constants |= self._part()
         parts = []
         for start in range(0, size, self.batch):
             here = slice(start, start + self.batch)
             part = {name: self._stacked(name, value[here]) for name, value in rows.items()}
             parts.append(Call(part.pop(self.spec.sample), part.pop(self.spec.timestep), part, constants))
         return parts
+
+    def _part(self) -> dict[str, Any]:
+        """Of the output, where it is not what a `Teacher` takes anyway."""
+        handed, channels = self.handed.get(self.shape), config_value(uncompiled(self.component), self.spec.guided_channels)
+        return {} if handed is None or handed.is_leading(channels) else {PART: handed.part}
 
     def _split(self, call: dict[str, Any], size: int) -> tuple[dict[str, Any], dict[str, Any]]:
         """Arguments with one entry a sample, and those that all samples share."""
@@ -113,7 +148,9 @@ class Recorder:
                 rows[name] = t.reshape(-1).expand(size) if t.ndim < 2 and t.numel() == 1 else t
             elif name not in _NOT_RECORDED:
                 for path, leaf in _leaves(name, value):
-                    dim = self.spec.batch_dims.get(path, 0)
+                    dim = self.spec.batch_dim(path)
+                    if path in self.spec.grouped:
+                        leaf = leaf.unflatten(0, (size, -1))
                     if isinstance(leaf, Tensor) and dim is not None and leaf.ndim > dim and leaf.shape[dim] == size:
                         rows[path] = leaf.movedim(dim, 0)
                     else:
@@ -130,29 +167,24 @@ class Recorder:
             )
         return torch.stack(value)
 
-    def _to_prediction(self, model_output: Tensor, conditional: Call) -> Tensor:
-        """The guided prediction in the shape of the denoiser's own output."""
-        size = len(model_output)
-        if size == 2 * self.batch:  # a pipeline that keeps a doubled batch of latents
-            first = self.spec.pipeline.conditional == "first"
-            model_output = model_output[: self.batch] if first else model_output[self.batch :]
-        found = self.spec.pipeline.output_sign * model_output
-        x = conditional.sample
-        return found.reshape(x.shape) if found.numel() == x.numel() else found
-
-    def _from_prediction(self, prediction: Tensor, like: Tensor) -> Tensor:
-        found = (self.spec.pipeline.output_sign * prediction).to(like.dtype)
-        found = torch.cat([found, found]) if len(like) == 2 * self.batch else found
-        return found.reshape(like.shape)
+    def _one_half(self, model_output: Tensor) -> Tensor:
+        """The conditional one where a pipeline keeps a doubled batch of latents."""
+        if len(model_output) != 2 * self.batch:
+            return model_output
+        return model_output[: self.batch] if self.spec.pipeline.conditional == "first" else model_output[self.batch :]
 
 
 def _leaves(name: str, value: Any) -> list[tuple[str, Any]]:
     """A value that holds tensors, by dotted path; None is left out."""
     if isinstance(value, Mapping):
         return [leaf for key, inner in value.items() for leaf in _leaves(f"{name}.{key}", inner)]
-    if isinstance(value, (list, tuple)) and any(isinstance(inner, Tensor) for inner in value):
+    if isinstance(value, (list, tuple)) and _holds_tensors(value):
         return [leaf for index, inner in enumerate(value) for leaf in _leaves(f"{name}.{index}", inner)]
     return [] if value is None else [(name, value)]
+
+
+def _holds_tensors(value: Any) -> bool:
+    return isinstance(value, Tensor) or (isinstance(value, (list, tuple)) and any(map(_holds_tensors, value)))
 
 
 def _literal(path: str, value: Any) -> Any:

@@ -4,31 +4,36 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from PIL import Image
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from agd_fast.attaching import components_of, disabled, own_call, spec_of
 from agd_fast.attaching.steps import number_of_steps
 from agd_fast.files import fingerprint
 from agd_fast.freezing import frozen
 from agd_fast.guiders.teaching import guided_by, name_of_guider, require_teachable
-from agd_fast.pipelines.record import Call, Recorder, Step
+from agd_fast.pipelines.handed import PART, Handed, find_handed, numbered
+from agd_fast.pipelines.inputs import Inputs, asking_for_images, described, make_batches, require_arguments, rows_of
+from agd_fast.pipelines.record import Call, Recorder, Step, UnknownShape
 from agd_fast.spec import DenoiserSpec, nest
 from agd_fast.teacher import Conditions, State, Teacher, Visit
 
-Inputs = Mapping[str, Sequence[Any] | Tensor]
+Arm = Literal["unguided", "cfg", "agd"]
 
 
 class _Probed(Exception):  # noqa: N818 (no error)
     """Carries the first call of a run out of it."""
 
-    def __init__(self, call: Call) -> None:
-        self.call = call
+    def __init__(self, call: Call, arguments: dict[str, Any]) -> None:
+        self.call, self.arguments = call, arguments
 
 
 class _Probe(Recorder):
@@ -36,7 +41,26 @@ class _Probe(Recorder):
 
     def _called(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         super()._called(args, kwargs)
-        raise _Probed(self._halves(self.calls[0])[0])
+        raise _Probed(self._halves(self.calls[0])[0], self.calls[0])
+
+
+class _Asked(Exception):  # noqa: N818 (no error)
+    """Carries what the scheduler was handed out of a run, and the shape of a sample of its denoiser's output."""
+
+    def __init__(self, found: Tensor, shape: tuple[int, ...]) -> None:
+        self.found, self.shape = found, shape
+
+
+class _Numbered(Recorder):
+    """Ends a run where the scheduler is first handed something of its denoiser's output, which is numbers."""
+
+    def _returned(self, output: Any) -> Any:
+        return numbered(super()._returned(output))
+
+    def _stepped(self, step: Callable[..., Any], model_output: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.shape and model_output.any():  # zeros: guiders may begin with a step of them
+            raise _Asked(self._one_half(model_output), self.shape)
+        return step(model_output, *args, **kwargs)
 
 
 @dataclass
@@ -44,7 +68,7 @@ class PipelineTeacher(Teacher):
     """One denoiser of a pipeline, guided as the pipeline guides it.
 
     pipe: the pipeline. component: name of the denoiser. inputs: what is conditioned on, one row a prompt, by argument of the
-    pipeline's call: {"prompt": [...]}, or embeddings. call: its further arguments (height, width, negative_prompt, …).
+    pipeline's call: {"prompt": [...]}, embeddings, images. call: its further arguments (height, width, negative_prompt, …).
     guider: a guider of diffusers whose rule takes the place of the pipeline's own.
     """
 
@@ -81,6 +105,7 @@ class PipelineTeacher(Teacher):
         decided = {"num_inference_steps", "generator", *spec.pipeline.omega_arguments, *inputs} & set(call or {})
         if decided:
             raise ValueError(f"call holds {sorted(decided)}, which distilling decides; expected other arguments of the pipeline")
+        require_arguments(own_call(pipe, spec), {**inputs, **(call or {})}, type(pipe).__name__)
         return cls(
             denoiser=components[component],
             scheduler=pipe.scheduler,
@@ -97,8 +122,10 @@ class PipelineTeacher(Teacher):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._guider = copy.deepcopy(self.guider)  # one that runs writes what it finds in a denoiser into its own settings
+        self._handed: dict[tuple[int, ...], Handed] = {}
         first = self._probe()
-        self.sample_shape = tuple(first.sample.shape[1:])
+        self.sample_shape = tuple(first.call.sample.shape[1:])
+        self._arguments = tree_map(_without_values, first.arguments)
 
     def to(self, device: torch.device) -> None:
         """All of the pipeline, unless its offloading decides where its models are."""
@@ -110,7 +137,7 @@ class PipelineTeacher(Teacher):
 
     @property
     def run_size(self) -> int:  # type: ignore[override]
-        return 1 if self.spec.listed else 4  # samples of several lengths make no batch
+        return 4 if make_batches(self.inputs) and not self.spec.listed else 1  # samples of several lengths make no batch
 
     @property
     def owner(self) -> Any:
@@ -127,9 +154,7 @@ class PipelineTeacher(Teacher):
     def fingerprints(self, table: Conditions) -> dict[str, str]:
         found = {}
         for name, value in self.inputs.items():
-            text = (
-                value if isinstance(value, Tensor) else torch.frombuffer(bytearray(repr(list(value)).encode()), dtype=torch.uint8)
-            )
+            text = value if isinstance(value, Tensor) else _as_bytes(described(list(value)))
             found[name] = fingerprint({name: text})
         return found
 
@@ -146,17 +171,20 @@ class PipelineTeacher(Teacher):
         pass
 
     def predict(self, x: Tensor, timestep: Tensor, conditions: Conditions) -> Tensor:
-        """One forward of the denoiser with recorded arguments; guided channels only, a list of outputs stacked."""
-        moved = {
-            name: conditions[name].movedim(0, dim) for name, dim in self.spec.batch_dims.items() if dim and name in conditions
-        }
+        """One forward of the denoiser with recorded arguments; of the output, a list of them stacked, what is guided alone."""
+        conditions = {**conditions}
+        part = conditions.pop(PART, None)
+        moved = {name: value.movedim(0, dim) for name, value in conditions.items() if (dim := self.spec.batch_dim(name))}
+        moved |= {name: conditions[name].flatten(0, 1) for name in self.spec.grouped}
         arguments = {self.spec.sample: x, self.spec.timestep: timestep, **nest({**conditions, **moved}), **self._extra}
         listed = {name: list(arguments[name].unbind(0)) for name in self.spec.listed}
         output = self._call(**{**arguments, **listed})
         prediction = output if isinstance(output, Tensor) else output[0]
         if isinstance(prediction, list):
             prediction = torch.stack(prediction)
-        return prediction[:, : self.guided_channels]
+        if part is None:
+            return prediction[:, : self.guided_channels]
+        return prediction[tuple(slice(*ends) for ends in ((None,), *part))]
 
     def start(self, count: int, generator: torch.Generator) -> Tensor:
         """A seed for each trajectory's noise."""
@@ -178,6 +206,7 @@ class PipelineTeacher(Teacher):
                 "a pipeline's own runs are followed; expected agd_fast.Teacher(...) to train on noised data, found a pipeline"
             )
         first: Call | None = None
+        rows = conditions["input"].tolist()
 
         def record(step: Step) -> Tensor:
             nonlocal first
@@ -191,10 +220,36 @@ class PipelineTeacher(Teacher):
 
         # a guider's rule takes the place of the pipeline's, whose own scale only has to be above none
         scale = (3.0 if self.guider is not None else float(omega[0])) - self.spec.omega_offset
-        generators = [torch.Generator().manual_seed(seed) for seed in start.tolist()]
-        self._run_pipeline(conditions["input"].tolist(), scale, steps, generators, record)
+
+        def follow() -> None:
+            self._run_pipeline(rows, scale, steps, [torch.Generator().manual_seed(seed) for seed in start.tolist()], record)
+
+        try:
+            follow()
+        except UnknownShape:  # the first one, or pictures of another size
+            self.ask_what_is_handed(rows[0])
+            follow()
         if first is None:
             raise self._never_stepped()
+
+    def ask_what_is_handed(self, row: int) -> Mapping[tuple[int, ...], Handed]:
+        """What the scheduler gets of the denoiser's output, by its shape: one forward, or two, for this row of the inputs.
+
+        Raises: ValueError for a pipeline that hands on something else.
+        """
+        try:
+            self._run_shortly(row, _Numbered)
+        except _Asked as asked:
+            handed = find_handed(asked.found, asked.shape)
+        else:
+            raise self._never_stepped()
+        if handed is None:
+            raise ValueError(
+                f"{type(self.pipe).__name__} hands its scheduler something else than its {self.component}'s guided output; "
+                "expected all of it or a part, in any order and with either sign"
+            )
+        self._handed[handed.shape] = handed
+        return self._handed
 
     def _ask_guider(self, step: Step, omega: float) -> Tensor:
         assert step.unconditional is not None
@@ -219,13 +274,24 @@ class PipelineTeacher(Teacher):
         with disabled(self.pipe):
             return self._predict_call(call)
 
-    def _probe(self) -> Call:
+    def arguments_on_meta(self, conditions: Conditions, count: int) -> dict[str, Any]:
+        return self._arguments
+
+    def _probe(self) -> _Probed:
         """The first call of a short run, whatever it is conditioned on."""
         try:
-            self._run_pipeline([0], 3.0, 2, [torch.Generator().manual_seed(0)], lambda step: step.guided, _Probe)
+            with asking_for_images(own_call(self.pipe, self.spec), {**self.inputs, **self.call}, type(self.pipe).__name__):
+                self._run_shortly(0, _Probe)
         except _Probed as found:
-            return found.call
+            return found
         raise self._never_stepped()
+
+    def _run_shortly(self, row: int, recorder: type[Recorder]) -> None:
+        """Two steps, of more where image to image leaves out the first ones."""
+        strength = inspect.signature(own_call(self.pipe, self.spec)).parameters.get("strength")
+        share = float(self.call.get("strength", 1.0 if strength is None else strength.default))
+        steps = math.ceil(2 / max(share, 0.01))
+        self._run_pipeline([row], 3.0, steps, [torch.Generator().manual_seed(0)], lambda step: step.guided, recorder)
 
     def _never_stepped(self) -> ValueError:
         return ValueError(
@@ -248,29 +314,41 @@ class PipelineTeacher(Teacher):
         arguments = {**self.call, "num_inference_steps": steps, "generator": generators, **self._rows(rows)}
         if "output_type" in parameters:
             arguments.setdefault("output_type", "latent")
-        record = recorder(self.pipe, self._call, self.spec, len(rows), visit)
+        record = recorder(self.pipe, self._call, self.spec, len(rows), visit, self._handed)
         with ExitStack() as stack:
             stack.enter_context(frozen(self.denoiser))
             stack.enter_context(torch.no_grad())
             stack.enter_context(_silent(self.pipe))
             arguments[spec.omega_arguments[0]] = scale
             vars(self.pipe).pop("_num_timesteps", None)  # of the last call
-            record.run(lambda: call(**arguments))
+            try:
+                record.run(lambda: call(**arguments))
+            except BaseException:
+                self.pipe.maybe_free_model_hooks()  # as at the end of a call: a model that is offloaded is no longer on the card
+                raise
 
-    def generate(self, row: int, scale: float | None, steps: int, generator: torch.Generator) -> Any:
-        """The pipeline's pictures of one row of the inputs, by its call as a user makes it; scale None is without guidance."""
+    def generate(self, rows: Sequence[int], arm: Arm, scale: float, steps: int, seeds: Sequence[int]) -> list[Image.Image]:
+        """The pipeline's pictures of rows of the inputs, by its call as a user makes it: middle frames of videos, none of sound.
+
+        arm: "agd" is the attached adapter, "cfg" the pipeline's own guidance. scale: in the family's own convention.
+        seeds: of the noise, one a row, so that it is the same whatever the rows are that are made together.
+        """
         spec = self.spec.pipeline
-        arguments = {**self.call, "num_inference_steps": steps, "generator": generator, **self._rows([row])}
-        arguments[spec.omega_arguments[0]] = spec.cfg_off_value if scale is None else scale
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        arguments = {**self.call, "num_inference_steps": steps, "generator": generators, **self._rows([*rows])}
+        arguments[spec.omega_arguments[0]] = spec.cfg_off_value if arm == "unguided" else scale
         if "output_type" in inspect.signature(own_call(self.pipe, self.spec)).parameters:
             arguments["output_type"] = "pil"  # some pipelines of videos give arrays
-        if scale is None:
-            arguments = {name: value for name, value in arguments.items() if not name.startswith("negative_")}
-        return self.pipe(**arguments)[0]
+        left_out: Any = {"unguided": object, "cfg": (), "agd": Tensor}[arm]  # of a text an adapter tells whether it has learnt it
+        arguments = {n: v for n, v in arguments.items() if not (n.startswith("negative_") and isinstance(v, left_out))}
+        with nullcontext() if arm == "agd" else disabled(self.pipe), torch.no_grad(), _silent(self.pipe):
+            output = self.pipe(**arguments)[0]
+        found = [one[len(one) // 2] if isinstance(one, list) else one for one in output]
+        return found if all(isinstance(one, Image.Image) for one in found) else []
 
     def _rows(self, rows: list[int]) -> dict[str, Any]:
         """Their inputs, and the negative prompts, one a row as well."""
-        found = {n: v[rows] if isinstance(v, Tensor) else [v[row] for row in rows] for n, v in self.inputs.items()}
+        found = rows_of(self.inputs, rows)
         if not any(name.startswith("negative_prompt_embeds") for name in (*found, *self.call)):
             negative = {"negative_prompt": self.negative_prompt} | dict(self.call)
             names = [name for name in negative if name.startswith("negative_prompt") and name not in found]
@@ -283,11 +361,15 @@ class PipelineTeacher(Teacher):
         return self.call.get("negative_prompt", self.spec.pipeline.negative_prompt)
 
     def _described_call(self) -> list[str]:
-        return [f"{name}={_described(value)}" for name, value in sorted(self.call.items())]
+        return [f"{name}={described(value)}" for name, value in sorted(self.call.items())]
 
 
-def _described(value: Any) -> str:
-    return fingerprint({"value": value}) if isinstance(value, Tensor) else repr(value)
+def _without_values(leaf: Any) -> Any:
+    return torch.empty_like(leaf, device="meta") if isinstance(leaf, Tensor) else leaf
+
+
+def _as_bytes(text: str) -> Tensor:
+    return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
 
 
 @contextmanager
@@ -306,9 +388,16 @@ def _silent(pipe: Any) -> Iterator[None]:
 
 def _require_same(first: Call, call: Call) -> None:
     """Raises: ValueError when a condition changes over the steps: one row a trajectory is stored."""
-    for name, value in call.rows.items():
-        if value is not first.rows.get(name) and not torch.equal(value, first.rows[name]):
+    before, now = ({**one.rows, **one.constants} for one in (first, call))
+    for name in {**before, **now}:
+        if not _equal(before.get(name), now.get(name)):
             raise ValueError(
                 f"the argument {name!r} changes from step to step, as a ControlNet's does; expected a pipeline whose denoiser is "
                 "conditioned on the same at every step, for instance the plain one that this was made from"
             )
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one is other or torch.equal(one, other)
+    return type(one) is type(other) and bool(one == other)

@@ -172,12 +172,13 @@ def _run_shard(
     scales = torch.rand(1 if teacher.one_scale_a_run else shard.count, generator=generator)
     omega = (low + (high - low) * scales).expand(shard.count)  # [b]
     start = teacher.start(shard.count, generator)
-    kept = torch.rand(shard.count, shard.calls, generator=generator).argsort(dim=1) < shard.kept  # [b, calls]
+    order = torch.rand(shard.count, shard.calls, generator=generator)  # [b, calls]
     rows = torch.arange(shard.start, shard.start + shard.count) % len(next(iter(conditions.values())))
     if data is not None:
         chosen = torch.randint(len(data[0]), (shard.count,), generator=generator)
         start, rows = data[0][chosen], data[1][chosen]
     part = {name: value[rows].to(teacher.device) for name, value in conditions.items()}
+    stored = getattr(torch, plan.dtype)
     record: dict[str, list[Tensor]] = {name: [] for name in ("sample", "timestep", "omega", "condition", "target", "step")}
     table: dict[str, Tensor] = {}
     constants: dict[str, Any] = {}
@@ -185,14 +186,15 @@ def _run_shard(
 
     def visit(state: State) -> Tensor:
         nonlocal step
-        mask = kept[:, step]
-        here = mask.to(state.sample.device)
-        stored = getattr(torch, plan.dtype)
         for name, value in (("sample", state.sample), ("target", state.target)):
-            record[name].append(value[here].to("cpu", stored))
-        for name, value in (("timestep", state.timestep.cpu()), ("omega", omega), ("condition", torch.arange(shard.count))):
-            record[name].append(value[mask])
-        record["step"].append(torch.full((int(mask.sum()),), step, dtype=torch.int32))
+            record[name].append(value.to("cpu", stored, copy=True))
+        for name, value in (
+            ("timestep", state.timestep.to("cpu", copy=True)),
+            ("omega", omega),
+            ("condition", torch.arange(shard.count)),
+        ):
+            record[name].append(value)
+        record["step"].append(torch.full((shard.count,), step, dtype=torch.int32))
         if not table:
             table.update({name: value.cpu() for name, value in state.conditions.items()})
             constants.update(state.constants)
@@ -203,4 +205,6 @@ def _run_shard(
         return state.target
 
     teacher.run(part, start, omega, steps, visit, generator=generator, noised=data is not None)
-    return pack({name: torch.cat(values) for name, values in record.items()}, table, constants)
+    kept = order[:, :step].argsort(dim=1) < shard.kept  # of the steps that were made: image to image leaves out the first ones
+    states = {name: torch.cat([v[mask] for v, mask in zip(values, kept.T, strict=True)]) for name, values in record.items()}
+    return pack(states, table, constants)

@@ -20,6 +20,7 @@ class TinyFamily:
     guided: arguments that switch the pipeline's own guidance on, by scale: {"guidance_scale": 4.0}.
     off: arguments that switch it off.
     omega_offset: ω of `guided` is its scale plus this.
+    sign: −1 where the pipeline turns the sign of the denoiser's prediction before the scheduler gets it.
     """
 
     name: str
@@ -29,13 +30,14 @@ class TinyFamily:
     guided: dict[str, Any] = field(default_factory=lambda: {"guidance_scale": 4.0})
     off: dict[str, Any] = field(default_factory=lambda: {"guidance_scale": 1.0})
     omega_offset: float = 0.0
+    sign: int = 1
 
 
 def _found() -> dict[str, TinyFamily]:
     """Every FAMILY or FAMILIES of the files beside this one."""
     found: dict[str, TinyFamily] = {}
     for path in sorted(Path(__file__).parent.glob("[a-z]*.py")):
-        if path.stem not in ("family", "text"):
+        if path.stem not in ("family", "images", "text"):
             module = import_module(f"tiny.{path.stem}")
             for family in getattr(module, "FAMILIES", None) or [module.FAMILY]:
                 found[family.name] = family

@@ -50,4 +50,5 @@ FAMILY = TinyFamily(
     pipeline=pipeline,
     inputs=lambda n: {"prompt": prompts(n)},
     call={"height": 16, "width": 16, "num_inference_steps": 4, "output_type": "latent", "max_sequence_length": 16},
+    sign=-1,
 )

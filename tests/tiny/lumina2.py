@@ -39,4 +39,5 @@ FAMILY = TinyFamily(
     pipeline=pipeline,
     inputs=lambda n: {"prompt": prompts(n)},
     call={**CALL, "system_prompt": "", "max_sequence_length": 48},
+    sign=-1,
 )

@@ -33,7 +33,7 @@ def umt5_encoder(width: int) -> UMT5EncoderModel:
     return lively(UMT5EncoderModel(config))
 
 
-def pipeline(boundary_ratio: float | None = None) -> WanPipeline:
+def video_vae() -> AutoencoderKLWan:
     torch.manual_seed(0)
     vae = AutoencoderKLWan(
         base_dim=3,
@@ -44,11 +44,15 @@ def pipeline(boundary_ratio: float | None = None) -> WanPipeline:
         latents_mean=[0.0] * 4,
         latents_std=[1.0] * 4,
     )
+    return vae.eval()
+
+
+def pipeline(boundary_ratio: float | None = None) -> WanPipeline:
     return quiet(
         WanPipeline(
             tokenizer=t5_tokenizer(),
             text_encoder=umt5_encoder(16),
-            vae=vae.eval(),
+            vae=video_vae(),
             scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
             transformer=transformer(0),
             transformer_2=None if boundary_ratio is None else transformer(1),

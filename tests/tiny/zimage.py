@@ -37,4 +37,5 @@ FAMILY = TinyFamily(
     guided={"guidance_scale": 3.0},
     off={"guidance_scale": 0.0},
     omega_offset=1.0,
+    sign=-1,
 )

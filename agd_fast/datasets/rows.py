@@ -1,0 +1,54 @@
+"""Rows of a pipeline's inputs from a file: texts, numbers and pictures by the argument of its call."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+PICTURES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".webp"})
+
+
+def read_inputs(path: str | os.PathLike[str]) -> dict[str, list[Any]]:
+    """A file with one JSON object a line, such as {"prompt": "a red cat", "image": "cat.png"}, as `agd_fast.distill(inputs=...)`
+    takes it: {"prompt": [...], "image": [...]}.
+
+    Of all arguments but prompts, texts that end like a file of a picture are opened, relative to the file's folder.
+    Raises: FileNotFoundError naming a file or picture; ValueError for a line that is no object, or has other arguments.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"expected a file with one JSON object a line, found no file {path}")
+    rows: list[dict[str, Any]] = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if line.strip():
+            rows.append(_row(line, f"{path}, line {number}", path.parent))
+            if rows[-1].keys() != rows[0].keys():
+                raise ValueError(f"{path}, line {number}: expected {sorted(rows[0])} as before, found {sorted(rows[-1])}")
+    if not rows:
+        raise ValueError(f"expected at least one line in {path}, found none")
+    return {name: [row[name] for row in rows] for name in rows[0]}
+
+
+def _row(line: str, where: str, folder: Path) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: expected a JSON object, found {line!r}: {error}") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: expected a JSON object, found {line!r}")
+    return {name: value if "prompt" in name else _opened(value, where, folder) for name, value in row.items()}
+
+
+def _opened(value: Any, where: str, folder: Path) -> Any:
+    if isinstance(value, list):
+        return [_opened(one, where, folder) for one in value]
+    if not isinstance(value, str) or Path(value).suffix.lower() not in PICTURES:
+        return value
+    if not (folder / value).is_file():
+        raise FileNotFoundError(f"{where}: found no picture {folder / value}")
+    with Image.open(folder / value) as picture:
+        return picture.convert("RGB")

@@ -1,0 +1,27 @@
+"""BriaTransformer2DModel: Bria 3.2, blocks of two streams, then of one over [text; image], packed latents [B, N, 4·C].
+
+Tokens of padding are zeros, and count as tokens; without a negative prompt the unconditional text is zeros. A block of one
+stream has attention and feed-forward side by side.
+"""
+
+from agd_fast.spec import Condition, DenoiserSpec, PipelineSpec, Site
+
+SPECS = {
+    "BriaTransformer2DModel": DenoiserSpec(
+        sample="hidden_states",
+        timestep="timestep",
+        conditions=(Condition("encoder_hidden_states", null=0, width="config.joint_attention_dim"),),
+        time_embedding=("time_embed.time_proj", "time_embed.timestep_embedder"),
+        attention=(Site("transformer_blocks.*.attn"), Site("single_transformer_blocks.*.attn", tokens="last")),
+        feed_forward=(Site("transformer_blocks.*.ff"),),
+        modulation=(
+            Site("transformer_blocks.*.norm1.linear"),
+            Site("transformer_blocks.*.norm1_context.linear"),
+            Site("single_transformer_blocks.*.norm.linear"),
+            Site("norm_out.linear"),
+            Site("proj_out", form="affine"),
+        ),
+        batch_dims={"img_ids": None, "txt_ids": None},
+        pipeline=PipelineSpec(),
+    )
+}

@@ -1,0 +1,79 @@
+"""What a pipeline is called with, one row a prompt: text, embeddings, pictures."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from agd_fast.files import fingerprint
+
+Inputs = Mapping[str, Sequence[Any] | Tensor]
+
+_NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+
+
+def rows_of(inputs: Inputs, rows: Sequence[int]) -> dict[str, Any]:
+    """These rows of every input. Of a single one what is neither text nor a number is passed as it is: many pipelines take one
+    picture, or read a list of them as several pictures of one prompt."""
+    found = {n: value[[*rows]] if isinstance(value, Tensor) else [value[row] for row in rows] for n, value in inputs.items()}
+    return {n: value[0] if len(rows) == 1 and not _makes_batches(value) else value for n, value in found.items()}
+
+
+def make_batches(inputs: Inputs) -> bool:
+    """Whether every pipeline takes several rows at once."""
+    return all(map(_makes_batches, inputs.values()))
+
+
+def _makes_batches(value: Sequence[Any] | Tensor) -> bool:
+    return isinstance(value, Tensor) or all(isinstance(one, (str, int, float)) or one is None for one in value)
+
+
+def require_arguments(call: Callable[..., Any], given: Mapping[str, Any], name: str) -> None:
+    """Raises: ValueError when a pipeline's call needs more than that, such as the picture that a video begins with."""
+    needed = [one.name for one in inspect.signature(call).parameters.values() if one.default is one.empty and one.kind in _NAMED]
+    if missing := [one for one in needed if one not in given]:
+        raise ValueError(f"{name} needs {', '.join(missing)} beside {', '.join(given)}; {_expected(missing[0])}")
+
+
+@contextmanager
+def asking_for_images(call: Callable[..., Any], given: Mapping[str, Any], name: str) -> Iterator[None]:
+    """Says what is missing where a call without a picture raises something else."""
+    try:
+        yield
+    except (AttributeError, IndexError, TypeError, ValueError) as error:
+        missing = [one for one in ("image", "video") if one in inspect.signature(call).parameters and given.get(one) is None]
+        if not missing:
+            raise
+        raise ValueError(f"{name} was called without {missing[0]}: {error}; {_expected(missing[0])}") from error
+
+
+def _expected(name: str) -> str:
+    return f"expected inputs={{'prompt': [...], {name!r}: [...]}}, one a prompt, or call={{{name!r}: ...}}, the same for all"
+
+
+def described(value: Any) -> str:
+    """A text that tells one value from another, the same in every process: tensors and pictures by a hash of what they hold."""
+    if isinstance(value, Tensor):
+        return fingerprint({"value": value})
+    if isinstance(value, np.ndarray):
+        return fingerprint({"value": torch.from_numpy(np.ascontiguousarray(value))})
+    if isinstance(value, Image.Image):
+        pixels = torch.frombuffer(bytearray(value.tobytes()), dtype=torch.uint8)
+        return f"{value.mode} {value.width}x{value.height} {fingerprint({'value': pixels})}"
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{key!r}: {described(inner)}' for key, inner in value.items())}}}"
+    if isinstance(value, (list, tuple)):
+        inner = ", ".join(map(described, value))
+        return f"[{inner}]" if isinstance(value, list) else f"({inner}{',' if len(value) == 1 else ''})"
+    if is_dataclass(value) and not isinstance(value, type):
+        inner = ", ".join(f"{one.name}={described(getattr(value, one.name))}" for one in fields(value))
+        return f"{type(value).__name__}({inner})"
+    return repr(value)
