@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,7 +18,10 @@ import agd_fast as agd
 from agd_fast.attaching.scope import scope_of
 from agd_fast.engine import engine_of
 from agd_fast.engine.engine import _Run
+from agd_fast.engine.pieces import Pieces
 from agd_fast.engine.tables import Table
+from agd_fast.graph.partition import Part
+from agd_fast.graph.repeats import Call
 from helpers_pipelines import attach, sample
 from tiny import sd15
 from tiny._parts import quiet
@@ -108,6 +111,11 @@ def tables(denoiser: nn.Module) -> list[Table]:
 
 def programs(denoiser: nn.Module) -> list[Any]:
     return [found.program for kept in engine_of(denoiser).captured.values() for found in kept]
+
+
+def in_pieces(part: Part, calls: Sequence[Call]) -> Pieces:
+    """A part as calls of pieces that run as they are."""
+    return Pieces(part, calls, lambda piece, given: piece.forward)
 
 
 def reasons(model: Any) -> list[str]:

@@ -13,9 +13,11 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 import agd_fast as agd
 from agd_fast.attaching import guided, scoped, to_omega
 from agd_fast.engine import engine_of
+from agd_fast.graph import repeats
+from agd_fast.graph.repeats import calls_of
 from agd_fast.spec import forward_parameters
 from conftest import assert_as_exact
-from helpers_engine import RECORDED, Reading, assert_same, own_forwards, programs, reasons, tables
+from helpers_engine import RECORDED, Reading, assert_same, in_pieces, own_forwards, programs, reasons, tables
 from helpers_families import Forward, attach_trained, denoisers, exact_output, run, spec_for
 from tiny import FAMILIES
 
@@ -86,7 +88,8 @@ def scales_of(family: Any) -> list[float]:
 
 
 @pytest.mark.parametrize(("name", "kind"), [*((name, None) for name in CAPTURED), *KINDS])
-def test_a_pipeline_is_as_before_and_each_forward_as_exact(name, kind):
+def test_a_pipeline_is_as_before_and_each_forward_as_exact(monkeypatch, name, kind):
+    monkeypatch.setattr(repeats, "LEAST", 1)  # these have few blocks
     family = FAMILIES[name]
     pipe = family.pipeline()
     attach_trained(pipe, kind=kind)
@@ -98,6 +101,9 @@ def test_a_pipeline_is_as_before_and_each_forward_as_exact(name, kind):
                 found = run(pipe, family, **family.guided)
             assert len(seen) in (runs, 0)
         assert_same(found, plain)
+    for program in [one for denoiser in denoisers(pipe).values() for one in programs(denoiser)]:
+        program.body = in_pieces(program.parts.body, calls_of(program.parts.body.module.graph))
+    assert torch.equal(run(pipe, family, **family.guided), found)
     assert [engine_of(denoiser).info()["plain_because"] for denoiser in denoisers(pipe).values()] == [[]] * len(denoisers(pipe))
     assert all(engine_of(denoiser).info()["captured"] == 1 for denoiser in denoisers(pipe).values())
     assert_each_as_exact(pipe, calls, scales_of(family))

@@ -158,11 +158,14 @@ def test_timesteps_that_are_rounded_before_or_after_they_are_scaled(rounding, st
         assert all((way == seen).any() for way in found)
 
 
-def test_timesteps_that_ascend():
-    times = torch.linspace(1000, 100, 10)
-    given = (1000 - times) / 1000
-    assert any(torch.equal(way, given) for way in ways_to_pass(times, ASCENDING, given[:1]))
-    assert position_of(times, ASCENDING, given[3]) == 3
+@pytest.mark.parametrize("turned", [lambda times: (1000 - times) / 1000, lambda times: 1 - times / 1000], ids=["first", "last"])
+def test_timesteps_that_ascend_turned_round_before_or_after_they_are_scaled(turned):
+    sigmas = torch.linspace(1, 1 / 30, 30)
+    times = 1000 * 3 * sigmas / (1 + 2 * sigmas)
+    given = turned(times)
+    for position, seen in enumerate(given):
+        assert any(torch.equal(way, given) for way in ways_to_pass(times, ASCENDING, seen[None]))
+        assert position_of(times, ASCENDING, seen) == position
 
 
 def test_timesteps_that_a_pipeline_does_not_scale():

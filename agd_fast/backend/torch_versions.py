@@ -1,4 +1,4 @@
-"""What the backend asks of torch beyond its documented interface: what a new version of torch may change, and no other file.
+"""What the backend and the engine's pieces ask of torch beyond its documented interface: what a new version of torch may change.
 
 It has run with torch 2.13.
 """

@@ -33,7 +33,9 @@ _VALUES = (  # functions that give values
     Tensor.numpy,
     Tensor.is_nonzero,
     Tensor.equal,
+    Tensor.nonzero,
     torch.is_nonzero,
+    torch.nonzero,
     torch.equal,
 )
 _MOVES = {Level.STEP: "the step", Level.MOVING: "x_t"}

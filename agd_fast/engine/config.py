@@ -15,6 +15,8 @@ class EngineConfig:
 
     compile: torch.compile(fullgraph=True) of what is left of a step; None does it on CUDA. mode: of torch.compile.
     graph: one CUDA graph a step; None does it on CUDA.
+    repeated_blocks: compile pieces of a step that repeat, as transformer blocks do, once and call them with the weights of each;
+        None does it where that saves more than half of the operations, and many.
     hoist: compute what does not move with x_t before the first step. fold: leave out operations that change nothing, and let
         norms take scales and shifts that do not move with x_t. absorb: put the projections of cross-attention adapters into their
         keys and values where that is cheaper. These three can be switched off to measure what each gives.
@@ -28,6 +30,7 @@ class EngineConfig:
     compile: bool | None = None
     mode: str | None = None
     graph: bool | None = None
+    repeated_blocks: bool | None = None
     hoist: bool = True
     fold: bool = True
     absorb: bool = True

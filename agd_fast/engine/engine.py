@@ -97,8 +97,9 @@ class Engine:
 
     def info(self) -> dict[str, Any]:
         """For a reader. plain_because: why calls take the plain path, if any do. slower_because: why steps are not compiled, or
-        no CUDA graph. kernels, not_on_kernels: how many pieces of the last captured forward run on a kernel of ours, by op, and
-        how many do not, by op and reason. ahead_bytes: of what was computed ahead, in the last scope."""
+        no CUDA graph. Of the last captured forward: repeated_blocks: how many distinct pieces were compiled and how often a step
+        calls them, empty where it was compiled as a whole, or not; kernels, not_on_kernels: how many pieces run on a kernel of
+        ours, by op, and how many do not, by op and reason. ahead_bytes: of what was computed ahead, in the last scope."""
         device = device_of(self.denoiser)
         programs = [found.program for kept in self.captured.values() for found in kept]
         troubles = [trouble for program in programs for trouble in (program.trouble, program.recorded.trouble)]
@@ -107,6 +108,7 @@ class Engine:
             "cuda_graph": self.config.graphs(device),
             "captured": len(programs),
             "ahead_bytes": self.ahead_bytes,
+            "repeated_blocks": programs[-1].pieces if programs else {},
             **(programs[-1].kernels if programs else {"kernels": {}, "not_on_kernels": {}}),
             "slower_because": list(dict.fromkeys(filter(None, troubles))),
             "plain_because": list(dict.fromkeys([*filter(None, [self.obstacle]), *self.refused.values()])),
@@ -224,13 +226,13 @@ def _first_results(program: Program, request: Request) -> list[Tensor]:
     """Raises: NotCapturableError for a captured program that does not run."""
     prepared = program.prepare(request.inputs)
     try:
-        try:
-            return program.step(request.inputs, prepared)
-        except Exception as error:  # whatever a compiler may raise, on an old GPU or without a C++ compiler
-            if not program.compiles:
-                raise
-            program.do_without_compiling(error)
-            return program.step(request.inputs, prepared)
+        while True:
+            try:
+                return program.step(request.inputs, prepared)
+            except Exception as error:  # whatever a compiler may raise, on an old GPU or without a C++ compiler
+                if not program.compiles:
+                    raise
+                program.do_without_compiling(error)
     except Exception as error:
         raise NotCapturableError(f"its captured form does not run ({described(error)})") from error
 

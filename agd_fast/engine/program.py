@@ -12,13 +12,17 @@ from torch import Tensor, fx
 
 from agd_fast.engine.config import EngineConfig
 from agd_fast.engine.graphs import GraphedStep, Recorded
+from agd_fast.engine.pieces import Pieces, by_inductor
 from agd_fast.engine.tables import RowLayout, Rows, Table, fill_rows, index_of
 from agd_fast.graph.capture import Captured, value_of
 from agd_fast.graph.levels import Level
-from agd_fast.graph.partition import partition
+from agd_fast.graph.partition import Part, partition
+from agd_fast.graph.repeats import calls_of, operations
 from agd_fast.graph.rewriting import rewrite
 from agd_fast.ops import default_policy
 from agd_fast.warning import described, first_line
+
+MANY = 200  # operations: what they take to compile is noticed, and calls of so few pieces are not
 
 Values = dict[fx.Node, Tensor]
 ByDtype = dict[torch.dtype, Tensor]
@@ -57,6 +61,7 @@ class Program:
         self.constants: Values = dict(captured.constants)
         self.device = _device([node for node, level in self._leveled if level == Level.MOVING])
         self.compiles, self.graphs = config.compiles(self.device), config.graphs(self.device)
+        self.repeated_blocks = config.repeated_blocks
         policy = self.config.kernels or default_policy()
         rewritten = rewrite(self.graph, dict(self._leveled), policy, self._constant, fold=config.fold)
         self.kept, self.kernels = rewritten.kept, rewritten.kernels
@@ -78,7 +83,7 @@ class Program:
         self.in_rows = [node in row_values for node in parts.body.results]  # where the next step writes
         self.body: Callable[..., Any] = parts.body.module.forward
         if self.compiles:
-            self.body = torch.compile(parts.body.module, fullgraph=True, dynamic=False, mode=self.config.mode)
+            self.body = self._in_pieces(parts.body) or self._compiled_whole(parts.body)
         self.graphed: GraphedStep | None = None
         self.recorded, self.borrowed, self.packing = Recorded(), Values(), None
         read = {*parts.body.arguments, *parts.step.arguments} - self.constants.keys()
@@ -106,9 +111,33 @@ class Program:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), self._of_constants)
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
+    def _in_pieces(self, body: Part) -> Pieces | None:
+        """The body with what repeats compiled once; None where that is not wanted, or would save little."""
+        wanted = self.repeated_blocks
+        if wanted is False:
+            return None
+        calls = calls_of(body.module.graph)
+        total, distinct = operations(body.module.graph), sum(operations(one.graph) for one in {call.piece for call in calls})
+        if len(calls) < 2 or (wanted is None and total - distinct < max(total / 2, MANY)):
+            return None
+        return Pieces(body, calls, by_inductor(self.config.mode))
+
+    def _compiled_whole(self, body: Part) -> Callable[..., Any]:
+        return torch.compile(body.module, fullgraph=True, dynamic=False, mode=self.config.mode)
+
+    @property
+    def pieces(self) -> dict[str, int]:
+        """For a reader; empty where the body is compiled as a whole, or not."""
+        return self.body.info() if isinstance(self.body, Pieces) else {}
+
     def do_without_compiling(self, error: Exception) -> None:
-        self.compiles, self.body = False, self.parts.body.module.forward
-        self.trouble = f"torch.compile failed ({described(error)}), so steps run uncompiled"
+        """Compile all at once where pieces cannot be, and nothing where that cannot be either."""
+        if isinstance(self.body, Pieces):
+            self.repeated_blocks, self.body = False, self._compiled_whole(self.parts.body)
+            self.trouble = f"repeated blocks could not be compiled once ({described(error)}), so all of a step is compiled"
+        else:
+            self.compiles, self.body = False, self.parts.body.module.forward
+            self.trouble = f"torch.compile failed ({described(error)}), so steps run uncompiled"
 
     def let_move(self, index: int) -> None:
         """Treat an input as one that changes at every step."""

@@ -27,8 +27,8 @@ def levels_of(graph: fx.Graph, placeholders: Mapping[fx.Node, Level]) -> dict[fx
 
     Tensors that are written in place, and all views of them, have one level: that of all that is written.
     """
-    owners = _owners(graph)
-    written = {owners[node] for node in graph.nodes if _writes(node)}
+    owners = owners_of(graph)
+    written = {owners[node] for node in graph.nodes if writes(node)}
     level: dict[fx.Node, Level] = {}
     of_group: dict[fx.Node, Level] = dict.fromkeys(written, Level.STATIC)
     while True:  # until what is written in place has settled
@@ -60,8 +60,8 @@ def is_view(node: fx.Node) -> bool:
 
 def in_place_groups(graph: fx.Graph) -> set[fx.Node]:
     """All nodes that share memory with something that is written in place."""
-    owners = _owners(graph)
-    written = {owners[node] for node in graph.nodes if _writes(node)}
+    owners = owners_of(graph)
+    written = {owners[node] for node in graph.nodes if writes(node)}
     return {node for node in owners if owners[node] in written}
 
 
@@ -70,14 +70,14 @@ def elements(node: fx.Node) -> int:
     return value.numel() if isinstance(value, Tensor) else 0
 
 
-def _owners(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
+def owners_of(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
     """The node whose memory each node is a view of."""
     owners: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
         shares = (
             node.op == "call_function"
             and node.all_input_nodes
-            and (is_view(node) or _writes(node) or _maybe_copies(node) or _is_item(node))
+            and (is_view(node) or writes(node) or _maybe_copies(node) or _is_item(node))
         )
         owners[node] = owners[_first(node)] if shares else node
     return owners
@@ -95,7 +95,7 @@ def _first(node: fx.Node) -> fx.Node:
     return node.all_input_nodes[0]
 
 
-def _writes(node: fx.Node) -> bool:
+def writes(node: fx.Node) -> bool:
     schema = getattr(node.target, "_schema", None)
     return schema is not None and schema.is_mutable
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, fx
@@ -58,10 +58,10 @@ def partition(graph: fx.Graph, placeholders: Mapping[fx.Node, Level], kept: froz
     chain = _view_chain(aliases)
     stored = _tensors([*(node for node in rows if node not in aliases), *(_owner(node) for node in aliases)])
     return Parts(
-        once=_part(graph, at(Level.STATIC), static),
-        step=_part(graph, at(Level.STEP), stored),
-        views=_part(graph, chain, aliases),
-        body=_part(graph, at(Level.MOVING), list(output.args[0])),
+        once=part_of(at(Level.STATIC), static),
+        step=part_of(at(Level.STEP), stored),
+        views=part_of(chain, aliases),
+        body=part_of(at(Level.MOVING), list(output.args[0])),
     )
 
 
@@ -93,8 +93,8 @@ def _view_chain(aliases: list[fx.Node]) -> list[fx.Node]:
     return [node for node in (aliases[0].graph.nodes if aliases else ()) if node in chain]
 
 
-def _part(graph: fx.Graph, nodes: list[fx.Node], results: list[fx.Node]) -> Part:
-    """`nodes` as a function of what they take from elsewhere."""
+def part_of(nodes: Sequence[fx.Node], results: Sequence[fx.Node]) -> Part:
+    """`nodes` as a function of what they take from elsewhere, in the order in which they take it."""
     inner = fx.Graph()
     own = set(nodes)
     needed = [one for node in nodes for one in node.all_input_nodes if one not in own]
