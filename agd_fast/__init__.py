@@ -13,6 +13,7 @@ from agd_fast.families.discovery import discover
 from agd_fast.guiders import AdapterGuidance
 from agd_fast.hub import push_to_hub
 from agd_fast.memory import estimate_memory, frozen_backward
+from agd_fast.pipeline_evaluation import evaluate_pipeline
 from agd_fast.reference import convert
 from agd_fast.sampling import sample
 from agd_fast.spec import Condition, DenoiserSpec, PipelineSpec, Site
@@ -39,6 +40,7 @@ __all__ = [
     "discover",
     "distill",
     "estimate_memory",
+    "evaluate_pipeline",
     "frozen_backward",
     "guided",
     "info",

@@ -15,6 +15,7 @@ from rich.markup import escape
 
 import agd_fast as agd
 from agd_fast.attaching import denoiser_of
+from agd_fast.datasets import read_inputs
 from agd_fast.distillation.presets import PRESETS, find_preset
 from agd_fast.hub import resolve
 from agd_fast.ops import kernels_info
@@ -33,6 +34,10 @@ ModelOption = Annotated[
 ]
 LabelsOption = Annotated[
     str | None, typer.Option(help="Class labels: '0-9', '3', '1,5,7' or a mix.", show_default="all of a class-conditional model")
+]
+InputsOption = Annotated[
+    Path | None,
+    typer.Option(help='File with one JSON object a line, e.g. {"prompt": "a red cat", "image": "cat.png"}, instead of prompts.'),
 ]
 AdapterArgument = Annotated[str, typer.Argument(help="Folder with an adapter, or the id of a Hub repo.")]
 DtypeOption = Annotated[str, typer.Option(help="Precision of the base: float32, bfloat16 or float16.")]
@@ -70,6 +75,7 @@ def distill(
         Path | None,
         typer.Option(help="Text file with one prompt a line.", show_default="captions that ship, for a text pipeline"),
     ] = None,
+    inputs: InputsOption = None,
     call: Annotated[
         str | None,
         typer.Option(help='Further arguments of the pipeline\'s call as JSON, e.g. \'{"height": 768, "width": 768}\'.'),
@@ -135,6 +141,7 @@ def distill(
         load_model(model, dtype, place=memory is None),
         class_labels=None if labels is None else parse_labels(labels),
         prompts=prompts,
+        inputs=None if inputs is None else read_inputs(inputs),
         call=None if call is None else parse_call(call),
         guidance_range=guidance,
         preset=preset,
@@ -191,6 +198,7 @@ def sample(
     model: ModelOption = "digits",
     labels: LabelsOption = None,
     prompt: Annotated[list[str] | None, typer.Option(help="Prompt, for a text pipeline; give it again for several.")] = None,
+    inputs: InputsOption = None,
     call: Annotated[str | None, typer.Option(help="Further arguments of the pipeline's call as JSON.")] = None,
     dtype: DtypeOption = "float32",
     guidance: Annotated[float, typer.Option(help="Guidance scale.")] = 4.0,
@@ -210,10 +218,11 @@ def sample(
     if optimize:
         agd.optimize(pipeline)
     arms = ARMS if compare else ("agd",)
-    if prompt:
-        count = _sample_prompts(
-            agd.load(pipeline, adapter), prompt, parse_call(call or "{}"), guidance, steps, seed, arms, output
-        )
+    if prompt and inputs:
+        raise typer.BadParameter("expected --prompt or --inputs, found both")
+    if prompt or inputs:
+        given = {"prompt": prompt} if inputs is None else read_inputs(inputs)
+        count = _sample_inputs(agd.load(pipeline, adapter), given, parse_call(call or "{}"), guidance, steps, seed, arms, output)
     else:
         teacher = agd.load(as_teacher(pipeline), adapter)
         classes = torch.tensor(parse_labels(labels or "0-9"))
@@ -228,44 +237,103 @@ def sample(
     console.print(f"{count} samples at guidance scale {guidance:g} in {steps} steps: {output}", markup=False)
 
 
-def _sample_prompts(
-    pipe: Any, prompts: list[str], call: dict[str, Any], guidance: float, steps: int, seed: int, arms: Any, output: Path
+def _sample_inputs(
+    pipe: Any, inputs: Any, call: dict[str, Any], guidance: float, steps: int, seed: int, arms: Any, output: Path
 ) -> int:
-    """One row an arm, one column a prompt."""
+    """One row an arm, one column a row of the inputs."""
     from diffusers.utils import make_image_grid
 
     from agd_fast.distillation.preview import pictures
     from agd_fast.files import replacing
     from agd_fast.pipelines import PipelineTeacher
 
-    teacher = PipelineTeacher.of(pipe, inputs={"prompt": prompts}, call=call)
-    rows = [pictures(teacher, arm, guidance, steps, seed, len(prompts)) for arm in arms]
+    teacher = PipelineTeacher.of(pipe, inputs=inputs, call=call)
+    rows = [pictures(teacher, arm, guidance, steps, seed, len(teacher)) for arm in arms]
     if not all(rows):
         raise ValueError(f"expected a pipeline that makes pictures, found a {type(pipe).__name__} whose output is none")
     with replacing(output) as partial:
-        make_image_grid([image for row in rows for image in row], rows=len(rows), cols=len(prompts)).save(partial, "PNG")
-    return len(prompts)
+        make_image_grid([image for row in rows for image in row], rows=len(rows), cols=len(teacher)).save(partial, "PNG")
+    return len(teacher)
 
 
 @app.command()
 def evaluate(
-    adapter: Annotated[Path, typer.Argument(help="Folder with an adapter for the digits teacher.")],
-    output: Annotated[Path | None, typer.Option(help="Folder for the report; default: ADAPTER itself.")] = None,
-    samples: Annotated[int, typer.Option(min=20, help="Samples an arm.")] = 2000,
+    adapter: AdapterArgument,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder to write to.", show_default="ADAPTER itself for digits, else runs/evaluate")
+    ] = None,
+    model: ModelOption = "digits",
+    prompts: Annotated[
+        Path | None, typer.Option(help="For a text pipeline: file with one prompt a line, none of which it was distilled on.")
+    ] = None,
+    inputs: InputsOption = None,
+    labels: Annotated[str | None, typer.Option(help="For a class-conditional pipeline: labels, e.g. '0-9'.")] = None,
+    call: Annotated[
+        str | None, typer.Option(help="Further arguments of the pipeline's call as JSON, those that it was distilled with.")
+    ] = None,
+    dtype: DtypeOption = "float32",
+    scales: Annotated[
+        str | None, typer.Option(help="Guidance scales, e.g. '5,7.5'.", show_default="of a pipeline, the middle of its range")
+    ] = None,
+    metrics: Annotated[
+        str, typer.Option(help="Of a pipeline's pictures also: lpips, clip, fid, or which of each, e.g. 'lpips=vgg,clip=FOLDER'.")
+    ] = "",
+    real: Annotated[Path | None, typer.Option(help="Folder of real pictures for fid.")] = None,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="Samples an arm.", show_default="2000 digits, or one a prompt")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Pictures of a pipeline at once.", show_default="4")] = None,
     steps: StepsOption = 25,
-    rounds: Annotated[int, typer.Option(help="Interleaved timing rounds; 0 for none.")] = 30,
+    rounds: Annotated[
+        int | None, typer.Option(min=0, help="Interleaved timing rounds; 0 for none.", show_default="30, or 5 of a pipeline")
+    ] = None,
+    optimize: Annotated[bool, typer.Option("--optimize", help="Sample with the engine.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Make a pipeline's pictures anew, those that OUTPUT holds too.")] = False,
     seed: SeedOption = 0,
     quiet: QuietOption = False,
 ) -> None:
-    """Measure an adapter for the digits: Fréchet distance, precision/recall, accuracy, explained guidance, speed."""
+    """Measure an adapter against two-pass CFG and no guidance, from the same noise: pictures, numbers, a report."""
+    asked = {"prompts": prompts, "inputs": inputs, "labels": labels, "call": call, "scales": scales, "real": real}
+    asked["metrics"] = metrics or None
+    if model == "digits" and _given(asked):
+        names = ", ".join(f"--{name}" for name in _given(asked))
+        raise typer.BadParameter(f"{names} go(es) with a pipeline; expected --model as well")
+    directory = output or Path(adapter if model == "digits" else "runs/evaluate")
+    common: dict[str, Any] = {"steps": steps, "seed": seed, "progress": not quiet}
+    common |= _given({"samples": samples, "timing_rounds": rounds})
+    rows = None if inputs is None else read_inputs(inputs)
+    of_pipeline = {
+        "prompts": prompts,
+        "inputs": rows if labels is None else {"class_labels": parse_labels(labels)},
+        "call": None if call is None else parse_call(call),
+        "guidance_scales": None if scales is None else parse_scales(scales),
+        "metrics": parse_metrics(metrics),
+        "real": real,
+        "batch_size": batch_size,
+        "resume": not fresh,
+    }
+    loaded = agd.load(load_model(model, dtype), adapter)
+    if optimize:
+        agd.optimize(loaded)
+    if model == "digits":
+        _evaluate_digits(loaded, directory, **common)
+    else:
+        _evaluate_pipeline(loaded, output_dir=directory, **of_pipeline, **common)
+    console.print(f"\npictures and tables: {directory / 'report.html'}", markup=False)
+
+
+def _evaluate_digits(teacher: Any, directory: Path, **settings: Any) -> None:
     from agd_fast.demo import report_digits
     from agd_fast.reporting.tables import print_evaluation
 
-    teacher = agd.load(load_model("digits"), adapter)
-    directory = output or adapter
-    done = report_digits(teacher, directory, samples=samples, steps=steps, seed=seed, timing_rounds=rounds, progress=not quiet)
+    done = report_digits(teacher, directory, **settings)
     print_evaluation(done.result, done.bars, console)
-    console.print(f"\npictures and tables: {directory / 'report.html'}", markup=False)
+
+
+def _evaluate_pipeline(pipe: Any, **settings: Any) -> None:
+    from agd_fast.reporting.pipeline_tables import print_pipeline_evaluation
+
+    print_pipeline_evaluation(agd.evaluate_pipeline(pipe, **settings), console)
 
 
 @app.command()
@@ -359,6 +427,22 @@ def parse_labels(text: str) -> list[int]:
     if not labels:
         raise typer.BadParameter(f"expected labels such as '0-9' or '1,5,7', found {text!r}")
     return labels
+
+
+def parse_scales(text: str) -> list[float]:
+    """'5' or '5,7.5' as a list."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise typer.BadParameter(f"expected guidance scales such as '5,7.5', found {text!r}") from error
+
+
+def parse_metrics(text: str) -> dict[str, str]:
+    """'lpips,clip=FOLDER' as which network by metric, the default one where none is named."""
+    from agd_fast.evaluation.networks import DEFAULTS
+
+    parts = [part.strip().partition("=") for part in text.split(",") if part.strip()]
+    return {name: which or DEFAULTS.get(name, "") for name, _, which in parts}
 
 
 def parse_call(text: str) -> dict[str, Any]:

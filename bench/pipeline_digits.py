@@ -1,6 +1,7 @@
 """A StableDiffusionPipeline around the captioned digits UNet: distilled from its own runs, then called as a user calls it.
 
 python bench/pipeline_digits.py --seeds 3 --json bench/results/pipeline_digits.json --picture docs/pipeline_digits.png
+python bench/pipeline_digits.py --seeds 1 --evaluate runs/pipeline_digits  # by agd.evaluate_pipeline, captions held out
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
+from diffusers.utils.pil_utils import pt_to_pil
 from rich.console import Console
 from torch import Tensor
 
@@ -21,8 +23,9 @@ from agd_fast.environment import environment
 from agd_fast.evaluation import frechet_distance
 from agd_fast.evaluation.evaluate import count_evaluations
 from agd_fast.files import write_json
-from agd_fast.reporting.pictures import NAMES, save_grid
-from agd_fast.reporting.tables import rich_table
+from agd_fast.reporting.pictures import save_grid
+from agd_fast.reporting.pipeline_tables import print_pipeline_evaluation
+from agd_fast.reporting.tables import NAMES, rich_table
 from nfe_speed import commit
 from quality.teachers import TEACHERS, BenchTeacher, load_teacher
 
@@ -30,9 +33,17 @@ SIZE, BATCH, STEPS = {"height": 8, "width": 8}, 200, 25
 HEADER = ("arm", "NFE", "Fréchet", "class accuracy", "RMSE to CFG / unguided's")
 
 
+class Pixels(AutoencoderKL):
+    """A VAE whose latents are the pictures."""
+
+    def decode(self, z: Tensor, return_dict: bool = True, generator: Any = None) -> tuple[Tensor]:
+        return (z,)
+
+
 def make_pipeline(bench: BenchTeacher) -> StableDiffusionPipeline:
-    """The pipeline over the teacher's UNet, in its own space of samples: captions come as embeddings, the VAE is never asked."""
-    vae = AutoencoderKL(in_channels=1, out_channels=1, latent_channels=1, block_out_channels=(4,), norm_num_groups=1)
+    """The pipeline over the teacher's UNet, in its own space of samples; captions come as embeddings."""
+    sizes = {"in_channels": 1, "out_channels": 1, "latent_channels": 1, "block_out_channels": (4,), "norm_num_groups": 1}
+    vae = Pixels(**sizes, scaling_factor=1.0)
     parts = {"text_encoder": None, "tokenizer": None, "safety_checker": None, "feature_extractor": None}
     pipe = StableDiffusionPipeline(
         vae=vae, unet=bench.teacher.denoiser, scheduler=bench.teacher.scheduler, **parts, requires_safety_checker=False
@@ -41,8 +52,10 @@ def make_pipeline(bench: BenchTeacher) -> StableDiffusionPipeline:
     return pipe
 
 
-def captions_of(bench: BenchTeacher) -> dict[str, Tensor]:
-    captions = bench.table["encoder_hidden_states"]
+def captions_of(bench: BenchTeacher, *, held_out: bool = False) -> dict[str, Tensor]:
+    """held_out: of the template that no adapter is distilled on, one a digit."""
+    table = bench.held_out[0] if held_out and bench.held_out else bench.table
+    captions = table["encoder_hidden_states"]
     null = bench.teacher.null_condition["encoder_hidden_states"]
     return {"prompt_embeds": captions, "negative_prompt_embeds": null.expand_as(captions)}
 
@@ -102,6 +115,34 @@ def draw(pipe: Any, bench: BenchTeacher, path: Path) -> None:
     save_grid(path, {NAMES[name]: arm(rows, 7) for name, arm in arms.items()}, [str(row) for row in rows.tolist()])
 
 
+def evaluate(pipe: Any, bench: BenchTeacher, folder: Path, samples: int, seed: int) -> None:
+    """By the door that users take, against the real digits as PNG files and in the features of the digits' classifier."""
+    reference = bench.reference
+    assert reference is not None
+    real = folder / "real"
+    real.mkdir(parents=True, exist_ok=True)
+    for index, picture in enumerate(pt_to_pil(reference.images)):
+        picture.save(real / f"{index:05d}.png")
+
+    def digits_classifier(pictures: Tensor) -> Tensor:
+        return reference.features(pictures.mean(dim=1, keepdim=True) * 2 - 1)
+
+    found = agd.evaluate_pipeline(
+        pipe,
+        inputs=captions_of(bench, held_out=True),
+        call=SIZE,
+        guidance_scales=(2.0, 4.0),
+        steps=STEPS,
+        samples=samples,
+        metrics={"fid": digits_classifier},
+        real=real,
+        batch_size=50,
+        seed=seed,
+        output_dir=folder,
+    )
+    print_pipeline_evaluation(found)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
@@ -111,6 +152,7 @@ def main() -> None:
     parser.add_argument("--guidance-scale", type=float, default=2.0, help="where CFG's own Fréchet distance is lowest")
     parser.add_argument("--json", type=Path, help="also write what was measured to this file")
     parser.add_argument("--picture", type=Path, help="also draw samples of the first seed to this PNG")
+    parser.add_argument("--evaluate", type=Path, help="also evaluate the first seed's adapter, with a report in this folder")
     args = parser.parse_args()
     runs: list[dict[str, Any]] = []
     for seed in range(args.seeds):
@@ -132,6 +174,8 @@ def main() -> None:
         runs.append({"seed": seed, "explained": result.explained.to_dict(), "fraction": result.fraction, "arms": arms})
         if args.picture and seed == 0:
             draw(pipe, bench, args.picture)
+        if args.evaluate and seed == 0:
+            evaluate(pipe, bench, args.evaluate, args.samples, seed)
     explained = [run["explained"]["mean"] for run in runs]
     spread = statistics.stdev(explained) if len(runs) > 1 else float("nan")
     keys = ("nfe", "frechet_distance", "class_accuracy", "rmse_to_cfg")

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from agd_fast.cli import app
 from fake_hub import TOKEN, FakeHub
+from helpers_evaluation import save_clip
 from test_reference import ASSETS, make_base
 from tiny import FAMILIES
 
@@ -61,6 +62,36 @@ def test_sample_draws_prompts(pipeline, distilled, tmp_path):
     assert Image.open(picture).size == (2 * 16, 3 * 16)
     done = run("sample", distilled, "--output", picture, *options, "--call", "[1]", check=False)
     assert done.exit_code == 2 and "expected a JSON object" in done.output
+
+
+def test_evaluate_compares_an_adapter_with_its_pipeline(pipeline, distilled, tmp_path):
+    prompts = tmp_path / "val.txt"
+    prompts.write_text("a green house\na blue tree\n")
+    output, clip = tmp_path / "eval", save_clip(tmp_path / "clip")
+    options = ["--model", pipeline, "--prompts", prompts, "--call", CALL, "--steps", 2, "--output", output, "--rounds", 1]
+    done = run("evaluate", distilled, *options, "--scales", "2,4", "--metrics", f"clip={clip}", "--batch-size", 1, "--quiet")
+    assert "Guidance scale 4:" in done.output and "CLIP" in done.output and "NFE" in done.output
+    assert {path.name for path in output.iterdir()} == {"grid.png", "pictures", "plan.json", "report.html", "report.json"}
+    report = json.loads((output / "report.json").read_text())
+    assert list(report["by_scale"]) == ["2", "4"] and report["pictures"] == 2 and report["networks"] == {"clip": clip}
+    assert [cost["nfe"] for cost in report["costs"].values()] == [2, 4, 2] and report["costs"]["agd"]["batch"] == 1
+    done = run("evaluate", distilled, *options, "--seed", 1, check=False)
+    assert "seed: expected 1, found 0" in str(done.exception)
+    run("evaluate", distilled, *options, "--seed", 1, "--fresh", "--quiet")
+    assert list(json.loads((output / "report.json").read_text())["by_scale"]) == ["3.5"]  # the middle of 1 to 6
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--scales", "2"], "--scales go(es) with a pipeline; expected --model"),
+        (["--metrics", "clip"], "--metrics go(es) with a pipeline"),
+        (["--model", "nowhere", "--scales", "2;3"], "guidance scales such as '5,7.5'"),
+    ],
+)
+def test_evaluate_says_what_goes_with_a_pipeline(options, message, tmp_path):
+    done = run("evaluate", tmp_path, *options, check=False)
+    assert done.exit_code == 2 and message in " ".join(done.output.replace("│", " ").split())
 
 
 def test_distill_names_a_file_of_prompts_that_is_not_there(pipeline, tmp_path):

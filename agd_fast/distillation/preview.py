@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from typing import Any
-
-import torch
 from diffusers.utils import make_image_grid
 from diffusers.utils.pil_utils import pt_to_pil
 from PIL import Image
 
-from agd_fast.attaching import attachment_of, components_of, disabled
-from agd_fast.pipelines import PipelineTeacher
+from agd_fast.attaching import attachment_of, components_of
+from agd_fast.pipelines import Arm, PipelineTeacher
 from agd_fast.sampling import sample
 from agd_fast.teacher import Conditions, Teacher
 
 COLUMNS = 4
+_ARMS: tuple[Arm, ...] = ("unguided", "cfg", "agd")
 
 
 def preview(teacher: Teacher, table: Conditions, omega: float, steps: int, seed: int) -> Image.Image | None:
     """Rows: unguided, two passes, one pass; a column a condition. None where samples are no pictures (latents without a VAE)."""
     scale = omega - teacher.spec.omega_offset
     if isinstance(teacher, PipelineTeacher):
-        rows = [pictures(teacher, arm, scale, steps, seed, min(COLUMNS, len(teacher))) for arm in ("unguided", "cfg", "agd")]
+        rows = [pictures(teacher, arm, scale, steps, seed, min(COLUMNS, len(teacher))) for arm in _ARMS]
     elif teacher.sample_shape[0] in (1, 3) and len(teacher.sample_shape) == 3:
-        rows = [_of_teacher(teacher, table, arm, scale, steps, seed) for arm in ("unguided", "cfg", "agd")]
+        rows = [_of_teacher(teacher, table, arm, scale, steps, seed) for arm in _ARMS]
     else:
         return None
     if not all(rows):
@@ -32,29 +29,22 @@ def preview(teacher: Teacher, table: Conditions, omega: float, steps: int, seed:
     return make_image_grid([image for row in rows for image in row], rows=len(rows), cols=len(rows[0]))
 
 
-def _of_teacher(teacher: Teacher, table: Conditions, arm: Any, scale: float, steps: int, seed: int) -> list[Image.Image]:
+def _of_teacher(teacher: Teacher, table: Conditions, arm: Arm, scale: float, steps: int, seed: int) -> list[Image.Image]:
     conditions = {name: value[:COLUMNS] for name, value in table.items()}
     images = sample(teacher, conditions=conditions, guidance_scale=scale, steps=steps, method=arm, seed=seed)
     edge = max(1, 96 // images.shape[-1])  # small ones so large that one sees them
     return pt_to_pil(images.float().repeat_interleave(edge, -1).repeat_interleave(edge, -2).cpu())
 
 
-def pictures(teacher: PipelineTeacher, arm: str, scale: float, steps: int, seed: int, count: int) -> list[Image.Image]:
+def pictures(teacher: PipelineTeacher, arm: Arm, scale: float, steps: int, seed: int, count: int) -> list[Image.Image]:
     """The pipeline's pictures of its first `count` inputs; none where it makes no pictures or a denoiser lacks its adapter.
 
-    arm: "agd", "cfg" (the pipeline's own guidance) or "unguided". scale: in the family's own convention.
+    scale: in the family's own convention.
     """
     components = components_of(teacher.pipe, teacher.spec).values()
     if getattr(teacher.pipe, "vae", None) is None or not all(map(attachment_of, components)):
         return []
     found: list[Image.Image] = []
     for row in range(count):  # one by one: memory for one sample is there
-        generator = torch.Generator().manual_seed(seed + row)
-        with nullcontext() if arm == "agd" else disabled(teacher.pipe), torch.no_grad():
-            output = teacher.generate(row, scale if arm != "unguided" else None, steps, generator)
-        image = output[0] if isinstance(output, list) else output
-        image = image[len(image) // 2] if isinstance(image, list) else image  # the middle of a video
-        if not isinstance(image, Image.Image):
-            return []  # sound
-        found.append(image)
+        found += teacher.generate([row], arm, scale, steps, [seed + row])
     return found

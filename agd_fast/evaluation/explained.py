@@ -115,7 +115,7 @@ def _errors(
         target = state.target
         prediction = student(state.sample, state.timestep, state.arguments, scale.to(target.device))
         sums.append(torch.stack([_squared(prediction, target), _squared(state.cond(), target)]))
-        times.append(state.timestep.flatten()[0])
+        times.append(state.timestep[0].amax())  # where tokens have a t of their own, those that are given have 0
         return prediction if states == "student" else target
 
     with torch.no_grad():  # no inference mode: what is offloaded meanwhile could never be trained again

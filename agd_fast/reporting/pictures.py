@@ -11,13 +11,13 @@ from torch import Tensor
 
 from agd_fast.evaluation import Evaluation
 from agd_fast.files import replacing
+from agd_fast.reporting.tables import NAMES
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.ticker import ScalarFormatter
 
 COLOURS = {"unguided": "#8a8f98", "cfg": "#d9822b", "agd": "#2f6fde"}
-NAMES = {"unguided": "unguided", "cfg": "CFG", "agd": "AGD"}
 
 
 def save_grid(path: str | os.PathLike[str], rows: Mapping[str, Tensor], columns: Sequence[str] = (), title: str = "") -> None:

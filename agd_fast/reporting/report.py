@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import base64
 import os
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment
 from torch import Tensor
 
 from agd_fast.evaluation import Evaluation
 from agd_fast.evaluation.bars import Bar
-from agd_fast.files import write_json, write_text
+from agd_fast.files import write_json
+from agd_fast.reporting.page import EXPLAINED_NOTE, Figure, write_page
 from agd_fast.reporting.pictures import save_curve, save_grid
 from agd_fast.reporting.tables import (
     ARM_HEADER,
@@ -25,6 +23,8 @@ from agd_fast.reporting.tables import (
     headline,
     scale_rows,
 )
+
+NOTE = f"{EXPLAINED_NOTE} A Fréchet distance below CFG's above CFG's best ω can also mean weaker guidance; read the two together."
 
 
 def write_report(
@@ -47,22 +47,20 @@ def write_report(
     ]
     if bars:
         tables.append(("Bars", BAR_HEADER, bar_rows(bars)))
-    template = resources.files("agd_fast.reporting").joinpath("report.html.jinja").read_text(encoding="utf-8")
-    page = (
-        Environment(autoescape=True)
-        .from_string(template)
-        .render(
-            headline=headline(result),
-            result=result,
-            tables=tables,
-            seconds=dict(seconds or {}),
-            pictures={name: _inline(directory / name) for name in ("grid.png", "curve.png")},
-        )
+    write_page(
+        directory / "report.html",
+        headline=headline(result),
+        about=f"{result.samples} samples a row, {result.steps} steps, every row from the same noise.",
+        first=Figure(directory / "grid.png", "Samples without guidance, with CFG and with AGD from the same noise"),
+        tables=tables,
+        last=Figure(
+            directory / "curve.png",
+            "Fréchet distance and explained guidance against the guidance scale",
+            "Fidelity against the guidance scale",
+        ),
+        note=NOTE,
+        seconds=seconds or {},
+        environment=result.environment,
     )
-    write_text(directory / "report.html", page)
     write_json(directory / "report.json", report)
     return report
-
-
-def _inline(path: Path) -> str:
-    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()

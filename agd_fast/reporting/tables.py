@@ -13,6 +13,7 @@ from agd_fast.evaluation.bars import Bar
 ARM_HEADER = ("", "NFE", "ms / image", "Fréchet", "accuracy", "precision", "recall")
 SCALE_HEADER = ("ω", "Fréchet CFG", "Fréchet AGD", "accuracy CFG", "accuracy AGD", "explained", "RMSE AGD", "RMSE unguided")
 BAR_HEADER = ("bar", "measured", "limit", "")
+NAMES = {"unguided": "unguided", "cfg": "CFG", "agd": "AGD"}
 _TITLES = {"unguided": "unguided", "cfg": "CFG (two passes)", "agd": "AGD (one pass)"}
 
 

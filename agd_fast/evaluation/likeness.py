@@ -1,0 +1,125 @@
+"""How like CFG's pictures others are from the same noise, and what each says on its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+
+from agd_fast.evaluation.frechet import frechet_distance
+from agd_fast.evaluation.networks import Features, Networks
+from agd_fast.evaluation.pictures import Pictures, Way, to_tensor
+
+PSNR_OF_8_BITS = 58.9  # dB, of rounding to 8 bits alone: 10·log₁₀(12·255²)
+SSIM_MARGIN = 5  # pixels that are mirrored around a picture
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Of one arm's pictures; None where it was not asked for or is not defined, as a likeness of CFG to itself.
+
+    To CFG's pictures from the same noise: rmse of values in [0, 1]; psnr in dB, ssim and lpips, means over pictures;
+    frechet_to_cfg. clip: score of the pictures with their prompts. frechet_to_real: to a folder of real pictures.
+    """
+
+    rmse: float | None = None
+    psnr: float | None = None
+    ssim: float | None = None
+    lpips: float | None = None
+    frechet_to_cfg: float | None = None
+    clip: float | None = None
+    frechet_to_real: float | None = None
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """Scores the pictures of `numbers`.
+
+    prompts: of the inputs, which the pictures take in turn; none where there is no CLIP. real: features of real pictures [M, D].
+    device: where the networks are.
+    """
+
+    pictures: Pictures
+    numbers: Sequence[int]
+    networks: Networks
+    prompts: Sequence[str]
+    real: Tensor | None
+    device: torch.device
+    _own: dict[Way, tuple[float | None, Tensor | None]] = field(default_factory=dict, init=False)
+
+    @torch.no_grad()
+    def score(self, way: Way, target: Way) -> Scores:
+        """Of `way` against `target`, which is CFG."""
+        (clip, features), (_, others) = self._alone(way), self._alone(target)
+        to_real = None if self.real is None or features is None else frechet_distance(self.real, features)
+        scores = Scores(clip=clip, frechet_to_real=to_real)
+        if way == target:
+            return scores
+        to_cfg = None if others is None or features is None else frechet_distance(others, features)
+        return replace(scores, **self._paired(way, target), frechet_to_cfg=to_cfg)
+
+    def _paired(self, way: Way, target: Way) -> dict[str, float | None]:
+        found: dict[str, list[Tensor]] = {name: [] for name in ("psnr", "ssim", "lpips")}
+        squared: list[Tensor] = []
+        for a, b in zip(self.pictures.read(way, self.numbers), self.pictures.read(target, self.numbers), strict=True):
+            squared.append((a - b).square().mean(dim=(1, 2, 3)))
+            found["psnr"].append(peak_signal_noise_ratio(a, b, 1.0, reduction="none", dim=(1, 2, 3)).clamp(max=PSNR_OF_8_BITS))
+            if min(a.shape[2:]) > SSIM_MARGIN:
+                similar = structural_similarity_index_measure(a, b, data_range=1.0, reduction="none")
+                found["ssim"].append(torch.as_tensor(similar))
+            if self.networks.lpips is not None:
+                found["lpips"].append(self.networks.lpips(a.to(self.device), b.to(self.device)).cpu())
+        rmse = torch.cat(squared).mean().sqrt().item()
+        return {"rmse": rmse, **{name: _mean(parts) for name, parts in found.items()}}
+
+    def _alone(self, way: Way) -> tuple[float | None, Tensor | None]:
+        """CLIP score, and features [N, D], of one way's pictures."""
+        if way not in self._own:
+            clip, features, seen = [], [], 0
+            for part in self.pictures.read(way, self.numbers):
+                numbers = self.numbers[seen : seen + len(part)]
+                seen += len(part)
+                if self.networks.clip is not None:
+                    texts = [self.prompts[number % len(self.prompts)] for number in numbers]
+                    clip.append(self.networks.clip(part.to(self.device), texts).cpu())
+                if self.networks.features is not None:
+                    features.append(self.networks.features(part.to(self.device)).flatten(1).cpu())
+            self._own[way] = _mean(clip), torch.cat(features) if features else None
+        return self._own[way]
+
+
+def black_in(pictures: Pictures, ways: Sequence[Way], count: int) -> set[int]:
+    """Numbers of which a picture is black all over, as safety checkers leave them."""
+    found: set[int] = set()
+    for way in ways:
+        maxima = torch.cat([part.amax(dim=(1, 2, 3)) for part in pictures.read(way, range(count))])
+        found.update(torch.nonzero(maxima == 0).flatten().tolist())
+    return found
+
+
+@torch.no_grad()
+def features_of_folder(folder: Path, features: Features, size: tuple[int, int], device: torch.device) -> Tensor:
+    """[M, D] of all pictures in a folder and those in it, cut to the shape of `size` (width, height) and resized to it.
+
+    Raises: FileNotFoundError where there are not at least two.
+    """
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    if len(paths) < 2:
+        raise FileNotFoundError(f"expected a folder with real pictures ({', '.join(SUFFIXES)}), found {len(paths)} in {folder}")
+    return torch.cat([features(part.to(device)).flatten(1).cpu() for part in _resized(paths, size)])
+
+
+def _resized(paths: Sequence[Path], size: tuple[int, int], batch_size: int = 32) -> Iterator[Tensor]:
+    for start in range(0, len(paths), batch_size):
+        images = [Image.open(path).convert("RGB") for path in paths[start : start + batch_size]]
+        yield torch.stack([to_tensor(ImageOps.fit(image, size, Image.Resampling.LANCZOS)) for image in images])
+
+
+def _mean(parts: list[Tensor]) -> float | None:
+    return torch.cat(parts).float().mean().item() if parts else None

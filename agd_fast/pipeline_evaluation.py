@@ -1,0 +1,210 @@
+"""Is one pass as good as two? A pipeline's adapters against its own guidance: pictures, numbers and a report of both."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from agd_fast.adapters import count_parameters
+from agd_fast.attaching import components_of, require_attachment
+from agd_fast.distillation.teachers import Prompts, teachers_of
+from agd_fast.evaluation.costs import Cost, costs_of
+from agd_fast.evaluation.explained import guidance_explained
+from agd_fast.evaluation.likeness import Scorer, Scores, black_in, features_of_folder
+from agd_fast.evaluation.networks import Asked, load_networks
+from agd_fast.evaluation.pictures import Pictures, Way
+from agd_fast.evaluation.pipeline import PipelineEvaluation, PipelineScale
+from agd_fast.files import fingerprint
+from agd_fast.pipelines import Arm, PipelineTeacher
+from agd_fast.pipelines.teacher import Inputs
+from agd_fast.reporting.pipeline_report import write_pipeline_report
+from agd_fast.warning import warn
+
+ARMS: tuple[Arm, ...] = ("unguided", "cfg", "agd")
+
+
+def evaluate_pipeline(
+    pipe: Any,
+    *,
+    output_dir: str | os.PathLike[str],
+    prompts: Prompts | None = None,
+    inputs: Inputs | None = None,
+    call: Mapping[str, Any] | None = None,
+    guidance_scales: Sequence[float] | None = None,
+    steps: int = 30,
+    samples: int | None = None,
+    metrics: Asked = (),
+    real: str | os.PathLike[str] | None = None,
+    batch_size: int | None = None,
+    explained_prompts: int | None = None,
+    timing_rounds: int = 5,
+    seed: int = 0,
+    resume: bool = True,
+    progress: bool = True,
+) -> PipelineEvaluation:
+    """Compare one pass with the pipeline's own guidance and with none, from the same noise, by the pipeline's own call.
+
+    pipe: a diffusers pipeline with adapters attached. prompts: ones that these were not distilled on, a list or a file with one
+        a line. inputs, call: as in `agd_fast.distill`, the call being the one that the adapters were distilled with.
+    guidance_scales: in the family's own convention; None takes the middle of the range that was trained.
+    samples: pictures an arm and scale, of the inputs in turn; None takes one an input.
+    metrics: of "lpips", "clip" and "fid", or which network for each, or functions in their place (see
+        `agd_fast.evaluation.networks`): the Fréchet distance is that of AGD's to CFG's pictures and, where `real` is a folder of
+        real pictures, of all three arms to these.
+    batch_size: pictures at once; None takes 4, or 1 where samples make no batch. It does not change the noise.
+    explained_prompts: how many of the inputs `guidance_explained` follows at every scale; None takes 8, 0 leaves it out.
+    timing_rounds: interleaved rounds of one batch an arm; 0 leaves them out.
+    resume: go on with pictures that an interrupted call with the same settings left in output_dir; False deletes them.
+
+    Writes pictures/, plan.json, report.json, report.html and grid.png. Of a video the middle frame is compared. A number of which
+    a picture is black all over, as safety checkers leave it, is left out, and counted.
+    Raises: ValueError for a pipeline without adapters or pictures, scales without guidance, or an output_dir of another
+    evaluation; ImportError, OSError naming what a metric lacks.
+    """
+    marks = {"start": time.perf_counter()}
+    if prompts is None and inputs is None:
+        raise ValueError("expected prompts, or inputs, that the adapter was not distilled on; found neither")
+    teachers = _teachers(pipe, prompts, inputs, call)
+    teacher = next(iter(teachers.values()))
+    scales = _scales(teacher, guidance_scales)
+    texts: Any = teacher.inputs.get("prompt", ())
+    _require_measurable(metrics, texts, real)
+    networks = load_networks(metrics)
+    count = samples or len(teacher)
+    batch = min(batch_size or teacher.run_size, count)
+    pictures = Pictures(Path(output_dir), teacher, steps, seed)
+    pictures.open(_plan(teachers, steps, seed), resume)
+    device = pipe._execution_device
+    costs = _costs(pictures, scales[0], batch, timing_rounds, progress)
+    marks["costs"] = time.perf_counter()
+    ways = [Way("unguided"), *(Way(arm, scale) for scale in scales for arm in ("cfg", "agd"))]
+    pictures.make(ways, count, batch, progress)
+    marks["pictures"] = time.perf_counter()
+    explained = _explained(
+        teachers, scales, steps, seed, teacher.validation_runs if explained_prompts is None else explained_prompts
+    )
+    marks["guidance explained"] = time.perf_counter()
+    numbers = _compared(pictures, ways, count)
+    features = None
+    if real is not None and networks.features is not None:
+        features = features_of_folder(Path(real), networks.features, Image.open(pictures.path(ways[0], 0)).size, device)
+    scorer = Scorer(pictures, numbers, networks, texts, features, device)
+    by_scale = {f"{scale:g}": PipelineScale(explained.get(scale, {}), _scores(scorer, scale)) for scale in scales}
+    marks["scores"] = time.perf_counter()
+    times = list(marks.values())
+    result = PipelineEvaluation(
+        pipeline=type(pipe).__name__,
+        adapters={name: _described(one) for name, one in teachers.items()},
+        prompts=len(teacher),
+        pictures=count,
+        left_out=count - len(numbers),
+        steps=steps,
+        seed=seed,
+        by_scale=by_scale,
+        costs=costs,
+        networks=networks.names,
+        directory=Path(output_dir),
+        seconds={name: now - before for name, now, before in zip(list(marks)[1:], times[1:], times, strict=False)},
+    )
+    write_pipeline_report(result, pictures, ways, numbers)
+    return result
+
+
+def _teachers(
+    pipe: Any, prompts: Prompts | None, inputs: Inputs | None, call: Mapping[str, Any] | None
+) -> dict[str, PipelineTeacher]:
+    """By denoiser. Raises: ValueError when one lacks its adapter."""
+    nothing: dict[str, Any] = dict.fromkeys(("class_labels", "conditions", "null_condition", "guider", "scheduler", "spec"))
+    found = teachers_of(pipe, prompts=prompts, inputs=inputs, call=call, **nothing)
+    teachers = {name: teacher for name, teacher, _ in found if isinstance(teacher, PipelineTeacher)}
+    for teacher in teachers.values():
+        require_attachment(teacher.denoiser)
+    return teachers
+
+
+def _scales(teacher: PipelineTeacher, given: Sequence[float] | None) -> tuple[float, ...]:
+    offset = teacher.spec.omega_offset
+    if given is None:
+        return (sum(require_attachment(teacher.denoiser).adapter.config.guidance_range) / 2 - offset,)
+    scales = tuple(dict.fromkeys(float(scale) for scale in given))
+    if not scales or min(scales) + offset <= 1:
+        raise ValueError(f"expected guidance_scales above {1 - offset:g}, which is no guidance; found {list(given)}")
+    return scales
+
+
+def _require_measurable(metrics: Asked, texts: Sequence[str], real: str | os.PathLike[str] | None) -> None:
+    if "clip" in metrics and not texts:
+        raise ValueError("clip compares pictures with their prompts; expected prompts, found inputs without any")
+    if real is not None and "fid" not in metrics:
+        raise ValueError(f"expected 'fid' among metrics, for the distance to the real pictures in {real}; found {list(metrics)}")
+    if real is not None and not Path(real).is_dir():
+        raise FileNotFoundError(f"expected a folder with real pictures, found none at {real}")
+
+
+def _plan(teachers: Mapping[str, PipelineTeacher], steps: int, seed: int) -> dict[str, Any]:
+    """What decides the pictures, but for their scales and numbers."""
+    teacher = next(iter(teachers.values()))
+    settings = {name: str(value) for name, value in sorted(teacher.scheduler.config.items()) if not name.startswith("_")}
+    return {
+        "call": teacher.guidance_name,
+        "inputs": teacher.fingerprints(teacher.conditions()),
+        "denoisers": {name: fingerprint(one.denoiser.state_dict()) for name, one in teachers.items()},
+        "adapters": {name: fingerprint(require_attachment(one.denoiser).adapter.state_dict()) for name, one in teachers.items()},
+        "dtype": str(teacher.dtype),
+        "scheduler": {"class": type(teacher.scheduler).__name__, **settings},
+        "steps": steps,
+        "seed": seed,
+    }
+
+
+def _costs(pictures: Pictures, scale: float, batch: int, rounds: int, progress: bool) -> dict[str, Cost]:
+    runs: dict[str, Any] = {arm: partial(pictures.generate, Way(arm, scale), range(batch)) for arm in ARMS}
+    pipe, spec = pictures.teacher.pipe, pictures.teacher.spec
+    denoisers = components_of(pipe, spec).values()
+    return costs_of(
+        runs, denoisers, sample=spec.sample, batch=batch, rounds=rounds, device=pipe._execution_device, progress=progress
+    )
+
+
+def _explained(
+    teachers: Mapping[str, PipelineTeacher], scales: Sequence[float], steps: int, seed: int, count: int
+) -> dict[float, dict[str, float]]:
+    """By scale and denoiser, on `count` of the inputs; empty for none."""
+    found: dict[float, dict[str, float]] = {}
+    for name, teacher in teachers.items() if count else ():
+        table = {key: value[:count] for key, value in teacher.conditions().items()}
+        offset = teacher.spec.omega_offset
+        explained = guidance_explained(teacher, table, scales=tuple(s + offset for s in scales), steps=steps, seed=seed + 1)
+        for scale, value in zip(scales, explained.by_scale.values(), strict=True):
+            found.setdefault(scale, {})[name] = value
+    return found
+
+
+def _compared(pictures: Pictures, ways: Sequence[Way], count: int) -> list[int]:
+    """Numbers of which no picture is black all over. Raises: ValueError when none is left."""
+    black = black_in(pictures, ways, count)
+    if len(black) == count:
+        raise ValueError(f"expected pictures, found one that is black all over for each of {count} inputs: a safety checker's?")
+    if black:
+        warn(f"{len(black)} of {count} are left out, as a picture of theirs is black all over: a safety checker's?")
+    return [number for number in range(count) if number not in black]
+
+
+def _scores(scorer: Scorer, scale: float) -> dict[str, Scores]:
+    target = Way("cfg", scale)
+    return {
+        "unguided": scorer.score(Way("unguided"), target),
+        **{w.arm: scorer.score(w, target) for w in (target, Way("agd", scale))},
+    }
+
+
+def _described(teacher: PipelineTeacher) -> dict[str, Any]:
+    adapter = require_attachment(teacher.denoiser).adapter
+    parameters = count_parameters(adapter)
+    return {"kind": adapter.config.kind, "parameters": parameters, "fraction": parameters / count_parameters(teacher.denoiser)}
