@@ -2,11 +2,13 @@
 
 python bench/distill_memory.py --model sdxl-1024 --device meta --json out.json            # counted, without a GPU
 python bench/distill_memory.py --model sdxl-1024 --device cuda --cap 8GiB --json out.json # real steps under a hard cap
+python bench/distill_memory.py --model sdxl-1024 --device cuda --cap 6GiB --base int8 --whole --json out.json
 python bench/distill_memory.py --model sdxl-1024 --device cuda --base none int8 --minutes 5 --json out.json
 python bench/distill_memory.py --model sdxl-1024 --device cuda --images-per-second --budget 24GiB --json out.json
 
-On a card every row has a process of its own, so that one that runs out of memory leaves the others alone. What the JSON holds
-already is not measured again: after `--minutes` the same call goes on with what is missing.
+--whole is `agd.distill` from the first guided state to the last picture, of the pipeline with its text encoders and VAE; without,
+rows are of training steps alone. On a card every row has a process of its own, so that one that runs out of memory leaves the
+others alone. What the JSON holds already is not measured again: after `--minutes` the same call goes on with what is missing.
 """
 
 from __future__ import annotations
@@ -20,14 +22,17 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import torch
 
 from agd_fast.environment import environment
 from agd_fast.files import read_json, write_json
+from agd_fast.memory.choose import Memory
 from memory.rows import CHECKPOINTING, EAGER, MINCUT, WAYS, Row, count_row, empty_row, key, print_rows
 from memory.students import ADAPTERS
 from memory.training import IMAGES, train_row
+from memory.whole import PIPELINES, whole_row
 from nfe_speed import DTYPES, commit
 from speed.architectures import ARCHITECTURES, find_architecture
 from speed.hardware import gpu_state
@@ -40,7 +45,8 @@ def main() -> None:
     parser = _parser()
     args = parser.parse_args()
     if args.worker:
-        found = train_row(json.loads(args.worker), args.seconds, images=args.images, lock=args.lock)
+        row = json.loads(args.worker)
+        found = whole_row(row) if row["whole"] else train_row(row, args.seconds, images=args.images, lock=args.lock)
         write_json(args.json, found)
         return
     try:
@@ -52,6 +58,8 @@ def main() -> None:
         parser.error("expected a card for --images-per-second, found --device meta")
     if args.images_per_second and not args.budget:
         parser.error("expected --budget beside --images-per-second, such as 24GiB; found none")
+    if args.whole and (args.device == "meta" or args.images_per_second or not {*args.model} <= {*PIPELINES}):
+        parser.error(f"--whole goes with a device and with models of {', '.join(PIPELINES)}; found {' '.join(sys.argv[1:])}")
     rows = _measure(list(wanted(args)), args)
     print_rows(rows)
 
@@ -73,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--optimizer", choices=("adamw", "host"), help="default: host, moments in host memory, for our modes")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of the base")
     parser.add_argument("--cap", type=size_of, help="no allocation beyond it, such as 8GiB")
+    parser.add_argument("--whole", action="store_true", help="a whole distillation, with few states and steps")
     parser.add_argument("--images-per-second", action="store_true", help="at the largest batch within --budget")
     parser.add_argument("--budget", type=size_of, help="such as 24GiB")
     parser.add_argument("--seconds", type=float, default=5.0, help="of timed steps a row")
@@ -96,7 +105,7 @@ def wanted(args: argparse.Namespace) -> Iterator[Row]:
     """The rows to make, without figures."""
     dtype = str(DTYPES[args.dtype]).removeprefix("torch.")
     for model in args.model:
-        common = {"model": model, "dtype": dtype, "optimizer": args.optimizer, "device": args.device}
+        common = {"model": model, "dtype": dtype, "optimizer": args.optimizer, "device": args.device, "whole": args.whole}
         if args.images_per_second:
             for adapter, modes in AT_BUDGET:
                 if args.adapter is None or adapter in args.adapter:
@@ -105,6 +114,8 @@ def wanted(args: argparse.Namespace) -> Iterator[Row]:
                         yield {**common, **held, "cap_bytes": args.budget, "search": True}
             continue
         ways = args.modes or [way for way in WAYS if way != MINCUT or args.device == "meta"]
+        if args.whole:
+            ways = [way for way in ways if way in (EAGER, *get_args(Memory))]
         for batch in args.batch:
             for adapter in args.adapter or ADAPTERS:
                 for base in args.base:
@@ -138,7 +149,8 @@ def _measure(rows: list[Row], args: argparse.Namespace) -> list[Row]:
 
 
 def describe(row: Row) -> str:
-    parts = [row["model"], row["adapter"], row["mode"], row["base"] or "", f"batch {row['batch']}"]
+    parts = ["whole" if row.get("whole") else "", row["model"], row["adapter"], row["mode"], row["base"] or ""]
+    parts.append(f"batch {row['batch']}")
     figures = {"kept": row["saved_bytes"], "peak": row["peak_bytes"]}
     shown = [f"{what} {size / 2**30:.3f} GiB" for what, size in figures.items() if size is not None]
     return ", ".join([*filter(None, parts), *shown, *filter(None, [row["note"]])])

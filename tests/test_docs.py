@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from diffusers import ControlNetModel, DiffusionPipeline, ModelMixin, WanPipeline
+from diffusers import ControlNetModel, DiffusionPipeline, ModelMixin, WanImageToVideoPipeline, WanPipeline
 from huggingface_hub import constants
 
 import agd_fast as agd
@@ -19,6 +19,7 @@ from fake_hub import TOKEN, FakeHub
 from test_reference import ASSETS, make_base
 from tiny import FAMILIES
 from tiny._parts import lively, quiet
+from tiny.images import SIBLINGS
 from tiny.text import prompts
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -37,19 +38,22 @@ def set_defaults(monkeypatch, function, **values):
 @pytest.fixture
 def page(tmp_path, monkeypatch):
     """Runs a page in a folder of its own, with tiny models for published ones, a Hub on 127.0.0.1 and short training."""
-    pipelines = {"StableDiffusionXLPipeline": "sdxl", "WanPipeline": "wan22"}
+    pipelines = {"StableDiffusionXLPipeline": "sdxl", "WanPipeline": "wan22", "WanImageToVideoPipeline": "wan_ti2v"}
     models = {"UNet2DConditionModel": lambda: make_base("unet"), "ControlNetModel": lambda: lively(controlnet(), seed=1)}
-    from_pretrained = classmethod(lambda cls, *_, **__: FAMILIES[pipelines[cls.__name__]].pipeline())
+    from_pretrained = classmethod(lambda cls, *_, **__: (FAMILIES | SIBLINGS)[pipelines[cls.__name__]].pipeline())
     monkeypatch.setattr(DiffusionPipeline, "from_pretrained", from_pretrained)
     monkeypatch.setattr(ModelMixin, "from_pretrained", classmethod(lambda cls, *_, **__: models[cls.__name__]()))
     from_pipe = DiffusionPipeline.from_pipe.__func__
     monkeypatch.setattr(DiffusionPipeline, "from_pipe", classmethod(lambda *args, **options: quiet(from_pipe(*args, **options))))
     small = FAMILIES["wan22"].call
-    set_defaults(monkeypatch, WanPipeline.__call__, **{name: small[name] for name in ("height", "width", "num_frames")})
+    for cls in (WanPipeline, WanImageToVideoPipeline):
+        set_defaults(monkeypatch, cls.__call__, **{name: small[name] for name in ("height", "width", "num_frames")})
     for name, value in {"train_config": agd.TrainConfig(steps=2), "trajectories": 4, "sampling_steps": 4}.items():
         monkeypatch.setitem(agd.distill.__kwdefaults__, name, value)
     for name, value in {"validation": 1, "progress": False}.items():
         monkeypatch.setitem(agd.distill.__kwdefaults__, name, value)
+    for name, value in {"explained_prompts": 1, "timing_rounds": 0, "progress": False}.items():
+        monkeypatch.setitem(agd.evaluate_pipeline.__kwdefaults__, name, value)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.chdir(tmp_path)
     Path("prompts.txt").write_text("\n".join(prompts(4)))

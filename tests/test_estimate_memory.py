@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers.hooks.group_offloading import ModuleGroup
 from torch import nn
 from torch.nn import functional as F
 
@@ -16,7 +17,8 @@ import agd_fast as agd
 from agd_fast.attaching import armed, attachment_of, denoiser_of, require_attachment, spec_of
 from agd_fast.memory.base_weights import packed_base
 from agd_fast.memory.counting import Live, run_backward, saving, storages_of
-from agd_fast.memory.estimate import MODES, count, estimate_memory, keeping
+from agd_fast.memory.estimate import MODES, count, count_forward, estimate_memory, keeping
+from agd_fast.memory.streaming import streamed
 from agd_fast.memory.twin import first_call, meta_twin
 from agd_fast.spec import nest
 from helpers_memory import keeping as counted
@@ -199,6 +201,45 @@ def test_moments_in_host_memory():
     assert estimate(modes=["exact"], optimizer="adamw").rows[0].optimizer == off.optimizer
 
 
+def test_states_take_the_largest_model_and_what_a_forward_holds():
+    pipe, spec, arguments = family("sdxl")
+    found = estimate_memory(pipe, inputs=arguments, modes=["4bit"], base_weights="int8")
+    models = [one for one in pipe.components.values() if isinstance(one, nn.Module)]
+    sizes = [sum(t.nbytes for t in (*model.parameters(), *model.buffers())) for model in models]
+    assert found.states.weights == max(sizes) > found.row("4bit").weights  # as they are, not as codes
+    assert found.states.adapters == found.row("4bit").adapters
+    real = count_forward(denoiser_of(pipe), spec, arguments)
+    assert found.states.working == found.streamed.working == pytest.approx(real, rel=0.02)
+    assert real < found.row("4bit").activations
+    assert found.states.total == max(sizes) + found.states.adapters + found.states.working
+
+
+@pytest.mark.parametrize("name", ["sdxl", "pixart"])
+def test_streamed_weights_are_those_of_two_groups_of_diffusers(name, monkeypatch):
+    """Which it brings one after another, the next while one computes."""
+    pipe, _, arguments = family(name)
+    groups, made = [], ModuleGroup.__init__
+    monkeypatch.setattr(ModuleGroup, "__init__", lambda self, *args, **kwargs: groups.append(self) or made(self, *args, **kwargs))
+    models = [one for one in pipe.components.values() if isinstance(one, nn.Module)]
+    largest = []
+    for model in models:
+        groups.clear()
+        with streamed([model], torch.device("cpu:0")):
+            held = [[*g.parameters, *g.buffers, *(t for m in g.modules for t in (*m.parameters(), *m.buffers()))] for g in groups]
+        largest.append(sum(sorted(sum(t.nbytes for t in tensors) for tensors in held)[-2:]))
+    found = estimate_memory(pipe, inputs=arguments, modes=["off"])
+    assert found.streamed.weights == max(largest) < found.states.weights
+
+
+def test_nothing_fits_where_states_cannot_be_collected():
+    pipe, _, arguments = family("dit")
+    found = estimate_memory(pipe, inputs=arguments, modes=["4bit"])
+    assert found.streamed.total == found.states.total  # diffusers does not stream it
+    assert found.fits(found.row("4bit").total) == ("4bit",)
+    low = replace(found, rows=tuple(replace(row, weights=0, activations=0, working=0) for row in found.rows))
+    assert low.fits(found.streamed.total) == ("4bit",) and low.fits(found.streamed.total - 1) == ()
+
+
 def test_what_fits():
     pipe, _, arguments = family("dit")
     found = estimate_memory(pipe, inputs=arguments, modes=["4bit", "off", "exact"])
@@ -215,6 +256,7 @@ def test_as_text():
     assert text.startswith("DiTTransformer2DModel, modulation, 32×4×8×8")
     for part in ("weights", "adapters", "gradients", "optimizer", "activations", "gelu", "working", "total"):
         assert f"│ {part}" in text or f"│   {part}" in text
+    assert "states ┃ streamed ┃" in text and f"{found.streamed.total / 2**20:.3f} │" in text
     large = replace(found, rows=tuple(replace(row, weights=2**32) for row in found.rows))
     for one, unit, size in ((found, "MiB", 2**20), (large, "GiB", 2**30)):
         assert f"{one.rows[0].total / size:.3f}" in str(one) and f"┃ {unit}" in str(one)

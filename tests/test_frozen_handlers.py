@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from functools import partial
 
 import pytest
@@ -201,6 +203,58 @@ def kept(mode, function, *inputs, plan=None):
     with keeping() as found:
         output = run(mode, function, *inputs, plan=plan)
         return found.total if output.requires_grad else 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_that_autograd_is_not_asked_for_are_its_own_bit_for_bit(dtype):
+    x = torch.randn(3, 5, 64, dtype=dtype, requires_grad=True)
+    weight, bias = torch.randn(2, 64, dtype=dtype)
+    functions = {
+        "silu": F.silu,
+        "gelu": F.gelu,
+        "gelu tanh": partial(F.gelu, approximate="tanh"),
+        **{name: lambda x, act=act: (h := x.chunk(2, dim=-1))[0] * act(h[1]) for name, act in GATES.items()},
+        "layer_norm": lambda x: F.layer_norm(x, (64,), weight, bias),
+        "layer_norm plain": lambda x: F.layer_norm(x, (5, 64)),
+    }
+    for name, function in functions.items():
+        plain = function(x)
+        gradient = torch.randn_like(plain)
+        (expected,) = torch.autograd.grad(plain, x, gradient)
+        assert torch.equal(torch.autograd.grad(run("exact", function, x), x, gradient)[0], expected), name
+
+
+GATES = {
+    "gated silu": F.silu,
+    "gated gelu": F.gelu,
+    "gated sigmoid": torch.sigmoid,
+    "gated tanh": torch.tanh,
+    "gated relu": F.relu,
+}
+
+
+def test_what_is_known_of_a_tensor_goes_with_it():
+    known, x = Run(SMALLEST["exact"], Plan()).provenance, wanted(4, 8)
+    y, alive = x.float(), weakref.ref(x)
+    known.record_cast(y, x)
+    del x, y
+    assert alive() is None
+
+
+def test_no_activation_waits_for_the_garbage_collector():
+    w, seen = frozen(3, 8), []
+
+    def function(x):
+        y = x * 2
+        seen.append(weakref.ref(y))
+        return F.linear(y, w)
+
+    gc.disable()
+    try:
+        run("recompute", function, wanted(4, 8))
+        assert seen[0]() is None
+    finally:
+        gc.enable()
 
 
 def test_convolutions_keep_nothing_but_their_weight():

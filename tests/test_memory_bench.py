@@ -8,15 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import init_empty_weights
 
 sys.path.append(str(Path(__file__).parents[1] / "bench"))
 
+import agd_fast as agd
 import distill_memory
 import gradient_error
 from agd_fast.files import read_json
 from agd_fast.memory import MODES
 from memory import rows as memory_rows
-from memory import training
+from memory import training, whole
 from memory.budget import MODELS, budget
 from memory.budget import MODES as ON_PAPER
 from memory.ideas import IDEAS, NOT_TAKEN, Way
@@ -24,6 +26,7 @@ from memory.outliers import inject_outliers
 from memory.rows import KEY, WAYS, count_row, empty_row, key, print_rows
 from speed.architectures import ARCHITECTURES, build
 from test_counting import TINY
+from tiny import FAMILIES
 
 DIT = ARCHITECTURES["dit-xl2-256"]
 SMALL = replace(DIT, config={**DIT.config, "num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 2})
@@ -161,6 +164,7 @@ def test_sizes(text, size):
         (["--images-per-second", "--device", "cuda"], "expected --budget beside --images-per-second"),
         (["--images-per-second", "--budget", "8GiB", "--device", "meta"], "expected a card for --images-per-second"),
         (["--cap", "8"], "expected a size such as 8GiB"),
+        (["--whole", "--device", "cpu"], "--whole goes with a device and with models of sdxl-1024"),
         (["--model", "sdxl"], "expected a model of"),
     ],
 )
@@ -213,3 +217,40 @@ def test_outliers_leave_the_function():
     assert (plain - other).abs().max() < 1e-9 * plain.abs().max()
     largest = max(module.weight.abs().max() for name, module in changed.named_modules() if name.endswith("norm1"))
     assert largest > 50
+
+
+def test_a_whole_distillation():
+    """Of a tiny pipeline: from the first state to the last picture."""
+    tiny = FAMILIES["sdxl"]
+    wanted = row("blocks", model="sdxl-1024", device="cpu", base="int8", whole=True)
+    settings = {"adapter": agd.AdapterConfig(hidden=2), "call": {"height": 16, "width": 16}}
+    found = whole.whole_row(wanted, tiny.pipeline(), **settings)
+    assert found["note"] is None and found["loss"] > 0 and found["parameters"] > 0 and found["whole"]
+    assert set(found["phases"]["seconds"]) == {"collect", "train", "validate"} and found["phases"]["streamed"] is False
+    assert set(found) == {*KEY, *memory_rows.FIGURES} and key(found) != key(
+        row("blocks", model="sdxl-1024", device="cpu", base="int8")
+    )
+
+
+def test_a_whole_distillation_that_runs_out_of_memory_is_a_note(monkeypatch):
+    def distill(*_, **settings):
+        assert settings["memory"] is None and settings["base_weights"] is None
+        raise torch.OutOfMemoryError("collecting states ran out of memory")
+
+    monkeypatch.setattr(agd, "distill", distill)
+    assert (
+        whole.whole_row(row("eager", device="cpu", whole=True), object())["note"]
+        == "out of memory: collecting states ran out of memory"
+    )
+
+
+def test_the_pipeline_of_sdxl_is_as_published():
+    """But for the denoiser, which is small here. Parameters of both text encoders and the VAE: of their weights on the Hub."""
+    with init_empty_weights():
+        pipe = whole.sdxl(
+            replace(ARCHITECTURES["sdxl-1024"], cls=SMALL.cls, config=SMALL.config), torch.device("meta"), torch.bfloat16
+        )
+    names = ("text_encoder", "text_encoder_2", "vae")
+    sizes = [sum(p.numel() for p in getattr(pipe, name).parameters()) for name in names]
+    assert sizes == [123_060_480, 694_659_840, 83_653_863]
+    assert len(pipe.tokenizer("a red cat", padding="max_length").input_ids) == 77

@@ -47,6 +47,7 @@ def test_what_was_used_is_written_down(tmp_path, memory):
         "micro_batch_size": None,
         "blocks": blocks,
         "reason": "as asked for",
+        "streamed": False,
     }
     assert read_json(tmp_path / "adapter_config.json")["about"]["memory"] == way
     from agd_fast.reporting.card import model_card
@@ -56,15 +57,43 @@ def test_what_was_used_is_written_down(tmp_path, memory):
     assert "memory" not in read_json(tmp_path / "plain" / "distill.json")
 
 
-def test_a_run_goes_on_with_another_micro_batch_but_no_other_way_to_save_memory(tmp_path):
-    distill_tiny(tmp_path, memory="4bit", base_weights="int8", train_config=short(steps=10))
-    distill_tiny(tmp_path, memory="4bit", base_weights="int8", train_config=short(steps=10, micro_batch_size=2))
-    for change, message in (
-        ({"memory": "8bit"}, "memory: expected '8bit', found '4bit'"),
-        ({"base_weights": None}, "base_weights"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            distill_tiny(tmp_path, **{"memory": "4bit", "base_weights": "int8", "train_config": short(steps=10), **change})
+@pytest.mark.parametrize(
+    ("first", "then", "told"),
+    [
+        ({"memory": "4bit"}, {"memory": "blocks"}, True),
+        ({}, {"memory": "blocks", "base_weights": "int8"}, True),
+        ({"memory": "8bit", "base_weights": "int8"}, {}, True),
+        ({"memory": "4bit"}, {"memory": "4bit", "train_config": short(micro_batch_size=2)}, False),
+    ],
+)
+def test_a_run_that_ran_out_of_memory_goes_on_in_another_way_and_says_so(tmp_path, monkeypatch, first, then, told):
+    """From its checkpoint, over the same states. Those of a tiny model are too small to be packed: over the base as it is, the
+    adapter is that of one way all along, bit for bit."""
+    full = Full(monkeypatch, 8)
+    with pytest.raises(torch.OutOfMemoryError, match="with which the same output_dir goes on"):
+        distill_tiny(tmp_path / "run", **first)
+    full.failing = ()
+    states = contents(tmp_path / "run" / "trajectories")
+    found = distill_tiny(tmp_path / "run", **then)
+    assert full.count == 8 + (12 - 5) * (4 if "train_config" in then else 1)
+    assert contents(tmp_path / "run" / "trajectories") == states
+    notes = [entry for entry in logged(tmp_path / "run") if "memory" in entry]
+    assert [entry["step"] for entry in notes] == [5] * told
+    if told:
+        way = found.memory["way"] if found.memory else "nothing saved"
+        assert notes[0]["memory"].startswith(f"{way}, after ") and notes[0]["memory"].endswith("until step 5")
+    if found.memory:
+        assert ("until step 5" in found.memory["reason"]) == told
+    if then == {"memory": "blocks"}:
+        assert_same_tensors(found.adapter.state_dict(), distill_tiny(tmp_path / "whole", **then).adapter.state_dict())
+
+
+def test_a_run_that_is_done_keeps_the_way_that_it_was_done_in(tmp_path):
+    first = distill_tiny(tmp_path, memory="4bit")
+    again = distill_tiny(tmp_path, memory="8bit")
+    assert_same_tensors(again.adapter.state_dict(), first.adapter.state_dict())
+    assert again.memory["reason"] == "activations 8bit, after activations 4bit until step 12"
+    assert not [entry for entry in logged(tmp_path) if "memory" in entry]
 
 
 @pytest.mark.parametrize(
@@ -127,9 +156,7 @@ def test_auto_on_the_cpu_is_exact(tmp_path):
     results = {
         name: distill_tiny(tmp_path / name, wide_teacher(), trajectories=states, memory=name) for name in ("auto", "exact")
     }
-    assert (
-        contents(tmp_path / "auto")["checkpoint.safetensors"] != contents(tmp_path / "exact")["checkpoint.safetensors"]
-    )  # settings
+    assert contents(tmp_path / "auto")["checkpoint.safetensors"] == contents(tmp_path / "exact")["checkpoint.safetensors"]
     assert_same_tensors(results["auto"].adapter.state_dict(), results["exact"].adapter.state_dict())
     assert results["auto"].memory["reason"] == "activations exact, for there is no card to fit"
 
@@ -260,20 +287,19 @@ def test_auto_keeps_to_what_was_asked_for():
 
 def test_auto_on_a_card_estimates_the_largest_states(tmp_path, monkeypatch):
     """The estimate is of the real denoiser with its adapter and of a state of the trajectories."""
-    seen = []
+    teacher, seen = wide_teacher(), []
+    weights = sum(value.nbytes for value in teacher.denoiser.state_dict().values())
 
     def budget(device, resident):
         seen.append(resident)
-        return 10 * resident
+        return 10 * weights
 
     monkeypatch.setattr(job, "budget_on", budget)
     monkeypatch.setattr(job.Residency, "of", classmethod(lambda cls, teacher, *_: cls(teacher, torch.device("cpu"))))
     choice_of = job._choice
     monkeypatch.setattr(job, "_choice", lambda j, states, _, is_short: choice_of(j, states, torch.device("cuda"), is_short))
-    teacher = wide_teacher()
-    weights = sum(value.nbytes for value in teacher.denoiser.state_dict().values())
     result = distill_tiny(tmp_path, teacher, memory="auto")
-    assert seen[0] == weights + sum(value.nbytes for value in result.adapter.state_dict().values())
+    assert seen == [0]  # nothing of it is on a card
     assert result.memory["activations"] == "exact" and 1 <= result.memory["micro_batch_size"] <= 8
 
 
@@ -303,4 +329,5 @@ def test_the_command_line_saves_memory(tmp_path):
         "micro_batch_size": 3,
         "blocks": False,
         "reason": "",
+        "streamed": False,
     }

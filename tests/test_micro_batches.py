@@ -110,8 +110,9 @@ def test_guidance_is_two_forwards_of_one_sample_each(tmp_path):
         pipe, sizes[memory] = SD15.pipeline(), Counter()
         sizes_of(pipe.unet, "sample", sizes[memory])
         distill_pipe(pipe, tmp_path / str(memory), memory=memory, train_config=TrainConfig(steps=2, batch_size=4))
-    assert sizes[None] == {(4, False): 4, (4, True): 2}
-    assert sizes["exact"] == {(1, False): 16, (4, True): 2}
+    # of the states, and two before them to see what the scheduler is handed: one of all, one of the first row
+    assert sizes[None] == {(4, False): 4 + 1, (2, False): 1, (4, True): 2}
+    assert sizes["exact"] == {(1, False): 16 + 4 + 2, (4, True): 2}
     plain, parts = (Trajectories(tmp_path / name / "trajectories") for name in ("None", "exact"))
     for one, other in zip(plain.shards, parts.shards, strict=True):
         assert torch.equal(other["condition"], one["condition"])

@@ -85,7 +85,8 @@ def test_collected_trajectories_serve_another_run(pipe, tmp_path):
 def _killed(directory):
     """Collecting stops in the second shard."""
     pipe = SD15.pipeline()
-    with after_calls(pipe.unet, 1 + 2 + 1, kill_self):  # a probe, a shard of two steps, and the first step of the next
+    # a probe, two to see what the scheduler is handed, a shard of two steps, and the first step of the next
+    with after_calls(pipe.unet, 1 + 2 + 2 + 1, kill_self):
         distill_pipe(pipe, directory)
 
 

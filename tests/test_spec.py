@@ -128,6 +128,12 @@ def test_nest_makes_a_tuple_of_numbered_arguments_in_their_order():
     assert [int(value) for value in found] == list(range(11))
 
 
+def test_a_batch_dim_stands_for_all_that_is_inside_of_an_argument():
+    spec = agd.DenoiserSpec(batch_dims={"rotary": None, "layers.1": 1})
+    names = ("rotary", "rotary.0", "rotary.0.2", "rotary_too", "layers", "layers.0", "layers.1", "layers.1.3")
+    assert [spec.batch_dim(name) for name in names] == [None, None, None, 0, 0, 0, 1, 1]
+
+
 def test_a_width_is_read_off_the_parameter_that_a_site_names_where_there_is_one():
     denoiser = FAMILIES["pixart"].pipeline().transformer
     found = resolve_sites(denoiser, (agd.Site("transformer_blocks.*", argument="timestep", width="scale_shift_table"),))

@@ -89,10 +89,13 @@ def distill(
         that fits the card, in the end over a base in int8 (see `agd_fast.frozen_backward`, `agd_fast.estimate_memory`); None is
         plain autograd. In all but the last two, and in "auto" where the card is small for the model, a model is on the card for
         its own forwards alone and goes back to where it was, guidance is two forwards of one sample each, and the optimizer's
-        moments lie in host memory. On the CPU "auto" is "exact".
+        moments lie in host memory. Where a model does not fit beside a forward, states, validation and pictures are made with
+        weights that stay in host memory, a layer at a time on the card: slower, the same to the last bit. On the CPU "auto" is
+        "exact".
     base_weights: "int8" or "nf4" keeps the frozen weights as codes while training (`agd_fast.memory.base_weights`), with the
         originals in host memory; states, validation and what is left to the caller are of the weights as they are.
-    resume: continue an interrupted run in output_dir; False trains anew on the trajectories there.
+    resume: continue an interrupted run in output_dir, with the same settings but for memory, base_weights and how many states a
+        forward has, which may be others after it ran out of memory; False trains anew on the trajectories there.
 
     Writes adapter.safetensors, adapter_config.json, distill.json, log.jsonl, checkpoint.safetensors, samples.png and
     trajectories/; for a pipeline's further denoisers the same in folders of their names.

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
-from itertools import pairwise
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,10 @@ from agd_fast.adapters import Adapter, AdapterConfig, count_parameters
 from agd_fast.attaching import attach, require_attachment, unload, wrap
 from agd_fast.distillation.config import TrainConfig
 from agd_fast.distillation.economy import Economy
+from agd_fast.distillation.phases import Phases
 from agd_fast.distillation.preview import preview
 from agd_fast.distillation.residency import Residency
+from agd_fast.distillation.tiling import tiled
 from agd_fast.distillation.train import make_accelerator, train
 from agd_fast.evaluation.explained import SCALES, Explained, guidance_explained
 from agd_fast.files import differences, fingerprint, replacing, write_json
@@ -28,6 +30,7 @@ from agd_fast.freezing import frozen
 from agd_fast.memory.blocks import has_blocks
 from agd_fast.memory.choose import Choice, Memory, budget_on, choose, estimator, ways_of
 from agd_fast.memory.weight_codes import Kind
+from agd_fast.pipelines.handed import PART
 from agd_fast.spec import device_of
 from agd_fast.storage import load, save
 from agd_fast.teacher import Conditions, Teacher
@@ -45,8 +48,8 @@ class DistillResult:
 
     adapter: attached to the teacher. output_dir: holds it on disk. parameters, fraction: its size, also as a share of the
     base's parameters. loss: the last logged. explained: guidance_explained on held-out trajectories (None if not asked for).
-    seconds: by phase, of this call. memory: how training saved memory, and on CUDA the most it took in bytes; None where it was
-    not asked to. others: results of a pipeline's further denoisers, by component.
+    seconds: by phase, of this call. memory: how memory was saved, and on CUDA the most that each phase took in bytes; None where
+    it was not asked to be. others: results of a pipeline's further denoisers, by component.
     """
 
     adapter: Adapter = field(repr=False)
@@ -99,7 +102,8 @@ def run(job: Job) -> DistillResult:
 
 
 def _residency(job: Job, device: torch.device) -> Residency:
-    return Residency.of(job.teacher, device, job.memory, job.train_config.micro_batch_size or job.shard_size)
+    states = job.train_config.micro_batch_size or job.shard_size
+    return Residency.of(job.teacher, device, job.memory, states, job.table)
 
 
 def _run(job: Job, accelerator: Accelerator, residency: Residency) -> DistillResult:
@@ -112,21 +116,23 @@ def _run(job: Job, accelerator: Accelerator, residency: Residency) -> DistillRes
             wrap(teacher.owner)
             residency.place()
             attached.to(accelerator.device)
-            marks = [time.perf_counter()]
-            with accelerator.main_process_first(), residency.running():
-                states = _states(job, job.progress and accelerator.is_main_process)
-            marks.append(time.perf_counter())
+            if residency.why_streamed and accelerator.is_main_process:
+                _say(job, f"states are collected and measured with weights that stay in host memory: {residency.why_streamed}")
+            phases = Phases(accelerator.device)
+            with accelerator.main_process_first():
+                progress = job.progress and accelerator.is_main_process
+                states = residency.run("collecting states", partial(_states, job, progress))
+            phases.done("collect")
             settings = _settings(job, attached, states, accelerator.num_processes)
-            with residency.training():
-                loss, memory = _train(job, states, settings, accelerator, residency)
-            marks.append(time.perf_counter())
-            with residency.running():
-                explained = _explained(job) if job.validation else None
-            marks.append(time.perf_counter())
-            seconds = dict(zip(("collect", "train", "validate"), (b - a for a, b in pairwise(marks)), strict=True))
+            loss, memory = _train(job, states, settings, accelerator, residency)
+            phases.done("train")
+            explained = residency.run("validation", partial(_explained, job)) if job.validation else None
+            phases.done("validate")
+            if memory and phases.peak_bytes:
+                memory["peak_bytes"] = phases.peak_bytes
             count = count_parameters(attached)
             fraction = count / count_parameters(teacher.denoiser)
-            result = DistillResult(attached, job.directory, count, fraction, loss, explained, seconds, memory)
+            result = DistillResult(attached, job.directory, count, fraction, loss, explained, phases.seconds, memory)
             if accelerator.is_main_process:
                 about = {"source": states.manifest.plan["source"], "init": settings["init"], "train": job.train_config.to_dict()}
                 _write(job, result, about | ({"memory": str(memory["way"])} if memory else {}))
@@ -139,17 +145,15 @@ def _run(job: Job, accelerator: Accelerator, residency: Residency) -> DistillRes
 
 
 def _settings(job: Job, adapter: Adapter, states: Trajectories, processes: int) -> dict[str, Any]:
-    """What a checkpoint must match to be continued; how many states are in memory at once decides nothing."""
+    """What a checkpoint must match to be continued: not how memory is saved, over the same states towards the same targets."""
     train = job.train_config.to_dict()
     train.pop("micro_batch_size")
-    saving = {"memory": job.memory, "base_weights": job.base_weights}
     return {
         "adapter": adapter.config.to_dict(),
         "init": None if job.init is None else fingerprint(adapter.state_dict()),
         "train": train,
         "plan": states.manifest.plan_id,
         "processes": processes,
-        **{name: value for name, value in saving.items() if value is not None},
     }
 
 
@@ -157,12 +161,9 @@ def _train(
     job: Job, states: Trajectories, settings: dict[str, Any], accelerator: Accelerator, residency: Residency
 ) -> tuple[float, dict[str, Any] | None]:
     """The last loss, and how memory was saved, where that was asked for."""
-    cuda = accelerator.device.type == "cuda"
-    economy = Economy(job.teacher.denoiser, _choice(job, states, accelerator.device, residency.short))
+    economy = Economy(job.teacher.denoiser, _choice(job, states, accelerator.device, residency.short), residency.card)
     if job.memory == "auto" and accelerator.is_main_process:
-        (tqdm.write if job.progress else logger.info)(f"memory='auto': {economy.reason}")
-    if cuda:
-        torch.cuda.reset_peak_memory_stats(accelerator.device)
+        _say(job, f"memory='auto': {economy.reason}")
     with economy:
         loss = train(
             job.teacher,
@@ -182,8 +183,8 @@ def _train(
     if job.memory is None and job.base_weights is None:
         return loss, None
     way = economy.way
-    memory = {"memory": job.memory, "way": str(way), **asdict(way), "reason": economy.reason}
-    return loss, memory | ({"peak_bytes": torch.cuda.max_memory_allocated(accelerator.device)} if cuda else {})
+    streamed = bool(residency.why_streamed)
+    return loss, {"memory": job.memory, "way": str(way), **asdict(way), "reason": economy.reason, "streamed": streamed}
 
 
 def _choice(job: Job, states: Trajectories, device: torch.device, short: bool) -> Choice:
@@ -192,15 +193,21 @@ def _choice(job: Job, states: Trajectories, device: torch.device, short: bool) -
     ways = ways_of(job.memory, job.base_weights, config.micro_batch_size, has_blocks(job.teacher.denoiser))
     if job.memory != "auto":
         return Choice(ways, "as asked for")
-    if device.type != "cuda":
-        return Choice(ways, f"{ways[0]}, for there is no card to fit")
     spec, batch, denoiser = job.teacher.spec, states.largest(), job.teacher.denoiser
     arguments = {**batch.conditions, **batch.constants}
+    arguments.pop(PART, None)  # which is not the denoiser's
     inputs = {spec.sample: batch.sample.to(job.teacher.dtype), spec.timestep: batch.timestep, **arguments}
     adapter = require_attachment(denoiser).adapter
-    resident = sum(tensor.nbytes for module in (denoiser, adapter) for tensor in module.state_dict().values())
+    resident = sum(p.nbytes for module in (denoiser, adapter) for p in module.parameters() if p.device.type == device.type)
+    budget = budget_on(device, resident)
+    if budget is None:
+        return Choice(ways, f"{ways[0]}, for there is no card to fit")
     estimate = estimator(job.teacher, inputs, "host" if short else "adamw")
-    return choose(ways, budget_on(device, resident), config.batch_size, estimate)
+    return choose(ways, budget, config.batch_size, estimate)
+
+
+def _say(job: Job, text: str) -> None:
+    (tqdm.write if job.progress else logger.info)(text)
 
 
 def _states(job: Job, progress: bool) -> Trajectories:
@@ -239,10 +246,11 @@ def _validation(job: Job, economy: Economy, residency: Residency) -> Callable[[i
     """Measures the adapter as it stands after a step, writes that and a picture, and returns guidance_explained."""
 
     def validate(step: int) -> float:
-        with torch.random.fork_rng(), economy.base_restored(), residency.running():
-            explained = _explained(job)
-            write_json(job.directory / VALIDATION_NAME / f"step-{step:06d}.json", {"step": step, **explained.to_dict()})
-            _draw(job, job.directory / VALIDATION_NAME / f"step-{step:06d}.png")
+        name = job.directory / VALIDATION_NAME / f"step-{step:06d}"
+        with torch.random.fork_rng(), economy.base_restored():
+            explained = residency.run("validation", partial(_explained, job))
+            write_json(name.with_suffix(".json"), {"step": step, **explained.to_dict()})
+            residency.run("drawing samples", partial(_draw, job, name.with_suffix(".png"), residency.short))
         return explained.mean
 
     return validate
@@ -251,12 +259,15 @@ def _validation(job: Job, economy: Economy, residency: Residency) -> Callable[[i
 def draw_samples(job: Job) -> None:
     """Write samples.png: unguided, CFG and AGD from the same noise."""
     residency = _residency(job, PartialState().device)
-    with residency.kept(), residency.running():
-        _draw(job, job.directory / PICTURE_NAME)
+    with residency.kept():
+        residency.run("drawing samples", partial(_draw, job, job.directory / PICTURE_NAME, residency.short))
 
 
-def _draw(job: Job, path: Path) -> None:
-    picture = preview(job.teacher, job.table, sum(job.config.guidance_range) / 2, _middle(job.sampling_steps), job.seed + 1)
+def _draw(job: Job, path: Path, short: bool) -> None:
+    """short: of memory."""
+    omega, steps = sum(job.config.guidance_range) / 2, _middle(job.sampling_steps)
+    with tiled(getattr(job.teacher.owner, "vae", None)) if short else nullcontext():
+        picture = preview(job.teacher, job.table, omega, steps, job.seed + 1)
     if picture is not None:
         with replacing(path) as partial:
             picture.save(partial, "PNG")

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, TypeVar, get_args
 
 import torch
 from torch import nn
 
-from agd_fast.distillation.passes import few_at_once
-from agd_fast.memory.choose import Memory
+from agd_fast.attaching import require_attachment
+from agd_fast.distillation.passes import few_at_once, first_few
+from agd_fast.memory.choose import USABLE, Memory, budget_on
+from agd_fast.memory.estimate import states_memory
+from agd_fast.memory.streaming import HOST, streamable, streamed, unhooked_after, unpin
+from agd_fast.memory.twin import meta_twin
 from agd_fast.pipelines import PipelineTeacher
 from agd_fast.spec import device_of
-from agd_fast.teacher import Teacher
+from agd_fast.teacher import Conditions, Teacher
+from agd_fast.warning import first_line, warn
+
+T = TypeVar("T")
 
 _OF_OFFLOADING = ("_all_hooks", "_offload_gpu_id", "_offload_device")  # what diffusers writes on a pipeline
-HOST = torch.device("cpu")
+UNCOUNTED = 2 / 3  # of what a model and a forward take are weights, where nobody can tell
 SHARE = 1 / 3  # of a card: weights that leave room for a few samples more than one
 
 
@@ -27,27 +35,48 @@ class Residency:
 
     device: where it is computed. samples: None leaves both as they are: all models on the device, batches whole. With a number
     a model is on the device for its own forwards alone: text encoders encode a run's prompts, then go; the denoiser steps, in
-    forwards of so many samples; only it stays for training. Whatever offloads a pipeline already goes on doing so.
+    forwards of so many samples; only it stays for training. Where one does not fit, layers of all come one after another.
+    Whatever offloads a pipeline already goes on doing so. table: of conditions.
     """
 
     teacher: Teacher
     device: torch.device
     samples: int | None = None
+    table: Conditions = field(default_factory=dict)
 
     @classmethod
-    def of(cls, teacher: Teacher, device: torch.device, memory: Memory | None, states: int) -> Residency:
+    def of(cls, teacher: Teacher, device: torch.device, memory: Memory | None, states: int, table: Conditions) -> Residency:
         """As the modes of `distill(memory=...)` want it; "auto", where all of the weights are a good part of the card.
 
         states: of one forward of a Teacher; of a pipeline, whose samples are large, it is one.
         """
         everything = cls(teacher, device)
         short = memory not in (None, "auto") or (memory == "auto" and everything._crowded)
-        return cls(teacher, device, 1 if isinstance(teacher, PipelineTeacher) else states) if short else everything
+        return cls(teacher, device, 1 if isinstance(teacher, PipelineTeacher) else states, table) if short else everything
 
     @property
     def short(self) -> bool:
         """Whether memory is."""
         return self.samples is not None
+
+    @property
+    def card(self) -> torch.device | None:
+        """Where the denoiser is to be brought for training; None leaves it where it is."""
+        return self.device if self.short and self._moves else None
+
+    @cached_property
+    def why_streamed(self) -> str:
+        """Why weights come from host memory a layer at a time while states are collected and the adapter is measured: a model
+        does not fit beside what a forward takes. Empty where all do. Asked for inside `kept`, once there is an adapter."""
+        component = self._component
+        if self.samples is None or not self._moves or not streamable(component):
+            return ""
+        adapter = require_attachment(component).adapter
+        budget = budget_on(self.device, _resident([adapter], self.device))
+        if budget is None:
+            return ""
+        needed, usable = self._states(self.samples) / 2**30, USABLE * budget / 2**30
+        return "" if needed <= usable else f"the largest model and a forward would take {needed:.2f} of {usable:.2f} GiB"
 
     def place(self) -> None:
         if not self.short:
@@ -61,11 +90,33 @@ class Residency:
             return
         with _returned(self._modules):
             _move(self._modules, HOST)
-            yield
+            try:
+                yield
+            finally:
+                for module in self._modules:
+                    unpin(module)
+
+    def run(self, what: str, work: Callable[[], T]) -> T:
+        """`work` of guided runs and pictures, inside `kept`; where memory runs out, once more with weights in host memory.
+
+        Raises: torch.OutOfMemoryError naming `what` ran out of it and what may help.
+        """
+        try:
+            with self._running():
+                return work()
+        except torch.OutOfMemoryError as error:
+            found = f"{what} ran out of memory ({first_line(error)})"
+        if self.card is None or self.why_streamed or not streamable(self._component):
+            few = "smaller samples, or fewer at once by TrainConfig(micro_batch_size=...)"
+            modes = ", ".join(repr(one) for one in get_args(Memory) if one != "auto")
+            one_model = f"one of memory={modes}, where one model is on the card at a time; the same output_dir goes on"
+            raise torch.OutOfMemoryError(f"{found}; expected {few if self.short else one_model}")
+        warn(f"{found}; going on with weights that stay in host memory")
+        vars(self)["why_streamed"] = found
+        return self.run(what, work)
 
     @contextmanager
-    def running(self) -> Iterator[None]:
-        """Around guided runs and pictures, inside `kept`."""
+    def _running(self) -> Iterator[None]:
         if self.samples is None:
             yield
             return
@@ -73,30 +124,38 @@ class Residency:
         with ExitStack() as stack:
             if self._moves:
                 stack.enter_context(_returned(self._modules))
-                if isinstance(teacher, PipelineTeacher) and teacher.pipe.model_cpu_offload_seq is not None:
+                if self.why_streamed:
+                    _move(self._modules, HOST)
+                    stack.enter_context(streamed([module for module in self._modules if streamable(module)], self.device))
+                    _move([module for module in self._modules if not streamable(module)], self.device)
+                elif isinstance(teacher, PipelineTeacher) and teacher.pipe.model_cpu_offload_seq is not None:
                     stack.enter_context(_one_at_a_time(teacher.pipe, self.device))
                 else:
                     _move(self._modules, self.device)
-            component = getattr(teacher.owner, teacher.component) if isinstance(teacher, PipelineTeacher) else teacher._call
-            stack.enter_context(few_at_once(component, teacher.spec, self.samples))
+            stack.enter_context(few_at_once(self._component, teacher.spec, self.samples))
             yield
 
-    @contextmanager
-    def training(self) -> Iterator[None]:
-        """Around training, inside `kept`: the denoiser alone is on the device."""
-        if self.samples is None or not self._moves:
-            yield
-            return
-        with _returned([self.teacher.denoiser]):
-            self.teacher.denoiser.to(self.device)
-            yield
+    @property
+    def _component(self) -> nn.Module:
+        """The denoiser as it is called, compiled where it is."""
+        teacher = self.teacher
+        return getattr(teacher.owner, teacher.component) if isinstance(teacher, PipelineTeacher) else teacher._call
+
+    def _states(self, samples: int) -> int:
+        """Bytes of the largest model, an adapter and a forward without gradients."""
+        teacher = self.teacher
+        arguments = first_few(teacher.arguments_on_meta(self.table, samples), teacher.spec, samples)
+        try:
+            return states_memory(meta_twin(teacher.denoiser), teacher.spec, arguments, self._modules)[0].total
+        except ValueError:  # its forward asks for values
+            return int(max(sum(p.nbytes for p in module.parameters()) for module in self._modules) / UNCOUNTED)
 
     @property
     def _modules(self) -> list[nn.Module]:
         if not isinstance(self.teacher, PipelineTeacher):
             return [self.teacher.denoiser]
         found = [module for module in self.teacher.pipe.components.values() if isinstance(module, nn.Module)]
-        return [module for module in found if _movable(module)]
+        return [module for module in dict.fromkeys(found) if _movable(module)]
 
     @property
     def _moves(self) -> bool:
@@ -106,10 +165,14 @@ class Residency:
 
     @property
     def _crowded(self) -> bool:
-        if self.device.type != "cuda":
-            return False
         weights = sum(p.nbytes for module in self._modules for p in module.parameters())
-        return weights > SHARE * torch.cuda.get_device_properties(self.device).total_memory
+        budget = budget_on(self.device, _resident(self._modules, self.device))
+        return budget is not None and weights > SHARE * budget
+
+
+def _resident(modules: Sequence[nn.Module], device: torch.device) -> int:
+    """Bytes that are on it."""
+    return sum(p.nbytes for module in modules for p in module.parameters() if p.device.type == device.type)
 
 
 def _movable(module: nn.Module) -> bool:
@@ -127,6 +190,14 @@ def _move(modules: Sequence[nn.Module], device: torch.device) -> None:
 
 
 @contextmanager
+def moved(modules: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
+    """Inside, they are on the device."""
+    with _returned(modules):
+        _move(modules, device)
+        yield
+
+
+@contextmanager
 def _returned(modules: Sequence[nn.Module]) -> Iterator[None]:
     devices = [(module, device_of(module)) for module in modules]
     try:
@@ -140,11 +211,12 @@ def _returned(modules: Sequence[nn.Module]) -> Iterator[None]:
 def _one_at_a_time(pipe: Any, device: torch.device) -> Iterator[None]:
     """diffusers' own offloading of whole models, taken off again."""
     before = {name: vars(pipe)[name] for name in _OF_OFFLOADING if name in vars(pipe)}
-    pipe.enable_model_cpu_offload(device=device)
-    try:
-        yield
-    finally:
-        pipe.remove_all_hooks()
-        for name in _OF_OFFLOADING:
-            vars(pipe).pop(name, None)
-        vars(pipe).update(before)
+    with unhooked_after([module for module in pipe.components.values() if isinstance(module, nn.Module)]):
+        pipe.enable_model_cpu_offload(device=device)
+        try:
+            yield
+        finally:
+            pipe.remove_all_hooks()
+            for name in _OF_OFFLOADING:
+                vars(pipe).pop(name, None)
+            vars(pipe).update(before)

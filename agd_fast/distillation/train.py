@@ -101,7 +101,7 @@ def train(
     modules: dict[str, nn.Module] = {"adapter": adapter}
     if average is not None:
         modules["average"] = average
-    others = {"schedule": schedule} | ({"scaler": accelerator.scaler} if accelerator.scaler else {})
+    others = {"schedule": schedule, "economy": economy} | ({"scaler": accelerator.scaler} if accelerator.scaler else {})
     checkpoint = directory / CHECKPOINT_NAME
     if not resume and accelerator.is_main_process:
         checkpoint.unlink(missing_ok=True)
@@ -111,6 +111,10 @@ def train(
         closing(_Log(directory, done, tensorboard, accelerator.is_main_process)) as log,
         tqdm(total=config.steps, initial=done, desc="distilling", disable=not (progress and accelerator.is_main_process)) as bar,
     ):
+        if economy.goes_on_at(done) and done < config.steps:
+            log.write({"step": done, "memory": economy.reason})
+            if not bar.disable:
+                bar.write(f"going on with {economy.reason}")
         for step in range(done, config.steps):
             rows = batch_rows(step, config.batch_size, len(trajectories), config.seed)[rank::world]
             states = trajectories.batches(rows)
@@ -186,7 +190,8 @@ def _in_memory(gradients: Callable[[int | None], Tensor], economy: Economy, opti
             raise torch.OutOfMemoryError(
                 f"training ran out of memory at step {step} with {economy.way} ({found}); expected one of "
                 f"memory={modes} that keeps less, base_weights='int8', or a smaller "
-                "TrainConfig(micro_batch_size=...); agd_fast.estimate_memory tells what each takes"
+                "TrainConfig(micro_batch_size=...), with which the same output_dir goes on; agd_fast.estimate_memory tells what "
+                "each takes"
             )
 
 
@@ -264,13 +269,13 @@ class _Log:
 
             self.board = SummaryWriter(str(directory / "tensorboard"), purge_step=done + 1)
 
-    def write(self, entry: dict[str, float]) -> None:
+    def write(self, entry: dict[str, Any]) -> None:
         self.last_loss = entry.get("loss", self.last_loss)
         if self.path is not None:
             append_text(self.path, json.dumps(entry) + "\n")
         if self.board is not None:
             for name, value in entry.items():
-                if name != "step":
+                if name not in ("step", "memory"):
                     self.board.add_scalar(f"distill/{name}", value, int(entry["step"]))
 
     def close(self) -> None:

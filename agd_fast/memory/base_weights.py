@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map
 
 from agd_fast.memory.convolution import input_gradient
 from agd_fast.memory.weight_codes import Kind, pack_weight, unpack_weight
+from agd_fast.spec import device_of
 from agd_fast.warning import first_line, warn
 
 _SMALLEST_FAN_IN = 32  # below it the scales eat what the codes save
@@ -166,8 +167,9 @@ class _PackedProduct(torch.autograd.Function):
 class PackedBase:
     """The packed weights of a module, with their originals in host memory. See `packed_base`."""
 
-    def __init__(self, module: nn.Module, kind: Kind) -> None:
-        self.kind = kind
+    def __init__(self, module: nn.Module, kind: Kind, device: torch.device | None = None) -> None:
+        self.module, self.kind, self.device = module, kind, device
+        self._home = None if device is None else device_of(module)
         self._places: dict[nn.Parameter, list[nn.Module]] = {}
         self._devices: dict[nn.Parameter, torch.device] = {}
         for child in module.modules():
@@ -183,11 +185,14 @@ class PackedBase:
         """Weight after weight, so that there is room for one more at most. On an error all is as before."""
         try:
             for original, children in self._places.items():
-                packed = nn.Parameter(_packed(original.data, self._kind_for(children[0])), requires_grad=False)
+                here = original.data.to(self.device or original.device)
+                packed = nn.Parameter(_packed(here, self._kind_for(children[0])), requires_grad=False)
                 self._devices[original] = original.device
                 for child in children:
                     child._parameters["weight"] = packed
                 original.data = original.data.cpu()  # the same tensor where it is there
+            if self.device is not None:
+                self.module.to(self.device)  # what is not packed
         except BaseException:
             self.restore()
             raise
@@ -197,6 +202,8 @@ class PackedBase:
         for original in self._devices:  # all codes go before a weight comes
             for child in self._places[original]:
                 child._parameters["weight"] = original
+        if self._home is not None:
+            self.module.to(self._home)
         devices, self._devices = self._devices, {}
         try:
             for original, device in devices.items():
@@ -231,18 +238,20 @@ def _serves(child: nn.Module) -> bool:
 
 
 @contextmanager
-def packed_base(module: nn.Module, kind: Kind) -> Iterator[PackedBase]:
+def packed_base(module: nn.Module, kind: Kind, device: torch.device | None = None) -> Iterator[PackedBase]:
     """Inside, the frozen linears and convolutions of `module` keep their weights as codes; afterwards the weights are the same
     parameters with the same bits on the same device, whatever happened inside.
 
     kind: "int8" symmetric, one scale an output channel; "nf4" for linears, with convolutions in int8. What is
         quantised already, not frozen, on "meta" or narrower than 32 inputs a channel is left alone. The originals lie in host
         memory meanwhile, as much as these weights take.
+    device: where the module is inside, if not where it was: its codes are made there, one weight after another, so that it never
+        has to hold all of them as they are.
     Raises: ValueError for an unknown kind, or where there is nothing to pack.
     """
     if kind not in get_args(Kind):
         raise ValueError(f"base_weights must be one of {get_args(Kind)} or None, found {kind!r}")
-    base = PackedBase(module, kind)
+    base = PackedBase(module, kind, device)
     base.pack()
     try:
         yield base

@@ -134,11 +134,15 @@ def estimator(model: Any, inputs: Mapping[str, Any], optimizer: str) -> Callable
     return estimate
 
 
-def budget_on(device: torch.device, resident: int) -> int:
-    """Bytes of a CUDA device that training may take: what is free, and the `resident` that it has there already."""
-    free, _ = torch.cuda.mem_get_info(device)
-    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return free + cached + resident
+def budget_on(device: torch.device, resident: int) -> int | None:
+    """Bytes of a CUDA device that a run may take: what is free, within the process's own limit where there is one, and the
+    `resident` that it has there already. None where there is no card to fit."""
+    if device.type != "cuda":
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    allocated = torch.cuda.memory_allocated(device)
+    limit = int(torch.cuda.get_per_process_memory_fraction(device) * total) - allocated
+    return min(free + torch.cuda.memory_reserved(device) - allocated, limit) + resident
 
 
 def _gib(size: int) -> str:

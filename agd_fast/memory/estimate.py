@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,6 +18,7 @@ from agd_fast.memory.blocks import checkpointing, has_blocks
 from agd_fast.memory.counting import FusedAttention, Live, run_backward, saving, storages_of
 from agd_fast.memory.frozen_backward import frozen_backward
 from agd_fast.memory.modes import WITHIN_BLOCKS
+from agd_fast.memory.streaming import streamable, two_largest_layers
 from agd_fast.memory.twin import arguments_of, meta_twin, pack_twin
 from agd_fast.memory.weight_codes import Kind
 from agd_fast.spec import DenoiserSpec, device_of, nest
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 OFF, CHECKPOINTING, BLOCKS = "off", "checkpointing", "blocks"
 MODES = (OFF, CHECKPOINTING, "exact", "8bit", "4bit", "recompute", BLOCKS)
+STATES, STREAMED = "states", "streamed"
 OPTIMIZERS = {"adamw": 2, "host": 0}  # moments on the card, each as large as the parameters
 TOP = 6  # ops that a table shows
 _UNITS = {"MiB": 2**20, "GiB": 2**30}
@@ -57,10 +59,17 @@ class MemoryRow:
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """A row a mode, those first that keep more. title: what was estimated."""
+    """A row a mode, those first that keep more. title: what was estimated.
+
+    states: of collecting guided states and measuring an adapter, by forwards without gradients of the base as it is, with one of
+    the models on the card at a time; weights are those of the largest. streamed: the same where weights come from host memory,
+    a layer at a time; they are those of two layers, of a model that cannot be streamed all of its.
+    """
 
     title: str
     rows: tuple[MemoryRow, ...]
+    states: MemoryRow
+    streamed: MemoryRow
 
     def row(self, mode: str) -> MemoryRow:
         """Raises: ValueError for a mode that was not estimated."""
@@ -70,27 +79,31 @@ class MemoryEstimate:
         raise ValueError(f"mode must be one of {', '.join(row.mode for row in self.rows)}; found {mode!r}")
 
     def fits(self, budget: int) -> tuple[str, ...]:
-        """Modes whose total is within `budget` bytes, in the order of the rows."""
-        return tuple(row.mode for row in self.rows if row.total <= budget)
+        """Modes whose total is within `budget` bytes, in the order of the rows; none where states cannot be collected in it."""
+        return tuple(row.mode for row in self.rows if max(row.total, self.streamed.total) <= budget)
 
     def rich(self) -> Table:
         """Columns are modes, in GiB, or MiB where all is small; of the activations the ops that keep most."""
         from agd_fast.reporting.tables import rich_table
 
         parts = ("weights", "adapters", "gradients", "optimizer", "activations")
-        table = rich_table(self.title, (self._unit, *(row.mode for row in self.rows)), [self._line(part) for part in parts])
+        table = rich_table(self.title, (self._unit, *(row.mode for row in self._all)), [self._line(part) for part in parts])
         for name in self._top():
-            table.add_row(f"  {name}", *(self._size(row.by_op.get(name, 0)) for row in self.rows), style="dim")
+            table.add_row(f"  {name}", *(self._size(row.by_op.get(name, 0)) for row in self._all), style="dim")
         table.add_row(*self._line("working"))
         table.add_row(*self._line("total"), style="bold")
         return table
 
     def _line(self, part: str) -> tuple[str, ...]:
-        return (part, *(self._size(getattr(row, part)) for row in self.rows))
+        return (part, *(self._size(getattr(row, part)) for row in self._all))
+
+    @property
+    def _all(self) -> tuple[MemoryRow, ...]:
+        return (*self.rows, self.states, self.streamed)
 
     @property
     def _unit(self) -> str:
-        return "GiB" if max(row.total for row in self.rows) >= _UNITS["GiB"] / 10 else "MiB"
+        return "GiB" if max(row.total for row in self._all) >= _UNITS["GiB"] / 10 else "MiB"
 
     def _size(self, size: int) -> str:
         return f"{size / _UNITS[self._unit]:.3f}"
@@ -108,7 +121,7 @@ class MemoryEstimate:
 
         table = self.rich()
         table.title = None  # it would be broken to the table's width
-        console = Console(file=io.StringIO(), width=120)
+        console = Console(file=io.StringIO(), width=140)
         console.print(table)
         return f"{self.title}\n{console.file.getvalue().rstrip()}"  # type: ignore[attr-defined]
 
@@ -144,29 +157,38 @@ def estimate_memory(
     twin = meta_twin(uncompiled(component_of(model)))
     chosen = chosen_modes(twin, modes)
     prepare_adapter(twin, adapter, spec)
+    arguments = arguments_of(model, spec, resolution=resolution, batch_size=batch_size, inputs=inputs, call=call)
+    components = [one for one in getattr(model, "components", {}).values() if isinstance(one, nn.Module)]
+    states, streamed = states_memory(twin, spec, arguments, components or [twin])
     if base_weights is not None:
         pack_twin(twin, base_weights)
-    arguments = arguments_of(model, spec, resolution=resolution, batch_size=batch_size, inputs=inputs, call=call)
     trained = sum(parameter.numel() for parameter in require_attachment(twin).adapter.parameters())
     weights, adapters = _bytes(twin), _bytes(require_attachment(twin).adapter)
     rows = []
     for mode in chosen:
-        try:
-            scope, plans = partial(keeping, mode=mode), mode not in (OFF, CHECKPOINTING)
-            saved, working = count(twin, spec, arguments, scope, plans=plans)
-        except (NotImplementedError, RuntimeError) as error:
-            if "meta" not in str(error).lower():
-                raise
-            raise ValueError(
-                f"the forward of a {type(twin).__name__} asks for values of tensors, which there are none of without its "
-                f"weights: expected a denoiser that runs on the meta device ({str(error).splitlines()[0][:120]})"
-            ) from error
+        scope, plans = partial(keeping, mode=mode), mode not in (OFF, CHECKPOINTING)
+        saved, working = count(twin, spec, arguments, scope, plans=plans)
         held = OPTIMIZERS[optimizer or ("adamw" if mode in (OFF, CHECKPOINTING) else "host")]
         rows.append(MemoryRow(mode, weights, adapters, adapters, held * adapters, sum(saved.values()), working, saved))
     samples = arguments[spec.sample]
     shape = "×".join(map(str, (len(samples), *samples[0].shape)))
     kind = require_attachment(twin).adapter.config.kind
-    return MemoryEstimate(f"{type(twin).__name__}, {kind}, {shape}, {trained:,} trained parameters", tuple(rows))
+    title = f"{type(twin).__name__}, {kind}, {shape}, {trained:,} trained parameters"
+    return MemoryEstimate(title, tuple(rows), states, streamed)
+
+
+def states_memory(
+    twin: nn.Module, spec: DenoiserSpec, arguments: Mapping[str, Any], models: Iterable[nn.Module]
+) -> tuple[MemoryRow, MemoryRow]:
+    """`states` and `streamed` of a MemoryEstimate: of an adapted denoiser on meta, and of all models that take turns with it.
+
+    Raises: ValueError where the denoiser's forward does not run on meta.
+    """
+    adapters, working = _bytes(require_attachment(twin).adapter), count_forward(twin, spec, arguments)
+    weights = [(_bytes(model), two_largest_layers(model) if streamable(model) else _bytes(model)) for model in models]
+    kinds = ((STATES, max(whole for whole, _ in weights)), (STREAMED, max(layers for _, layers in weights)))
+    states, streamed = (MemoryRow(mode, held, adapters, 0, 0, 0, working, {}) for mode, held in kinds)
+    return states, streamed
 
 
 def chosen_modes(denoiser: nn.Module, modes: Sequence[str] | None) -> tuple[str, ...]:
@@ -186,6 +208,32 @@ def prepare_adapter(twin: nn.Module, adapter: AdapterConfig | None, spec: Denois
         attach(twin, adapter, spec=spec)
 
 
+@contextmanager
+def _without_values(denoiser: nn.Module) -> Iterator[None]:
+    try:
+        yield
+    except (NotImplementedError, RuntimeError) as error:
+        if "meta" not in str(error).lower():
+            raise
+        raise ValueError(
+            f"the forward of a {type(denoiser).__name__} asks for values of tensors, which there are none of without its "
+            f"weights: expected a denoiser that runs on the meta device ({str(error).splitlines()[0][:120]})"
+        ) from error
+
+
+def count_forward(denoiser: nn.Module, spec: DenoiserSpec, arguments: Mapping[str, Any]) -> int:
+    """Bytes that a forward of an adapted denoiser without gradients holds at most, its arguments among them.
+
+    Raises: ValueError where it does not run on meta.
+    """
+    attachment = require_attachment(denoiser)
+    live = Live([denoiser, attachment.adapter])
+    with _without_values(denoiser), torch.no_grad(), armed(attachment, _omega(denoiser, spec, arguments)), FusedAttention(), live:
+        live.add(list(arguments.values()))
+        denoiser(**nest(arguments))
+    return live.peak()
+
+
 def count(
     denoiser: nn.Module,
     spec: DenoiserSpec,
@@ -197,10 +245,10 @@ def count(
     """Bytes that a forward of an adapted, frozen denoiser keeps, by op, the largest first; and of working memory.
 
     scope: what holds meanwhile. plans: whether a first forward in it plans what later ones keep, so that the second counts.
+    Raises: ValueError where it does not run on meta.
     """
     attachment = require_attachment(denoiser)
     adapter = attachment.adapter
-    omega = torch.full((len(arguments[spec.sample]),), 3.0, device=device_of(denoiser))
     call = {**nest(arguments), **({"return_dict": False} if "return_dict" in attachment.parameters else {})}
 
     def forward() -> Any:
@@ -208,7 +256,7 @@ def count(
         output = output if isinstance(output, torch.Tensor) else output[0]
         return torch.stack(output) if isinstance(output, list) else output
 
-    with scope(denoiser), armed(attachment, omega):
+    with _without_values(denoiser), scope(denoiser), armed(attachment, _omega(denoiser, spec, arguments)):
         if plans:
             with saving():
                 forward()
@@ -224,6 +272,10 @@ def count(
     for parameter in adapter.parameters():
         parameter.grad = None
     return dict(saved.by_op.most_common()), working
+
+
+def _omega(denoiser: nn.Module, spec: DenoiserSpec, arguments: Mapping[str, Any]) -> torch.Tensor:
+    return torch.full((len(arguments[spec.sample]),), 3.0, device=device_of(denoiser))
 
 
 def keeping(denoiser: nn.Module, mode: str) -> AbstractContextManager[Any]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -18,6 +18,8 @@ from agd_fast.memory.provenance import Plan
 
 _MARK = "_agd_frozen_backward"
 _CHECKPOINT = "_gradient_checkpointing_func"
+_COMPILED = "_compiled_call_impl"  # of modules that were compiled in place, which run their own forward inside
+_ABSENT = object()
 
 
 @contextmanager
@@ -55,14 +57,14 @@ def frozen_backward(model: nn.Module, activations: str | Mode = "4bit") -> Itera
         return output
 
     with ExitStack() as stack:
-        stack.enter_context(_eager(model))
-        for module in model.modules():
-            stack.enter_context(_set(module, _MARK, True))
+        modules = [*model.modules()]
+        stack.enter_context(_set((module, _COMPILED, None) for module in modules if getattr(module, _COMPILED) is not None))
+        stack.enter_context(_set((module, _MARK, True) for module in modules))
         own = model.forward
         wrapper = torch.compiler.disable(functools.wraps(own)(functools.partial(forward, own)), reason="agd_fast.frozen_backward")
-        stack.enter_context(_set(model, "forward", wrapper))
+        stack.enter_context(_set([(model, "forward", wrapper)]))
         if given is not model:
-            stack.enter_context(_set(given, "forward", model))
+            stack.enter_context(_set([(given, "forward", model)]))
         yield
 
 
@@ -79,28 +81,21 @@ def _require_frozen(model: nn.Module) -> None:
 
 
 @contextmanager
-def _set(module: nn.Module, name: str, value: Any) -> Iterator[None]:
-    """An attribute of the instance, which is as it was afterwards."""
-    attributes = vars(module)
-    had, previous = name in attributes, attributes.get(name)
-    attributes[name] = value
+def _set(attributes: Iterable[tuple[nn.Module, str, Any]]) -> Iterator[None]:
+    """Attributes of instances, which are as they were afterwards."""
+    before = []
+    for module, name, value in attributes:
+        own = vars(module)
+        before.append((own, name, own.get(name, _ABSENT)))
+        own[name] = value
     try:
         yield
     finally:
-        if had:
-            attributes[name] = previous
-        else:
-            attributes.pop(name, None)
-
-
-@contextmanager
-def _eager(model: nn.Module) -> Iterator[None]:
-    """Modules that were compiled in place run their own forward."""
-    with ExitStack() as stack:
-        for module in model.modules():
-            if module._compiled_call_impl is not None:
-                stack.enter_context(_set(module, "_compiled_call_impl", None))
-        yield
+        for own, name, value in before:
+            if value is _ABSENT:
+                own.pop(name, None)
+            else:
+                own[name] = value
 
 
 class _Blocks:
@@ -109,13 +104,9 @@ class _Blocks:
     def __init__(self, model: nn.Module) -> None:
         self.modules = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
 
-    @contextmanager
-    def followed(self, run: Run) -> Iterator[None]:
-        with ExitStack() as stack:
-            for module in self.modules:
-                if module.gradient_checkpointing:
-                    stack.enter_context(_set(module, _CHECKPOINT, _Rerun(getattr(module, _CHECKPOINT), self, run)))
-            yield
+    def followed(self, run: Run) -> AbstractContextManager[None]:
+        checkpointed = [module for module in self.modules if module.gradient_checkpointing]
+        return _set((module, _CHECKPOINT, _Rerun(getattr(module, _CHECKPOINT), self, run)) for module in checkpointed)
 
 
 class _Rerun:

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from agd_fast.memory.modes import Mode
 from agd_fast.memory.provenance import Plan, Provenance
-from agd_fast.memory.saved import PLAIN, Saved, compiled
+from agd_fast.memory.saved import PLAIN, Kept, compiled
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -48,17 +48,19 @@ class Run:
 
     def replaces(self, tensor: Any, *frozen: Any) -> bool:
         """Whether what is kept of a function of `tensor` is ours to choose: it needs a gradient, the `frozen` need none."""
+        for one in frozen:
+            if isinstance(one, Tensor) and one.requires_grad:
+                return False
         return (
             type(tensor) in PLAIN
             and tensor.requires_grad
             and tensor.dtype in _FLOATS
             and tensor.numel() >= max(self.mode.smallest, 1)
-            and not any(isinstance(one, Tensor) and one.requires_grad for one in frozen)
         )
 
-    def attach(self, name: str, output: Tensor, backward: Backward, saved: tuple[Saved, ...], *inputs: Tensor) -> Tensor:
-        """`output` with a history: `backward(gradient, needs, *values of saved)` gives the gradients of `inputs`."""
-        return _function(name).apply([output], backward, saved, *inputs)
+    def attach(self, name: str, output: Tensor, backward: Backward, kept: tuple[Kept, ...], *inputs: Tensor) -> Tensor:
+        """`output` with a history: `backward(gradient, needs, *values of what is kept)` gives the gradients of `inputs`."""
+        return _function(name).apply([output], backward, kept, *inputs)
 
     @contextmanager
     def region(self) -> Iterator[None]:
@@ -79,8 +81,10 @@ class FrozenBackward(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         handler = self.handlers.get(func)
+        if handler is None:
+            return func(*args, **kwargs) if kwargs else func(*args)
         kwargs = kwargs or {}
-        if handler is None or not torch.is_grad_enabled() or "out" in kwargs:
+        if not torch.is_grad_enabled() or "out" in kwargs:
             return func(*args, **kwargs)
         return handler(self.run, functools.partial(func, *args, **kwargs), *args, **kwargs)
 
@@ -89,18 +93,25 @@ class _Kept(torch.autograd.Function):
     """A function that ran already. Nothing is kept on ctx but how to make values of what was saved."""
 
     @staticmethod
-    def forward(ctx: Any, output: list[Tensor], backward: Backward, saved: tuple[Saved, ...], *inputs: Tensor) -> Tensor:
-        ctx.program, tensors = compiled(saved)
+    def forward(ctx: Any, output: list[Tensor], backward: Backward, kept: tuple[Kept, ...], *inputs: Tensor) -> Tensor:
+        ctx.program, tensors = compiled(kept)
         ctx.gradients = backward
         ctx.save_for_backward(*tensors)
         return output[0]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        with without_autocast(gradient.device):
-            values = ctx.program.values(ctx.saved_tensors)
-            return None, None, None, *ctx.gradients(gradient, ctx.needs_input_grad[3:], *values)
+        return _once(ctx, gradient) if torch.is_grad_enabled() else _gradients(ctx, gradient)
+
+
+def _gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    tensors = ctx.saved_tensors
+    with without_autocast(gradient):
+        values = tensors if ctx.program is None else ctx.program.values(tensors)
+        return None, None, None, *ctx.gradients(gradient, ctx.needs_input_grad[3:], *values)
+
+
+_once = once_differentiable(_gradients)  # dearer, and needed only where a graph of the backward is made
 
 
 @functools.cache
@@ -111,10 +122,14 @@ def _function(name: str) -> Any:
 
 def autocasts(tensor: Tensor) -> bool:
     kind = tensor.device.type
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return _can_autocast(kind) and torch.is_autocast_enabled(kind)
 
 
-def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    if not torch.amp.is_autocast_available(device.type):
-        return nullcontext()
-    return torch.autocast(device.type, enabled=False)
+_can_autocast = functools.cache(torch.amp.is_autocast_available)
+
+
+def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
+    return torch.autocast(tensor.device.type, enabled=False) if autocasts(tensor) else _AS_IT_IS
+
+
+_AS_IT_IS = nullcontext()

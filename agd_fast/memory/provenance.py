@@ -7,25 +7,26 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from agd_fast.memory import ops
 from agd_fast.memory.modes import Mode, Packing
 from agd_fast.memory.saved import (
     PLAIN,
+    Kept,
     Layout,
     Layouts,
     Saved,
     Source,
     as_is,
+    fills,
     holds,
     is_dense,
     layout_of,
     new_root,
-    without_history,
 )
 
 HEAVIEST = 2  # products of matrices on the way to a value that is made again
@@ -39,13 +40,12 @@ class _Entry:
 
     version: int
     layout: Layout
-    dense: bool
     dtype: torch.dtype
     source: Source | None = None
     original: Tensor | None = None
-    linear: Callable[[Saved], Source] | None = None
+    linear: Callable[[Kept], Source] | None = None
 
-    def made_of(self, parent: Saved) -> Source:
+    def made_of(self, parent: Kept) -> Source:
         return self.linear(parent) if self.linear else again(partial(_cast, dtype=self.dtype), parent)
 
 
@@ -57,8 +57,7 @@ class Activation(NamedTuple):
     number: int
 
 
-@dataclass(frozen=True)
-class _Activated:
+class _Activated(NamedTuple):
     """layout, versions: of the output, and of the input too, when the activation ran."""
 
     activation: Activation
@@ -91,12 +90,12 @@ class Plan:
 
 
 class Provenance:
-    """A table from storages, weakly held, to what is known of them."""
+    """Tables from storages, which they do not keep, to what is known of them."""
 
     def __init__(self, mode: Mode, plan: Plan) -> None:
         self.mode, self.plan = mode, plan
-        self._entries: dict[int, tuple[StorageWeakRef, list[_Entry]]] = {}
-        self._activations: dict[int, tuple[StorageWeakRef, _Activated]] = {}
+        self._entries: WeakKeyDictionary[torch.UntypedStorage, list[_Entry]] = WeakKeyDictionary()
+        self._activations: WeakKeyDictionary[torch.UntypedStorage, _Activated] = WeakKeyDictionary()
 
     def record(self, tensor: Tensor, source: Source) -> None:
         """`source` gives `tensor` back."""
@@ -108,24 +107,24 @@ class Provenance:
         """`tensor` is `original` in another dtype."""
         self._add(tensor, original=original)
 
-    def record_linear(self, output: Tensor, input: Tensor, linear: Callable[[Saved], Source]) -> None:
+    def record_linear(self, output: Tensor, input: Tensor, linear: Callable[[Kept], Source]) -> None:
         """What `linear` makes of a copy of `input` gives `output` back; the copy is made when that is wanted."""
         self._add(output, original=input, linear=linear)
 
     def record_activation(self, output: Tensor, activation: Activation) -> None:
-        storage, versions = output.untyped_storage(), (output._version, activation.input._version)
-        self._activations[storage._cdata] = StorageWeakRef(storage), _Activated(activation, layout_of(output), versions)
+        versions = output._version, activation.input._version
+        self._activations[output.untyped_storage()] = _Activated(activation, layout_of(output), versions)
 
     def activation_of(self, output: Tensor) -> Activation | None:
         """Which activation gave `output`, all of it, where neither it nor the input has changed since."""
-        storage, found = self._activations.get(output.untyped_storage()._cdata, (None, None))
-        if storage is None or storage.expired() or found is None or found.layout != layout_of(output):
+        found = self._activations.get(output.untyped_storage())
+        if found is None or found.layout != layout_of(output):
             return None
         return found.activation if found.versions == (output._version, found.activation.input._version) else None
 
     def find(self, tensor: Tensor) -> Saved | None:
         """What gives `tensor` back without keeping anything more, the finest and lightest; None where nothing does."""
-        if type(tensor) not in PLAIN:
+        if type(tensor) not in PLAIN or tensor.untyped_storage() not in self._entries:
             return None
         if tensor.is_complex():
             real = None if tensor.is_conj() else self.find(torch.view_as_real(tensor))
@@ -148,21 +147,25 @@ class Provenance:
         self.plan.asked |= found.source.norms
         return found if found.source.fine else None
 
-    def save(self, tensor: Tensor, bits: int | None, *, heaviest: int = HEAVIEST, channels: tuple[int, ...] = (-1,)) -> Saved:
+    def save(self, tensor: Tensor, bits: int | None, *, heaviest: int = HEAVIEST, channels: tuple[int, ...] = (-1,)) -> Kept:
         """What gives `tensor` back: what is known of it, or a copy in so many bits (None: the tensor itself).
 
         8 bits are never met by less. channels: the dimensions along which sizes may differ much.
         """
         if type(tensor) not in PLAIN:
-            return as_is(tensor)
-        found = self.fine(tensor, heaviest) if bits is None or bits >= 8 else self.find(tensor)
-        if found is not None and found.source.cost <= heaviest:
-            return found
-        if self.find(tensor) is None:
+            return tensor
+        found = self.find(tensor)
+        if found is None:
             for entry, layouts in self._known(tensor):
                 if entry.original is not None and entry.original.numel() <= tensor.numel():
                     entry.source = entry.made_of(self.save(entry.original, bits, heaviest=heaviest))
                     return Saved(entry.source, layouts)
+        elif found.source.cost <= heaviest:
+            coarse = bits is not None and bits < 8
+            if not coarse:
+                self.plan.asked |= found.source.norms
+            if coarse or found.source.fine:
+                return found
         if bits is None or not tensor.requires_grad or tensor.is_leaf:
             return as_is(tensor)
         source = packed(tensor, self.mode.packing(bits), channels)
@@ -171,29 +174,21 @@ class Provenance:
 
     def _known(self, tensor: Tensor) -> Iterator[tuple[_Entry, Layouts | None]]:
         """What holds of the tensor or of a piece of memory that it is a view of."""
-        known = self._entries.get(tensor.untyped_storage()._cdata)
-        if known is None or known[0].expired():
+        entries = self._entries.get(tensor.untyped_storage())
+        if entries is None:
             return
-        layout, version = layout_of(tensor), tensor._version
-        for entry in known[1]:
-            if entry.version == version and entry.dtype == tensor.dtype:
+        layout, version, dtype = layout_of(tensor), tensor._version, tensor.dtype
+        for entry in entries:
+            if entry.version == version and entry.dtype == dtype:
                 if entry.layout == layout:
                     yield entry, None
-                elif entry.dense and holds(entry.layout, layout):
+                elif fills(entry.layout) and holds(entry.layout, layout):
                     yield entry, (entry.layout, layout)
 
     def _add(self, tensor: Tensor, **what: Any) -> None:
-        if type(tensor) not in PLAIN:
-            return
-        storage = tensor.untyped_storage()
-        entry = _Entry(tensor._version, layout_of(tensor), is_dense(tensor), tensor.dtype, **what)
-        known = self._entries.get(storage._cdata)
-        if known is not None and not known[0].expired():
-            known[1].append(entry)
-            return
-        self._entries = {key: value for key, value in self._entries.items() if not value[0].expired()}
-        self._activations = {key: value for key, value in self._activations.items() if not value[0].expired()}
-        self._entries[storage._cdata] = StorageWeakRef(storage), [entry]
+        if type(tensor) in PLAIN:
+            entry = _Entry(tensor._version, layout_of(tensor), tensor.dtype, **what)
+            self._entries.setdefault(tensor.untyped_storage(), []).append(entry)
 
 
 def _order(source: Source) -> tuple[bool, int]:
@@ -225,8 +220,8 @@ def channel_factors(tensor: Tensor, channels: tuple[int, ...]) -> Tensor:
         return tensor.new_ones([1] * tensor.ndim)
     count = math.prod(tensor.shape[dim] for dim in others)
     wide = torch.promote_types(tensor.dtype, torch.float32)
-    size = torch.linalg.vector_norm(tensor, dim=others, keepdim=True, dtype=wide) / max(count, 1) ** 0.5
-    return size.clamp(2.0**-14, 2.0**15).log2().round().exp2().to(tensor.dtype)
+    size = torch.linalg.vector_norm(tensor, dim=others, keepdim=True, dtype=wide).div_(max(count, 1) ** 0.5)
+    return size.clamp_(2.0**-14, 2.0**15).log2_().round_().exp2_().to(tensor.dtype)
 
 
 def _unpack(
@@ -247,15 +242,17 @@ def _cast(value: Tensor, dtype: torch.dtype) -> Tensor:
     return value.to(dtype)
 
 
-def again(function: Callable[..., Tensor], *parents: Saved, tensors: tuple[Tensor, ...] = (), cost: int = 0) -> Source:
+def again(function: Callable[..., Tensor], *parents: Kept, tensors: tuple[Tensor, ...] = (), cost: int = 0) -> Source:
     """`function(*tensors, *parents)` once more; it holds no tensor itself."""
-    return Source(
-        tuple(map(without_history, tensors)),
-        function,
-        parents,
-        all(parent.source.fine for parent in parents),
-        cost + max((parent.source.cost for parent in parents), default=0),
-        1 + max((parent.source.depth for parent in parents), default=0),
-        frozenset[int]().union(*(parent.source.roots for parent in parents)),
-        frozenset[int]().union(*(parent.source.norms for parent in parents)),
-    )
+    fine, heaviest, depth = True, 0, 0
+    roots = norms = _NONE
+    for parent in parents:
+        if isinstance(parent, Saved):
+            source = parent.source
+            fine = fine and source.fine
+            heaviest, depth = max(heaviest, source.cost), max(depth, source.depth)
+            roots, norms = roots | source.roots, norms | source.norms
+    return Source(tuple([as_is(one) for one in tensors]), function, parents, fine, cost + heaviest, 1 + depth, roots, norms)
+
+
+_NONE: frozenset[int] = frozenset()

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -24,9 +24,9 @@ class Layout(NamedTuple):
 Layouts = tuple[Layout, Layout]  # of a whole value, and of a view in the same storage
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Source:
-    """One value of backward.
+    """One value of backward. Not to be changed.
 
     tensors: what is kept of it. rebuild: (*tensors, *values of parents) → the value; it holds no tensor itself.
     fine: whether it is precise enough for the gradient of a weight, or to compute with. cost: products of matrices on the way to
@@ -36,7 +36,7 @@ class Source:
 
     tensors: tuple[Tensor, ...]
     rebuild: Callable[..., Tensor]
-    parents: tuple[Saved, ...] = ()
+    parents: tuple[Kept, ...] = ()
     fine: bool = True
     cost: int = 0
     depth: int = 0
@@ -44,12 +44,15 @@ class Source:
     norms: frozenset[int] = frozenset()
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Saved:
-    """A source's value, or a view of it, by how both lay in forward."""
+    """A source's value, or a view of it, by how both lay in forward. Not to be changed."""
 
     source: Source
     layouts: Layouts | None = None
+
+
+Kept: TypeAlias = "Saved | Tensor"  # a tensor is kept as it is
 
 
 def new_root() -> frozenset[int]:
@@ -58,72 +61,86 @@ def new_root() -> frozenset[int]:
 
 _ROOTS = itertools.count()
 
+_Place = tuple[int, Any]  # the number of a step, and layouts; or ~ the number of a tensor
+
 
 class _Step(NamedTuple):
+    """start, end: of its own tensors."""
+
     rebuild: Callable[..., Tensor]
-    tensors: int
-    parents: tuple[tuple[int, Any], ...]  # which step, and its layouts
+    start: int
+    end: int
+    parents: tuple[_Place, ...]
 
 
-@dataclass(frozen=True)
-class Program:
+class Program(NamedTuple):
     """Makes several values from one list of tensors, each source once."""
 
     steps: tuple[_Step, ...]
-    wanted: tuple[tuple[int, Any], ...]
+    wanted: tuple[_Place, ...]
 
     def values(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         found: list[Tensor] = []
-        start = 0
-        for step in self.steps:
-            own = tensors[start : start + step.tensors]
-            start += step.tensors
-            found.append(step.rebuild(*own, *(_view(found[index], layouts) for index, layouts in step.parents)))
-        return [_view(found[index], layouts) for index, layouts in self.wanted]
+        for rebuild, start, end, parents in self.steps:
+            found.append(rebuild(*tensors[start:end], *[_value(place, found, tensors) for place in parents]))
+        return [_value(place, found, tensors) for place in self.wanted]
 
 
-@dataclass
+def _value(place: _Place, found: Sequence[Tensor], tensors: Sequence[Tensor]) -> Tensor:
+    number, layouts = place
+    if number < 0:
+        return tensors[~number]
+    return found[number] if layouts is None else _view(found[number], layouts)
+
+
 class _Compiler:
-    steps: list[_Step] = field(default_factory=list)
-    tensors: list[Tensor] = field(default_factory=list)
-    numbers: dict[Source, int] = field(default_factory=dict)
+    def __init__(self) -> None:
+        self.steps: list[_Step] = []
+        self.tensors: list[Tensor] = []
+        self.numbers: dict[Source, int] = {}
 
-    def add(self, saved: Saved) -> tuple[int, Any]:
-        source = saved.source
-        if source not in self.numbers:
-            parents = tuple(self.add(parent) for parent in source.parents)
-            self.steps.append(_Step(source.rebuild, len(source.tensors), parents))
+    def add(self, kept: Kept) -> _Place:
+        if not isinstance(kept, Saved):
+            self.tensors.append(kept)
+            return -len(self.tensors), None
+        source = kept.source
+        number = self.numbers.get(source)
+        if number is None:
+            parents = tuple([self.add(parent) for parent in source.parents])
+            start = len(self.tensors)
             self.tensors.extend(source.tensors)
-            self.numbers[source] = len(self.steps) - 1
-        return self.numbers[source], saved.layouts
+            number = self.numbers[source] = len(self.steps)
+            self.steps.append(_Step(source.rebuild, start, len(self.tensors), parents))
+        return number, kept.layouts
 
 
-def compiled(saved: Iterable[Saved]) -> tuple[Program, list[Tensor]]:
-    """What gives all of these back, and the tensors to keep for it."""
+def compiled(kept: tuple[Kept, ...]) -> tuple[Program | None, Sequence[Tensor]]:
+    """What gives all of these back, and the tensors to keep for it; None where the tensors are what is wanted."""
+    if not any(isinstance(one, Saved) for one in kept):
+        return None, kept  # type: ignore[return-value]
     compiler = _Compiler()
-    wanted = tuple(compiler.add(one) for one in saved)
+    wanted = tuple([compiler.add(one) for one in kept])
     return Program(tuple(compiler.steps), wanted), compiler.tensors
 
 
-def as_is(tensor: Tensor) -> Saved:
-    return Saved(Source((without_history(tensor),), _same))
-
-
-def without_history(tensor: Tensor) -> Tensor:
-    """What is no plain tensor, as a packed weight, knows itself how it is kept."""
-    return tensor.detach() if type(tensor) in PLAIN else tensor
+def as_is(tensor: Tensor) -> Tensor:
+    """Without its history. What is no plain tensor, as a packed weight, knows itself how it is kept."""
+    return tensor.detach() if tensor.requires_grad and type(tensor) in PLAIN else tensor
 
 
 def layout_of(tensor: Tensor) -> Layout:
-    return Layout(tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()))
+    return Layout(tensor.shape, tensor.stride(), int(tensor.storage_offset()))
 
 
 def is_dense(tensor: Tensor) -> bool:
     """Whether its elements fill one piece of memory, each once."""
-    if tensor.is_contiguous():
-        return True
+    return tensor.is_contiguous() or fills(layout_of(tensor))
+
+
+def fills(layout: Layout) -> bool:
+    """Whether what lies so fills one piece of memory, each element once."""
     expected = 1
-    for stride, size in sorted((stride, size) for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size != 1):
+    for stride, size in sorted((stride, size) for size, stride in zip(layout.size, layout.stride, strict=True) if size != 1):
         if stride != expected:
             return False
         expected *= size
@@ -137,13 +154,7 @@ def holds(whole: Layout, part: Layout) -> bool:
     return 0 not in part.size and whole.offset <= part.offset and part.offset + last < whole.offset + count
 
 
-def _same(tensor: Tensor) -> Tensor:
-    return tensor
-
-
-def _view(value: Tensor, layouts: tuple[Layout, Layout] | None) -> Tensor:
-    if layouts is None:
-        return value
+def _view(value: Tensor, layouts: Layouts) -> Tensor:
     whole, part = layouts
     if value.stride() != whole.stride or value.shape != whole.size:
         value = torch.empty_strided(whole.size, whole.stride, dtype=value.dtype, device=value.device).copy_(

@@ -34,7 +34,10 @@ WAYS = {
     "recompute": "ours",
     "blocks": "ours: checkpointing, and 8 bits while a block runs again",
 }
-KEY = ("model", "batch", "adapter", "mode", "dtype", "base", "optimizer", "device", "cap_bytes", "search")  # what a row is one of
+KEY = (  # what a row is one of
+    *("model", "batch", "adapter", "mode", "dtype", "base", "optimizer", "device", "cap_bytes", "search"),
+    "whole",  # a distillation from end to end, not training steps alone
+)
 FIGURES = (
     "parameters",  # trained
     "saved_bytes",
@@ -42,6 +45,7 @@ FIGURES = (
     "by_op",
     "peak_bytes",  # of all that is allocated
     "reserved_bytes",
+    "phases",  # of a whole distillation: the most that each allocated, and whether weights were streamed while states were made
     "flops",  # of a forward and backward
     "seconds_per_step",  # a forward and backward of one batch, and its share of the optimizer's step
     "images_per_second",
@@ -84,12 +88,12 @@ def count_flops(denoiser: nn.Module, call: Mapping[str, Any], mode: str) -> int:
 
 def empty_row(row: Row) -> Row:
     """What a row is one of, and no figures."""
-    return {**{name: row[name] for name in KEY}, **dict.fromkeys(FIGURES)}
+    return {**{name: row.get(name, False) for name in KEY}, **dict.fromkeys(FIGURES)}
 
 
 def key(row: Row) -> tuple[Any, ...]:
-    """What tells it from others; the batch that was searched for does not."""
-    return tuple(None if name == "batch" and row["search"] else row[name] for name in KEY)
+    """What tells it from others; the batch that was searched for does not. Rows of before `whole` are of steps alone."""
+    return tuple(None if name == "batch" and row["search"] else row.get(name, False) for name in KEY)
 
 
 def print_rows(rows: Sequence[Row], console: Console | None = None) -> None:

@@ -81,7 +81,7 @@ def train_row(
     """`row` with its figures, measured on its device for about so long; the note says where memory ran out. images: a step of
     the optimizer. lock: see `speed.hardware.quiet`."""
     device = torch.device(row["device"])
-    _cap(row["cap_bytes"], device)
+    cap(row["cap_bytes"], device)
     found = empty_row(row)
     try:
         training = Training(architecture or find_architecture(row["model"]), row, device)
@@ -167,7 +167,8 @@ def _steps(training: Training, batch: int) -> None:
     _synchronize(training.device)
 
 
-def _cap(size: int | None, device: torch.device) -> None:
+def cap(size: int | None, device: torch.device) -> None:
+    """No allocation of this process beyond it."""
     if size is not None:
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(size / total, 1.0), device)

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from agd_fast.memory import ops
-from agd_fast.memory.interception import Run, autocasts
+from agd_fast.memory.interception import Backward, Run, autocasts
 from agd_fast.memory.modes import Packing
 from agd_fast.memory.provenance import again
-from agd_fast.memory.saved import Saved, Source, as_is, new_root
+from agd_fast.memory.saved import Kept, Source, new_root
 
 
 class Rows(NamedTuple):
@@ -64,25 +64,29 @@ def normalised(
     length: int,
     eps: float,
     *,
+    input_gradient: Callable[..., Tensor] | None = None,
     centred: bool = True,
     fine: bool = False,
 ) -> Tensor:
     """The norm's output, of which its normalised input is kept.
 
-    norm: the function itself, of (input, weight, bias). length: n. fine: whether x̂ is wanted in the fine form in any case.
+    norm: the function itself, of (input, weight, bias). input_gradient: its own, of (gradient, input, weight, bias), where that
+    takes less than autograd's. length: n. fine: whether x̂ is wanted in the fine form in any case.
     """
     number = run.next_norm()
     with torch.no_grad():
         output = call()
     affine = tuple(one for one in (weight, bias) if one is not None)
-    given = run.provenance.fine(input)
-    if given is None and run.mode.exact:
-        given = run.provenance.save(input, None)
-    if given is not None and (run.mode.exact or given.source.cost):
-        saved = (given, *map(as_is, affine))
+    found = run.provenance.fine(input)
+    given: Kept | None = run.provenance.save(input, None) if found is None and run.mode.exact else found
+    if given is not None and (run.mode.exact or (found is not None and found.source.cost)):
+        saved = (given, *affine)
         cast = output.dtype if autocasts(input) else None
         rerun = partial(_rerun, norm=norm, dtype=cast, scaled=weight is not None)
-        output = run.attach(name, output, partial(_rerun_backward, rerun=rerun), saved, input)
+        backward: Backward = partial(_rerun_backward, rerun=rerun)
+        if input_gradient is not None:
+            backward = partial(_own_backward, input_gradient=input_gradient, dtype=cast, scaled=weight is not None)
+        output = run.attach(name, output, backward, saved, input)
         run.provenance.record(output, again(partial(_without_grad, rerun=rerun), *saved))
         return output
     bits = run.mode.fine if fine or length < run.mode.narrow or run.plan.wants_fine(number) else run.mode.norm
@@ -91,11 +95,10 @@ def normalised(
         mean, rstd = _statistics(input, length, eps, centred)
         packed = ops.norm_pack(input.contiguous(), mean, rstd, *packing)
     backward = partial(_backward, rows=rows, centred=centred, packing=packing)
-    kept: tuple[Saved, ...] = tuple(map(as_is, (*packed, rstd)))
-    output = run.attach(name, output, backward, kept + (() if weight is None else (as_is(weight),)), input)
+    kept = (*packed, rstd) if weight is None else (*packed, rstd, weight)
+    output = run.attach(name, output, backward, kept, input)
     rebuild = Affine(tuple(output.shape), rows, packing, output.dtype, weight is not None, bias is not None)
-    tensors = tuple(one.detach() for one in (*packed, *affine))
-    source = Source(tensors, rebuild, fine=packing.bits >= 8, roots=new_root(), norms=frozenset({number}))
+    source = Source((*packed, *affine), rebuild, fine=packing.bits >= 8, roots=new_root(), norms=frozenset({number}))
     run.provenance.record(output, source)
     return output
 
@@ -124,10 +127,21 @@ def _backward(
     return (ops.norm_backward(gradient, codes, scales, rstd, gamma, centred, rows.groups, rows.space, *packing),)
 
 
-def _rerun(input: Tensor, *affine: Tensor, norm: Callable[..., Tensor], dtype: torch.dtype | None, scaled: bool) -> Tensor:
-    input, *given = (one if dtype is None else one.to(dtype) for one in (input, *affine))
-    weight = given.pop(0) if scaled else None
-    return norm(input, weight, given.pop(0) if given else None)
+def _rerun(*given: Tensor, norm: Callable[..., Tensor], dtype: torch.dtype | None, scaled: bool) -> Tensor:
+    return norm(*_cast(given, dtype, scaled))
+
+
+def _cast(given: tuple[Tensor, ...], dtype: torch.dtype | None, scaled: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """given: an input[, γ][, β] → all three, in that dtype."""
+    input, *affine = given if dtype is None else [one.to(dtype) for one in given]
+    weight = affine.pop(0) if scaled else None
+    return input, weight, affine.pop(0) if affine else None
+
+
+def _own_backward(
+    gradient: Tensor, needs: Any, *given: Tensor, input_gradient: Callable[..., Tensor], dtype: torch.dtype | None, scaled: bool
+) -> tuple[Tensor]:
+    return (input_gradient(gradient, *_cast(given, dtype, scaled)).to(given[0].dtype),)
 
 
 def _without_grad(*values: Tensor, rerun: Callable[..., Tensor]) -> Tensor:

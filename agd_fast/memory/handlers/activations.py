@@ -16,7 +16,7 @@ from agd_fast.memory.handlers.follow import follow
 from agd_fast.memory.interception import Run
 from agd_fast.memory.modes import Packing
 from agd_fast.memory.provenance import Activation
-from agd_fast.memory.saved import as_is
+from agd_fast.memory.saved import Kept, Saved, as_is
 
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -25,6 +25,15 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "sigmoid": torch.sigmoid,
     "tanh": torch.tanh,
     "relu": torch.relu,
+}
+_aten = torch.ops.aten
+GRADIENTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # (gradient, input) → the input's, as autograd has it
+    "silu": _aten.silu_backward.default,
+    "gelu": _aten.gelu_backward.default,
+    "gelu_tanh": partial(_aten.gelu_backward.default, approximate="tanh"),
+    "sigmoid": lambda gradient, input: _aten.sigmoid_backward.default(gradient, input.sigmoid()),
+    "tanh": lambda gradient, input: _aten.tanh_backward.default(gradient, input.tanh()),
+    "relu": lambda gradient, input: _aten.threshold_backward.default(gradient, input.relu(), 0),
 }
 _FROM_OUTPUT = ("sigmoid", "tanh", "relu")  # autograd keeps their output, which what follows may share
 
@@ -66,18 +75,18 @@ def _activate(run: Run, name: str, call: Callable[[], Tensor], input: Tensor) ->
 
 def _attached(run: Run, name: str, output: Tensor, input: Tensor, gated: bool) -> Tensor:
     """gated: whether a product is expected to take it over, and this history to be dropped."""
-    known = run.provenance.fine(input)
-    if known is not None and name == "silu" and isinstance(known.source.rebuild, Affine) and known.layouts is None:
+    known: Kept | None = run.provenance.fine(input)
+    if isinstance(known, Saved) and name == "silu" and isinstance(known.source.rebuild, Affine) and known.layouts is None:
         backward = partial(_affine_backward, affine=known.source.rebuild)
-        return run.attach("silu", output, backward, tuple(map(as_is, known.source.tensors)), input)
+        return run.attach("silu", output, backward, known.source.tensors, input)
     if known is None and (run.mode.exact or gated):
         known = as_is(input)
     if known is not None:
-        return run.attach(name, output, partial(_backward, function=FUNCTIONS[name]), (known,), input)
+        return run.attach(name, output, partial(_backward, name=name), (known,), input)
     packing = run.mode.packing(run.mode.factor)
     with torch.no_grad():
         packed = _packed_derivative(name, input, output, packing)
-    return run.attach(name, output, partial(_packed_backward, packing=packing), tuple(map(as_is, packed)), input)
+    return run.attach(name, output, partial(_packed_backward, packing=packing), packed, input)
 
 
 def _packed_derivative(name: str, input: Tensor, output: Tensor, packing: Packing) -> tuple[Tensor, Tensor]:
@@ -103,8 +112,5 @@ def _packed_backward(gradient: Tensor, needs: Any, codes: Tensor, scales: Tensor
     return (ops.scale_unpack(gradient, codes, scales, *packing),)
 
 
-def _backward(gradient: Tensor, needs: Any, input: Tensor, *, function: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
-    with torch.enable_grad():
-        input = input.detach().requires_grad_()
-        output = function(input)
-    return torch.autograd.grad(output, (input,), gradient)
+def _backward(gradient: Tensor, needs: Any, input: Tensor, *, name: str) -> tuple[Tensor]:
+    return (GRADIENTS[name](gradient, input),)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from agd_fast.memory.interception import Run
-from agd_fast.memory.saved import Saved, as_is
+from agd_fast.memory.saved import Kept, as_is
 
 
 def matmul(run: Run, call: Callable[[], Tensor], input: Tensor, other: Any = None, **options: Any) -> Tensor:
@@ -39,7 +39,7 @@ def _replaced(run: Run, one: Tensor, other: Tensor) -> bool:
     return both and (run.replaces(one) or run.replaces(other))
 
 
-def _kept(run: Run, one: Tensor, summed: int) -> Saved:
+def _kept(run: Run, one: Tensor, summed: int) -> Kept:
     """summed: the dimension that the product sums over. Weights that are spread over a batch are kept as they are."""
     if one.numel() > one.untyped_storage().nbytes() // one.element_size() or one.numel() < run.mode.smallest:
         return run.provenance.find(one) or as_is(one)

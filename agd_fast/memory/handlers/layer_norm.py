@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from functools import partial
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -30,8 +31,18 @@ def layer_norm(
     norm = partial(_norm, shape=shape, eps=eps)
     length = math.prod(shape)
     rows = Rows(input.numel() // length // len(input) if input.ndim > len(shape) else 1)
-    return normalised(run, "layer_norm", call, norm, input, weight, bias, rows, length, eps)
+    own = partial(_input_gradient, shape=shape, eps=eps)
+    return normalised(run, "layer_norm", call, norm, input, weight, bias, rows, length, eps, input_gradient=own)
 
 
 def _norm(input: Tensor, weight: Tensor | None, bias: Tensor | None, *, shape: tuple[int, ...], eps: float) -> Tensor:
     return F.layer_norm(input, shape, weight, bias, eps)
+
+
+def _input_gradient(
+    gradient: Tensor, input: Tensor, weight: Tensor | None, bias: Tensor | None, *, shape: tuple[int, ...], eps: float
+) -> Tensor:
+    """As autograd has it."""
+    _, mean, rstd = torch.native_layer_norm(input, shape, weight, bias, eps)
+    needs = (True, False, False)
+    return torch.ops.aten.native_layer_norm_backward.default(gradient, input, shape, mean, rstd, weight, bias, needs)[0]

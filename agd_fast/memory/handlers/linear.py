@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from agd_fast.memory.interception import Run, autocasts
-from agd_fast.memory.provenance import HEAVIEST, Provenance, again
-from agd_fast.memory.saved import Saved, Source, as_is
+from agd_fast.memory.provenance import HEAVIEST, again
+from agd_fast.memory.saved import Kept, Source, as_is
 
 
 def linear(run: Run, call: Callable[[], Tensor], input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -45,20 +45,21 @@ def _trainable(run: Run, call: Callable[[], Tensor], input: Tensor, weight: Tens
 
 def _follow(run: Run, output: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """The output is made again from what gives the input back."""
-    parent = run.provenance.find(input)
-    if parent is None and not input.requires_grad:
-        parent = as_is(input)
-    if run.mode.exact or (parent is not None and parent.source.cost >= HEAVIEST):
+    if run.mode.exact:
         return
-    if parent is None:
-        run.provenance.record_linear(output, input, partial(_again, run.provenance, weight, bias, output.dtype))
+    found = run.provenance.find(input)
+    if found is not None and found.source.cost >= HEAVIEST:
         return
-    run.provenance.record(output, _again(run.provenance, weight, bias, output.dtype, parent))
+    linear = partial(_again, kept_weight=run.provenance.save(weight, None), bias=bias, dtype=output.dtype)
+    if found is None and input.requires_grad:
+        run.provenance.record_linear(output, input, linear)
+    else:
+        run.provenance.record(output, linear(found or input))
 
 
-def _again(provenance: Provenance, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, parent: Saved) -> Source:
+def _again(parent: Kept, *, kept_weight: Kept, bias: Tensor | None, dtype: torch.dtype) -> Source:
     tensors = () if bias is None else (bias,)
-    return again(partial(_linear, dtype=dtype), parent, provenance.save(weight, None), tensors=tensors, cost=1)
+    return again(partial(_linear, dtype=dtype), parent, kept_weight, tensors=tensors, cost=1)
 
 
 def _linear(*args: Tensor, dtype: torch.dtype) -> Tensor:

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from agd_fast.memory import ops
-from agd_fast.memory.handlers.activations import FUNCTIONS, derivative
+from agd_fast.memory.handlers.activations import FUNCTIONS, GRADIENTS, derivative
 from agd_fast.memory.handlers.follow import follow
 from agd_fast.memory.interception import Run
 from agd_fast.memory.modes import Packing
 from agd_fast.memory.provenance import Activation, channel_factors
-from agd_fast.memory.saved import Saved, as_is
+from agd_fast.memory.saved import Kept, as_is
 
 
 def mul(run: Run, call: Callable[[], Tensor], input: Tensor, other: Any) -> Tensor:
@@ -35,7 +35,7 @@ def mul(run: Run, call: Callable[[], Tensor], input: Tensor, other: Any) -> Tens
     return follow(run, torch.mul, run.attach("mul", output, _backward, saved, input, other), input, other)
 
 
-def factor(run: Run, one: Tensor, output: Tensor) -> Saved:
+def factor(run: Run, one: Tensor, output: Tensor) -> Kept:
     """What a product keeps of one of its factors: of a row that scales others, itself.
 
     Of a feed-forward's output a copy: to make that again would take as many products as its backward.
@@ -64,14 +64,13 @@ def _gated(run: Run, call: Callable[[], Tensor], value: Tensor, gate: Tensor, ac
     inputs = value, activation.input
     known = [run.provenance.fine(one) for one in inputs]
     if run.mode.exact or None not in known:
-        saved = tuple(one or as_is(given) for one, given in zip(known, inputs, strict=True))
-        return run.attach("gated", output, partial(_gated_backward, function=FUNCTIONS[activation.name]), saved, *inputs)
+        saved = tuple(as_is(given) if one is None else one for one, given in zip(known, inputs, strict=True))
+        return run.attach("gated", output, partial(_gated_backward, name=activation.name), saved, *inputs)
     packing = run.mode.packing(run.mode.factor)
     with torch.no_grad():
         even = channel_factors(value, (-1,))
         packed = _packed_factors(activation.name, value / even, activation.input, gate, packing)
-    kept = tuple(map(as_is, (even, *packed)))
-    return run.attach("gated", output, partial(_packed_backward, packing=packing), kept, *inputs)
+    return run.attach("gated", output, partial(_packed_backward, packing=packing), (even, *packed), *inputs)
 
 
 def _packed_factors(name: str, value: Tensor, input: Tensor, gate: Tensor, packing: Packing) -> tuple[Tensor, ...]:
@@ -82,14 +81,11 @@ def _packed_factors(name: str, value: Tensor, input: Tensor, gate: Tensor, packi
     return *ops.pack(gate, *packing), *ops.pack(value * derivative(name, input, gate), *packing)
 
 
-def _gated_backward(
-    gradient: Tensor, needs: Any, value: Tensor, input: Tensor, *, function: Callable[[Tensor], Tensor]
-) -> tuple[Tensor | None, ...]:
-    with torch.enable_grad():
-        inputs = [one.detach().requires_grad_(need) for one, need in zip((value, input), needs, strict=True)]
-        output = inputs[0] * function(inputs[1])
-    found = iter(torch.autograd.grad(output, [one for one in inputs if one.requires_grad], gradient))
-    return tuple(next(found) if need else None for need in needs)
+def _gated_backward(gradient: Tensor, needs: Any, value: Tensor, input: Tensor, *, name: str) -> tuple[Tensor | None, ...]:
+    return (
+        gradient * FUNCTIONS[name](input) if needs[0] else None,
+        GRADIENTS[name](gradient * value, input) if needs[1] else None,
+    )
 
 
 def _packed_backward(gradient: Tensor, needs: Any, even: Tensor, *packed: Tensor, packing: Packing) -> tuple[Tensor | None, ...]:

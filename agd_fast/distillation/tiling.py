@@ -1,0 +1,29 @@
+"""Pictures in little memory: a VAE decodes them in tiles."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+TILE = 512  # pixels: of larger ones
+_SET = ("use_", "tile_")  # what names of a VAE's settings begin with
+
+
+@contextmanager
+def tiled(vae: Any) -> Iterator[None]:
+    """Inside, a VAE of diffusers decodes in tiles, if it can; set as it was afterwards."""
+    if not hasattr(vae, "enable_tiling"):
+        yield
+        return
+    before = {name: value for name, value in vars(vae).items() if name.startswith(_SET)}
+    try:
+        vae.enable_tiling()
+        size = before.get("tile_sample_min_size")
+        if isinstance(size, int) and size > TILE:  # SDXL's are as large as its pictures
+            vae.tile_sample_min_size, vae.tile_latent_min_size = TILE, vae.tile_latent_min_size * TILE // size
+        yield
+    finally:
+        for name in [name for name in vars(vae) if name.startswith(_SET)]:
+            delattr(vae, name)
+        vars(vae).update(before)

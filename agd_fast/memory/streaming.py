@@ -1,0 +1,71 @@
+"""Forwards of a model that the card does not hold: its weights come from host memory, a layer at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import product
+
+import torch
+from diffusers.hooks import HookRegistry, apply_group_offloading
+from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from agd_fast.attaching.find import uncompiled
+
+HOST = torch.device("cpu")
+_HOOKS = ("group_offloading", "layer_execution_tracker", "lazy_prefetch_group_offloading")  # of diffusers
+_SET = ("_diffusers_hook", "forward")
+
+
+def streamable(module: nn.Module) -> bool:
+    """Whether hooks of diffusers can bring its weights: not those made of several tensors, nor into what is compiled."""
+    supported = getattr(module, "_supports_group_offloading", True)  # said by models of diffusers
+    plain = uncompiled(module) is module and module._compiled_call_impl is None
+    return supported and plain and not any(map(is_traceable_wrapper_subclass, module.parameters()))
+
+
+def two_largest_layers(module: nn.Module) -> int:
+    """Bytes of weights that streaming has on a card at most: one layer computes while the next comes."""
+    sizes = [sum(tensor.nbytes for tensor in (*part.parameters(False), *part.buffers(False))) for part in module.modules()]
+    return sum(sorted(sizes)[-2:])
+
+
+@contextmanager
+def streamed(modules: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
+    """diffusers' own group offloading, by layers, taken off again: inside, forwards run on `device`, while weights lie in host
+    memory. On CUDA the next layer comes while one computes, from pinned memory.
+
+    modules: on the CPU. Afterwards weights may be on either device; their bits are what they were.
+    """
+    with unhooked_after(modules):
+        try:
+            for module in modules:
+                apply_group_offloading(module, device, HOST, offload_type="leaf_level", use_stream=device.type == "cuda")
+            yield
+        finally:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)  # a layer may be on its way
+            for module, name in product(modules, _HOOKS):
+                HookRegistry.check_if_exists_or_initialize(module).remove_hook(name)
+
+
+@contextmanager
+def unhooked_after(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """What is set on a module for hooks around its forward, and left there when they go, is as it was afterwards."""
+    parts = [part for module in modules for part in module.modules()]
+    before = [{name: vars(part)[name] for name in _SET if name in vars(part)} for part in parts]
+    try:
+        yield
+    finally:
+        for part, values in zip(parts, before, strict=True):
+            for name in _SET:
+                vars(part).pop(name, None)
+            vars(part).update(values)
+
+
+def unpin(module: nn.Module) -> None:
+    """Weights that were streamed lie in pinned memory, which a system has little of."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.is_pinned():
+            tensor.data = tensor.data.clone()
