@@ -241,9 +241,7 @@ def _sample_inputs(
     pipe: Any, inputs: Any, call: dict[str, Any], guidance: float, steps: int, seed: int, arms: Any, output: Path
 ) -> int:
     """One row an arm, one column a row of the inputs."""
-    from diffusers.utils import make_image_grid
-
-    from agd_fast.distillation.preview import pictures
+    from agd_fast.distillation.preview import grid_of, pictures
     from agd_fast.files import replacing
     from agd_fast.pipelines import PipelineTeacher
 
@@ -252,7 +250,7 @@ def _sample_inputs(
     if not all(rows):
         raise ValueError(f"expected a pipeline that makes pictures, found a {type(pipe).__name__} whose output is none")
     with replacing(output) as partial:
-        make_image_grid([image for row in rows for image in row], rows=len(rows), cols=len(teacher)).save(partial, "PNG")
+        grid_of(rows).save(partial, "PNG")
     return len(teacher)
 
 
@@ -298,6 +296,10 @@ def evaluate(
     if model == "digits" and _given(asked):
         names = ", ".join(f"--{name}" for name in _given(asked))
         raise typer.BadParameter(f"{names} go(es) with a pipeline; expected --model as well")
+    if model == "digits" and samples is not None and samples < 4:
+        raise typer.BadParameter(f"--samples: precision and recall of digits expect at least 4, found {samples}")
+    if inputs is not None and labels is not None:
+        raise typer.BadParameter("expected --inputs or --labels, found both")
     directory = output or Path(adapter if model == "digits" else "runs/evaluate")
     common: dict[str, Any] = {"steps": steps, "seed": seed, "progress": not quiet}
     common |= _given({"samples": samples, "timing_rounds": rounds})

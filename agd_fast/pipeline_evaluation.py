@@ -16,7 +16,7 @@ from agd_fast.attaching import components_of, require_attachment
 from agd_fast.distillation.teachers import Prompts, teachers_of
 from agd_fast.evaluation.costs import Cost, costs_of
 from agd_fast.evaluation.explained import guidance_explained
-from agd_fast.evaluation.likeness import Scorer, Scores, black_in, features_of_folder
+from agd_fast.evaluation.likeness import Scorer, Scores, black_in, features_of_folder, pictures_in
 from agd_fast.evaluation.networks import Asked, load_networks
 from agd_fast.evaluation.pictures import Pictures, Way
 from agd_fast.evaluation.pipeline import PipelineEvaluation, PipelineScale
@@ -74,9 +74,9 @@ def evaluate_pipeline(
     teacher = next(iter(teachers.values()))
     scales = _scales(teacher, guidance_scales)
     texts: Any = teacher.inputs.get("prompt", ())
-    _require_measurable(metrics, texts, real)
-    networks = load_networks(metrics)
     count = samples or len(teacher)
+    _require_measurable(metrics, texts, count, real)
+    networks = load_networks(metrics)
     batch = min(batch_size or teacher.run_size, count)
     pictures = Pictures(Path(output_dir), teacher, steps, seed)
     pictures.open(_plan(teachers, steps, seed), resume)
@@ -138,13 +138,15 @@ def _scales(teacher: PipelineTeacher, given: Sequence[float] | None) -> tuple[fl
     return scales
 
 
-def _require_measurable(metrics: Asked, texts: Sequence[str], real: str | os.PathLike[str] | None) -> None:
+def _require_measurable(metrics: Asked, texts: Sequence[str], count: int, real: str | os.PathLike[str] | None) -> None:
     if "clip" in metrics and not texts:
         raise ValueError("clip compares pictures with their prompts; expected prompts, found inputs without any")
+    if "fid" in metrics and count < 2:
+        raise ValueError(f"fid compares sets of pictures; expected at least 2 an arm (samples), found {count}")
     if real is not None and "fid" not in metrics:
         raise ValueError(f"expected 'fid' among metrics, for the distance to the real pictures in {real}; found {list(metrics)}")
-    if real is not None and not Path(real).is_dir():
-        raise FileNotFoundError(f"expected a folder with real pictures, found none at {real}")
+    if real is not None:
+        pictures_in(Path(real))
 
 
 def _plan(teachers: Mapping[str, PipelineTeacher], steps: int, seed: int) -> dict[str, Any]:

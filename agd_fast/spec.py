@@ -67,6 +67,7 @@ class Condition:
         finds out by embedding the label 0.
     adapt: whether adapters see it; False only passes it through.
     mask: argument that tells its tokens from padding, [B, L], or how many they are, [B], where the denoiser takes one.
+    mask_dim: which of its dimensions the mask is of, where tokens lie in several.
     grouped: whether it has several entries a sample, one after another, such as one a frame; adapters see the first.
     """
 
@@ -76,6 +77,7 @@ class Condition:
     width: int | str | tuple[str, ...] | None = None
     adapt: bool = True
     mask: str | None = None
+    mask_dim: int = 1
     grouped: bool = False
 
 

@@ -73,6 +73,7 @@ class Teacher:
     name: str = ""
     guidance: Guidance = ops.guidance_combine
 
+    gives_cond_at_one = True  # whether the rule goes to ε(c) as ω goes to 1
     one_scale_a_run = False  # whether the trajectories of a run share their ω
     run_size = 50  # trajectories at once
     validation_runs = 50  # held-out trajectories a scale

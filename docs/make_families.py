@@ -84,8 +84,8 @@ REMARKS = {
     ),
     "HunyuanImageTransformer2DModel": (
         "The scale lies on two guiders, one for prompts with quotes; a scale in the call is for both. An adapter learns whatever "
-        "rule they have; here it is `ClassifierFreeGuidance`. With `AdaptiveProjectedMixGuidance`, which the published pipeline "
-        "has, the scale counts for the first steps alone: later ones have a scale of the guider's own."
+        "rule they have; here it is `ClassifierFreeGuidance`. The published pipeline has `AdaptiveProjectedMixGuidance`, which "
+        "adds up earlier steps and is refused: give it others by `pipe.register_modules(guider=..., ocr_guider=...)`."
     ),
     "HunyuanVideoTransformer3DModel": (
         "Without `guidance_embeds`, as SkyReels-V1: guidance runs only beside a negative prompt; where none is given, "

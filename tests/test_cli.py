@@ -63,6 +63,18 @@ def test_evaluate_writes_a_report(distilled, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"report.json", "report.html", "grid.png", "curve.png"}
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--samples", 3], "--samples: precision and recall of digits expect at least 4, found 3"),
+        (["--model", "nowhere", "--inputs", __file__, "--labels", "0-3"], "expected --inputs or --labels, found both"),
+    ],
+)
+def test_evaluate_says_what_it_cannot_measure(options, message, tmp_path):
+    done = run("evaluate", tmp_path, *options, check=False)
+    assert done.returncode == 2 and message in " ".join(done.stderr.replace("│", " ").split())
+
+
 def test_info_describes_an_adapter(distilled):
     done = run("info", distilled)
     assert "DiTTransformer2DModel" in done.stdout and "modulation" in done.stdout and "torch" in done.stdout

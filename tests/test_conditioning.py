@@ -4,9 +4,19 @@ import pytest
 import torch
 
 import agd_fast as agd
+from agd_fast.attaching.attachment import _token_mask
 from agd_fast.conditioning import condition_width, embed_conditions, embed_time
 from agd_fast.spec import DenoiserSpec
 from conftest import trained
+
+
+@pytest.mark.parametrize("tokens", [(12, 12), (12, 3)])
+def test_a_mask_is_of_the_dimension_that_it_is_said_to_be(tokens):
+    mask = torch.ones(2, 14)
+    mask[1, 2:] = 0
+    for dim in (0, 1):
+        found = _token_mask(mask, tokens, dim).view(2, *tokens).movedim(1 + dim, 1)
+        assert found[0].all() and found[1, :2].all() and not found[1, 2:].any()
 
 
 def test_embed_time_is_the_denoisers_own(dit, unet):

@@ -7,6 +7,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from diffusers import StableDiffusionImg2ImgPipeline
 from PIL import Image
 from transformers import CLIPModel, CLIPProcessor
 
@@ -133,10 +134,26 @@ def test_a_black_picture_leaves_its_number_out(tmp_path):
     assert result.left_out == 1
     kept = [read(tmp_path, way, (0, 2)) for way in ("agd-2", "cfg-2")]
     assert result.by_scale["2"].arms["agd"].rmse == pytest.approx(np.sqrt(np.mean((kept[0] - kept[1]) ** 2)), rel=1e-5)
+    Image.new("RGB", (16, 16)).save(tmp_path / "pictures" / "cfg-2" / "00000.png")
+    with pytest.warns(UserWarning, match="2 of 3 are left out"):
+        result = evaluate(pipe, tmp_path, metrics={"fid": colours})
+    assert result.by_scale["2"].arms["agd"].frechet_to_cfg is None  # of one picture
     for number in (0, 2):
         Image.new("RGB", (16, 16)).save(tmp_path / "pictures" / "cfg-2" / f"{number:05d}.png")
     with pytest.raises(ValueError, match="black all over for each of 3 inputs"):
         evaluate(pipe, tmp_path)
+
+
+def test_pictures_of_several_sizes_are_compared_each_with_its_own(tmp_path):
+    base = with_adapter()
+    pipe = agd.share(base, StableDiffusionImg2ImgPipeline(**base.components, requires_safety_checker=False))
+    rows = {"prompt": prompts(3), "image": [Image.new("RGB", size, "red") for size in ((16, 24), (24, 16), (16, 16))]}
+    result = evaluate(pipe, tmp_path, inputs=rows, call={}, guidance_scales=[2.0], steps=4, metrics={"fid": colours})
+    assert [picture.size for picture in map(Image.open, files(tmp_path).values())][:3] == [(16, 24), (24, 16), (16, 16)]
+    scores = result.by_scale["2"].arms["agd"]
+    assert scores.rmse > 0 and scores.frechet_to_cfg is not None
+    with Image.open(tmp_path / "grid.png") as grid:
+        assert grid.size == (180 + 3 * (96 + 6), 24 + 3 * (96 + 6))
 
 
 # what is measured
@@ -264,7 +281,8 @@ def test_a_negative_prompt_that_an_adapter_has_not_learnt_is_said(tmp_path):
         ({"guidance_scales": [4.0, 1.0]}, ValueError, r"guidance_scales above 1, which is no guidance; found \[4.0, 1.0\]"),
         ({"metrics": ["lpips", "is"]}, ValueError, "expected metrics of lpips, clip, fid; found is"),
         ({"real": "."}, ValueError, r"expected 'fid' among metrics, .*; found \[\]"),
-        ({"real": "nowhere", "metrics": {"fid": colours}}, FileNotFoundError, "real pictures, found none at nowhere"),
+        ({"real": "nowhere", "metrics": {"fid": colours}}, FileNotFoundError, r"real pictures \(.*\), found 0 in nowhere"),
+        ({"count": 1, "metrics": {"fid": colours}}, ValueError, r"at least 2 an arm \(samples\), found 1"),
         ({"metrics": {"fid": "nowhere.pth"}}, FileNotFoundError, "file with its weights; found no file nowhere.pth"),
         ({"metrics": {"clip": "./nowhere"}}, OSError, "a CLIP of transformers, by its folder or Hub id; found './nowhere'"),
         (

@@ -18,6 +18,7 @@ from agd_fast.files import (
     remove_partial,
     replacing,
     sha256,
+    without_nan,
     write_json,
     write_tensors,
 )
@@ -155,6 +156,10 @@ def test_fingerprint_sees_names_shapes_dtypes_and_values():
 @given(st.dictionaries(st.text("xyz", min_size=1, max_size=2), JSON, max_size=4))
 def test_differences_of_equal_objects_are_none(value):
     assert differences(value, json.loads(json.dumps(value))) == ""
+
+
+def test_numbers_that_json_has_not_are_none():
+    assert without_nan({"a": [1.0, float("nan")], "b": (float("inf"), "c")}) == {"a": [1.0, None], "b": [None, "c"]}
 
 
 def test_differences_name_nested_entries():

@@ -8,6 +8,7 @@ import torch
 from diffusers import LayerSkipConfig
 from diffusers.guiders import (
     AdaptiveProjectedGuidance,
+    AdaptiveProjectedMixGuidance,
     AutoGuidance,
     BaseGuidance,
     ClassifierFreeGuidance,
@@ -221,6 +222,21 @@ def test_adapters_are_only_held_to_the_conditional_prediction_at_one_where_the_g
     states = states_of(teacher_of(family.pipeline(), family, guider), omega=1 + 1e-4)
     off = [float((state.target - state.cond()).abs().max() / state.cond().abs().max()) for state in states]
     assert gives_cond_at_one(guider) == (max(off) < 1e-2)
+
+
+def test_the_guiders_of_a_pipeline_are_held_to_the_same():
+    family = FAMILIES["hunyuan_image"]
+    pipe = family.pipeline()
+    found = []
+    for guider in (ClassifierFreeGuidance(), AdaptiveProjectedGuidance(adaptive_projected_guidance_momentum=None)):
+        pipe.register_modules(ocr_guider=guider)
+        teacher = teacher_of(pipe, family)
+        found.append((teacher.gives_cond_at_one, teacher.guidance_name))
+    assert [at_one for at_one, _ in found] == [True, False]
+    assert len({name for _, name in found}) == 2
+    pipe.register_modules(ocr_guider=AdaptiveProjectedMixGuidance())  # as published
+    with pytest.raises(ValueError, match="MixGuidance with adaptive_projected_guidance_momentum=-0.5 adds up .* another guider"):
+        teacher_of(pipe, family)
 
 
 class ScaleAStep(BaseGuidance):

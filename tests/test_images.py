@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from typer.testing import CliRunner
 
 import agd_fast as agd
@@ -13,6 +13,7 @@ from agd_fast.cli import app
 from agd_fast.datasets import read_inputs
 from agd_fast.distillation import TrainConfig
 from agd_fast.distillation.loss import distillation_loss
+from agd_fast.distillation.preview import grid_of
 from agd_fast.pipelines import PipelineTeacher
 from agd_fast.pipelines.handed import find_handed, numbered, shape_of
 from agd_fast.pipelines.inputs import described
@@ -243,7 +244,7 @@ def test_as_many_states_are_kept_where_a_pipeline_leaves_out_steps(tmp_path):
             "wan_ti2v",
             r"WanImageToVideoPipeline needs image beside prompt; expected inputs=\{'prompt': \[...\], 'image': \[...\]\}",
         ),
-        ("ltx_i2v", r"LTXImageToVideoPipeline was called without image: .*; expected inputs=\{'prompt'"),
+        ("ltx_i2v", r"LTXImageToVideoPipeline: .*; if it needs image: expected inputs=\{'prompt'"),
     ],
 )
 def test_a_missing_picture_is_said_before_anything_runs(name, message, tmp_path):
@@ -274,6 +275,40 @@ def test_rows_are_read_with_their_pictures(rows):
     found = read_inputs(rows)
     assert (found["prompt"], found["noise_level"]) == (["cat.png"], [20])
     assert described(found["image"]) == described([[sd15.image(0), sd15.image(1)]])
+
+
+def test_pictures_of_rows_are_as_one_sees_them(rows):
+    turned = Image.new("RGB", (8, 4))
+    exif = turned.getexif()
+    exif[ExifTags.Base.Orientation] = 6
+    turned.save(rows.with_name("turned.jpg"), exif=exif)
+    rows.write_text(json.dumps({"prompt": "a\u2028cat", "image": "turned.jpg"}, ensure_ascii=False), encoding="utf-8")
+    found = read_inputs(rows)
+    assert (found["prompt"], found["image"][0].size) == (["a\u2028cat"], (4, 8))
+    Image.fromarray(np.zeros((4, 4), np.uint16)).save(rows.with_name("depth.png"))
+    rows.write_text(json.dumps({"image": "depth.png"}))
+    with pytest.raises(ValueError, match="line 1: expected a picture of 8 bits a channel, found mode I;16 in .*depth.png"):
+        read_inputs(rows)
+
+
+def test_pictures_with_palettes_are_told_apart():
+    red, blue = (Image.new("P", (2, 2)) for _ in range(2))
+    red.putpalette([255, 0, 0])
+    blue.putpalette([0, 0, 255])
+    assert described(red) != described(blue)
+
+
+def test_pictures_of_several_sizes_make_a_grid():
+    small, large = Image.new("RGB", (2, 4), "red"), Image.new("RGB", (3, 2), "blue")
+    grid = grid_of([[large, small], [small, large]])
+    assert grid.size == (6, 8)
+    assert [grid.getpixel(at) for at in ((2, 1), (3, 3), (5, 3), (1, 7), (3, 4))] == [
+        (0, 0, 255),
+        (255, 0, 0),
+        (0, 0, 0),
+        (255, 0, 0),
+        (0, 0, 255),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from diffusers import DDIMScheduler
 
 import agd_fast as agd
@@ -11,7 +12,7 @@ from agd_fast.datasets import captions
 from agd_fast.distillation import TrainConfig
 from agd_fast.pipelines import PipelineTeacher
 from helpers_distillation import assert_same_tensors, contents
-from helpers_pipeline_teacher import SD15, SIZE, assert_untouched, distill_pipe, plan_of, states_in
+from helpers_pipeline_teacher import SD15, SIZE, assert_untouched, distill_pipe, plan_of, states_in, teacher_of
 from tiny import FAMILIES, sd15
 from tiny.text import prompts
 
@@ -59,6 +60,25 @@ def test_prompt_embeddings_give_the_same_states_as_their_prompts(pipe, tmp_path)
     for found, expected in zip(states_in(tmp_path / "embeddings"), states_in(tmp_path / "prompts"), strict=True):
         assert_same_tensors(found, expected)
     assert list(plan_of(tmp_path / "embeddings")["conditions"]) == ["prompt_embeds"]
+
+
+def test_embeddings_of_several_lengths_are_a_list_even_of_one_prompt():
+    family = FAMILIES["zimage"]
+    pipe = family.pipeline()
+    embeddings, negative = (
+        pipe.encode_prompt(texts, device="cpu", do_classifier_free_guidance=False, max_sequence_length=32)[0]
+        for texts in (["a red cat", "a house"], ["", ""])
+    )
+    inputs = {"prompt_embeds": embeddings, "negative_prompt_embeds": negative}
+    call = {name: value for name, value in family.call.items() if name not in ("num_inference_steps", "output_type")}
+    assert PipelineTeacher.of(pipe, inputs=inputs, call=call).sample_shape == teacher_of(pipe, family).sample_shape
+
+
+def test_weights_that_hooks_hide_are_refused(pipe, tmp_path):
+    cpu_offload(pipe.unet, execution_device=torch.device("cpu"))
+    with pytest.raises(ValueError, match="the weights of this pipeline's unet lie in accelerate's hooks"):
+        distill_pipe(pipe, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_further_arguments_of_the_call_are_used_and_recorded(pipe, tmp_path):

@@ -5,6 +5,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from diffusers.hooks import HookRegistry
 from diffusers.hooks.group_offloading import ModuleGroup
 from torch import nn
@@ -18,7 +19,7 @@ from agd_fast.distillation.tiling import tiled
 from agd_fast.memory import base_weights
 from agd_fast.memory.base_weights import PackedBase, packed_base
 from agd_fast.memory.choose import budget_on
-from agd_fast.memory.streaming import streamable, streamed
+from agd_fast.memory.streaming import offloads, streamable, streamed
 from agd_fast.spec import device_of
 from helpers_distillation import after_calls, assert_same_tensors, contents, ddim, distill_tiny, short, unet
 from helpers_pipeline_teacher import distill_pipe
@@ -137,6 +138,39 @@ def test_what_diffusers_cannot_stream_is_not():
     compiled.compile()
     assert not streamable(compiled) and not streamable(packed) and not streamable(torch.compile(unet()))
     assert not streamable(agd.datasets.digits_teacher().denoiser)  # says so itself
+    vae = SDXL.pipeline().vae
+    assert vae.config.force_upcast and streamable(vae) and not streamable(vae.half())  # SDXL's goes to float32 in mid-call
+    quantised = nn.Linear(2, 2)
+    quantised.weight = type("Codes", (nn.Parameter,), {})(torch.zeros(2, 2))
+    assert not streamable(quantised)
+
+
+def test_what_offloads_a_pipeline_goes_on_doing_so(tmp_path, card):
+    """diffusers' groups; accelerate's hooks are known too."""
+    card(1000)
+    pipe = SDXL.pipeline()
+    pipe.enable_group_offload(onload_device=CARD, offload_device=torch.device("cpu"), offload_type="leaf_level")
+    before = set_on(modules_of(pipe))
+    result = distill_pipe(pipe, tmp_path, **SMALL)
+    assert not result.memory["streamed"] and set_on(modules_of(pipe)) == before and any(before)
+    assert agd.estimate_memory(pipe, resolution=16).rows
+    assert offloads(cpu_offload(unet(), CARD)) and offloads(pipe.unet) and not offloads(unet())
+
+
+def test_a_model_that_cannot_be_counted_is_streamed_by_the_size_of_its_weights(tmp_path, card):
+    """As with kernels that want a card."""
+
+    class Picky(nn.Identity):
+        def forward(self, x):
+            assert not x.is_meta, "Input tensors must be on cuda."
+            return x
+
+    weights = sum(p.nbytes for p in unet().parameters())
+    for room, expected in ((weights * 2, False), (weights, True)):
+        teacher = teacher_of_unet()
+        teacher.denoiser.conv_out = nn.Sequential(teacher.denoiser.conv_out, Picky())
+        card(room)
+        assert distill_tiny(tmp_path / str(room), teacher, memory="8bit", **CONDITIONS).memory["streamed"] == expected
 
 
 class Full:
@@ -234,6 +268,7 @@ def test_a_limit_of_the_process_is_the_budget(monkeypatch, fraction, expected):
     """Of a card of 100 bytes with 30 free, of which this process has reserved 50 and 40 are in use."""
     for name, value in (("mem_get_info", (30, 100)), ("memory_reserved", 50), ("memory_allocated", 40)):
         monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
-    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: fraction)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: {3: fraction}[device])  # an index alone
     assert budget_on(torch.device("cuda"), 5) == expected
     assert budget_on(CARD, 5) is None

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import agd_fast as agd
 from agd_fast.trajectories import collect
 from agd_fast.trajectories.manifest import Plan
+from agd_fast.trajectories.reservoir import Reservoir
 from helpers_distillation import NAMES, after_calls, collect_tiny, contents, rows_of, tiny_teacher
 
 
@@ -72,6 +73,17 @@ def test_collect_keeps_states_of_the_same_trajectories(tmp_path, trajectories, k
     assert len(rows.unique()) == len(rows) == 5 * keep
     assert {int((kept["omega"] == omega).sum()) for omega in kept["omega"].unique()} == {keep}
     assert all(torch.equal(whole[name][rows], kept[name]) for name in NAMES)
+
+
+def test_no_more_states_are_held_than_are_kept():
+    keys = torch.rand(5, 8, generator=torch.Generator().manual_seed(0))
+    states = Reservoir(keys, 3)
+    for step in range(6):  # of 8
+        states.add({"step": torch.full((5,), step), "row": torch.arange(5)}, {})
+        assert len(states.tensors()["row"]) == 5 * min(step + 1, 3)
+    found = states.tensors()
+    for row in range(5):
+        assert found["step"][found["row"] == row].tolist() == keys[row, :6].topk(3, largest=False).indices.sort().values.tolist()
 
 
 def test_collect_keeps_no_more_than_there_are(tmp_path, trajectories):

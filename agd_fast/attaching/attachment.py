@@ -114,7 +114,7 @@ class Attachment:
         if len(tokens) > 1:  # tokens in several dimensions
             value = value.flatten(1, -2)
         mask = None if condition.mask is None else self.argument(condition.mask, args, kwargs)
-        return value, None if mask is None else _token_mask(mask, tokens)
+        return value, None if mask is None else _token_mask(mask, tokens, condition.mask_dim - 1)
 
     def _count_image_tokens(self, denoiser: nn.Module, first: Tensor) -> None:
         """first: one sample, [C, ...] or already tokens [N, C]."""
@@ -124,17 +124,15 @@ class Attachment:
                 site.image = count
 
 
-def _token_mask(mask: Tensor, tokens: tuple[int, ...]) -> Tensor:
+def _token_mask(mask: Tensor, tokens: tuple[int, ...], dim: int = 0) -> Tensor:
     """Which of these tokens count [B, L], of a mask of them and perhaps more behind them, or of how many do [B].
 
-    Where tokens lie in several dimensions, such as layers and positions, it is a mask of the one that is as long.
+    dim: which one it is a mask of, where tokens lie in several dimensions, such as positions and layers.
     """
-    if mask.ndim == 1:
-        return torch.arange(tokens[0], device=mask.device) < mask[:, None]
-    mask = mask.flatten(1) > 0
-    if len(tokens) == 1:
-        return mask[:, : tokens[0]]
-    return mask.view(len(mask), *(size if size == mask.shape[1] else 1 for size in tokens)).expand(-1, *tokens).flatten(1)
+    length = tokens[dim]
+    counts = torch.arange(length, device=mask.device) < mask[:, None] if mask.ndim == 1 else mask.flatten(1)[:, :length] > 0
+    over = [length if index == dim else 1 for index in range(len(tokens))]
+    return counts.reshape(len(mask), *over).expand(-1, *tokens).flatten(1)
 
 
 def _no_autocast(device: torch.device) -> AbstractContextManager[Any]:

@@ -52,13 +52,19 @@ def own_call(pipe: Any, spec: DenoiserSpec | None = None) -> Callable[..., Any]:
     cls, attachment = type(pipe), attachment_of(pipe)
     call = functools.partial(getattr(cls, "_agd_pipeline", cls).__call__, pipe)
     spec = spec or (attachment.spec if attachment else None)
-    names = () if spec is None else spec.pipeline.guiders
-    guiders = [guider for name in names if (guider := getattr(pipe, name, None)) is not None]
-    if names and not guiders:
-        raise ValueError(f"expected a guider of diffusers as {' or '.join(names)} of this {cls.__name__}, found none")
+    guiders = [] if spec is None else guiders_of(pipe, spec)
     if spec is None or not guiders:
         return call
     return GuiderCall(call, guiders, spec.pipeline.omega_arguments[0], spec.pipeline.cfg_off_value)
+
+
+def guiders_of(pipe: Any, spec: DenoiserSpec) -> list[Any]:
+    """Those that hold the guidance scale, where the pipeline's call has no argument for it. Raises: ValueError without them."""
+    names = spec.pipeline.guiders
+    found = [guider for name in names if (guider := getattr(pipe, name, None)) is not None]
+    if names and not found:
+        raise ValueError(f"expected a guider of diffusers as {' or '.join(names)} of this {type(pipe).__name__}, found none")
+    return found
 
 
 def share(pipe: Any, other: Pipeline) -> Pipeline:

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 PICTURES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".webp"})
 
@@ -17,13 +17,14 @@ def read_inputs(path: str | os.PathLike[str]) -> dict[str, list[Any]]:
     takes it: {"prompt": [...], "image": [...]}.
 
     Of all arguments but prompts, texts that end like a file of a picture are opened, relative to the file's folder.
-    Raises: FileNotFoundError naming a file or picture; ValueError for a line that is no object, or has other arguments.
+    Raises: FileNotFoundError naming a file or picture; ValueError for a line that is no object, or has other arguments,
+    and for a picture of more than 8 bits a channel.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"expected a file with one JSON object a line, found no file {path}")
     rows: list[dict[str, Any]] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         if line.strip():
             rows.append(_row(line, f"{path}, line {number}", path.parent))
             if rows[-1].keys() != rows[0].keys():
@@ -51,4 +52,6 @@ def _opened(value: Any, where: str, folder: Path) -> Any:
     if not (folder / value).is_file():
         raise FileNotFoundError(f"{where}: found no picture {folder / value}")
     with Image.open(folder / value) as picture:
-        return picture.convert("RGB")
+        if picture.mode.startswith(("I", "F")):  # which PIL would cut off at 255
+            raise ValueError(f"{where}: expected a picture of 8 bits a channel, found mode {picture.mode} in {folder / value}")
+        return ImageOps.exif_transpose(picture).convert("RGB")

@@ -52,6 +52,10 @@ def load_checkpoint(
             _, index, name = key.split("/")
             states.setdefault(int(index), {})[name] = value.clone()
     optimizer.load_state_dict({**optimizer.state_dict(), "state": states})
+    if missing := [name for name in others if name not in metadata]:
+        raise ValueError(
+            f"{path} is of another version: expected the state of {', '.join(missing)} too; resume=False starts anew"
+        )
     for name, other in others.items():
         other.load_state_dict(json.loads(metadata[name]))
     # the schedule set this run's rate when it was made; put the resumed step's in its place

@@ -18,7 +18,6 @@ from agd_fast.distillation.job import DistillResult, Job, draw_samples, run
 from agd_fast.distillation.presets import find_preset
 from agd_fast.distillation.teachers import Prompts, teachers_of
 from agd_fast.files import differences
-from agd_fast.guiders.teaching import gives_cond_at_one
 from agd_fast.hub import resolve
 from agd_fast.memory.blocks import has_blocks
 from agd_fast.memory.choose import Memory, ways_of
@@ -137,7 +136,7 @@ def distill(
         of_init = init if init is None or index == 0 else init / name
         config = _adapter_config(adapter, guidance_range, one.spec.omega_offset, of_init)
         if adapter is None and init is None:
-            config = replace(config, identity_at_one=gives_cond_at_one(teacher))
+            config = replace(config, identity_at_one=one.gives_cond_at_one)
             config = config if guidance_range else replace(config, guidance_range=one.guidance_range)
         negative = (call or {}).get("negative_prompt")
         if init is None and isinstance(negative, str):

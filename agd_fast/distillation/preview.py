@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from diffusers.utils import make_image_grid
 from diffusers.utils.pil_utils import pt_to_pil
 from PIL import Image
@@ -26,7 +28,15 @@ def preview(teacher: Teacher, table: Conditions, omega: float, steps: int, seed:
         return None
     if not all(rows):
         return None
-    return make_image_grid([image for row in rows for image in row], rows=len(rows), cols=len(rows[0]))
+    return grid_of(rows)
+
+
+def grid_of(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
+    """Rows of pictures, each in a cell of the largest one's size."""
+    images = [image for row in rows for image in row]
+    width, height = (max(sizes) for sizes in zip(*(image.size for image in images), strict=True))
+    cells = [image.crop((0, 0, width, height)) for image in images]  # black where an image ends
+    return make_image_grid(cells, rows=len(rows), cols=len(rows[0]))
 
 
 def _of_teacher(teacher: Teacher, table: Conditions, arm: Arm, scale: float, steps: int, seed: int) -> list[Image.Image]:

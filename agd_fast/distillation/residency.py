@@ -15,7 +15,7 @@ from agd_fast.attaching import require_attachment
 from agd_fast.distillation.passes import few_at_once, first_few
 from agd_fast.memory.choose import USABLE, Memory, budget_on
 from agd_fast.memory.estimate import states_memory
-from agd_fast.memory.streaming import HOST, streamable, streamed, unhooked_after, unpin
+from agd_fast.memory.streaming import HOST, offloads, streamable, streamed, unhooked_after, unpin
 from agd_fast.memory.twin import meta_twin
 from agd_fast.pipelines import PipelineTeacher
 from agd_fast.spec import device_of
@@ -93,8 +93,7 @@ class Residency:
             try:
                 yield
             finally:
-                for module in self._modules:
-                    unpin(module)
+                unpin(self._modules)
 
     def run(self, what: str, work: Callable[[], T]) -> T:
         """`work` of guided runs and pictures, inside `kept`; where memory runs out, once more with weights in host memory.
@@ -144,10 +143,10 @@ class Residency:
     def _states(self, samples: int) -> int:
         """Bytes of the largest model, an adapter and a forward without gradients."""
         teacher = self.teacher
-        arguments = first_few(teacher.arguments_on_meta(self.table, samples), teacher.spec, samples)
         try:
+            arguments = first_few(teacher.arguments_on_meta(self.table, samples), teacher.spec, samples)
             return states_memory(meta_twin(teacher.denoiser), teacher.spec, arguments, self._modules)[0].total
-        except ValueError:  # its forward asks for values
+        except Exception:  # its forward asks for values, or for a card: whatever the code of a model may raise on meta
             return int(max(sum(p.nbytes for p in module.parameters()) for module in self._modules) / UNCOUNTED)
 
     @property
@@ -159,9 +158,13 @@ class Residency:
 
     @property
     def _moves(self) -> bool:
-        pipe = getattr(self.teacher, "pipe", None)
-        offloaded = pipe is not None and (getattr(pipe, "_all_hooks", None) or pipe.hf_device_map is not None)
-        return self.device != HOST and not offloaded
+        if self.device == HOST:
+            return False
+        if not isinstance(self.teacher, PipelineTeacher):
+            return not offloads(self.teacher.denoiser)
+        pipe = self.teacher.pipe
+        models = [one for one in pipe.components.values() if isinstance(one, nn.Module)]
+        return not (getattr(pipe, "_all_hooks", None) or pipe.hf_device_map is not None or any(map(offloads, models)))
 
     @property
     def _crowded(self) -> bool:

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from agd_fast.attaching import uncompiled
+
 TILE = 512  # pixels: of larger ones
 _SET = ("use_", "tile_")  # what names of a VAE's settings begin with
 
@@ -13,6 +15,7 @@ _SET = ("use_", "tile_")  # what names of a VAE's settings begin with
 @contextmanager
 def tiled(vae: Any) -> Iterator[None]:
     """Inside, a VAE of diffusers decodes in tiles, if it can; set as it was afterwards."""
+    vae = uncompiled(vae)
     if not hasattr(vae, "enable_tiling"):
         yield
         return

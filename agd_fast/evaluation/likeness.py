@@ -57,12 +57,11 @@ class Scorer:
     def score(self, way: Way, target: Way) -> Scores:
         """Of `way` against `target`, which is CFG."""
         (clip, features), (_, others) = self._alone(way), self._alone(target)
-        to_real = None if self.real is None or features is None else frechet_distance(self.real, features)
+        to_real = _distance(self.real, features)
         scores = Scores(clip=clip, frechet_to_real=to_real)
         if way == target:
             return scores
-        to_cfg = None if others is None or features is None else frechet_distance(others, features)
-        return replace(scores, **self._paired(way, target), frechet_to_cfg=to_cfg)
+        return replace(scores, **self._paired(way, target), frechet_to_cfg=_distance(others, features))
 
     def _paired(self, way: Way, target: Way) -> dict[str, float | None]:
         found: dict[str, list[Tensor]] = {name: [] for name in ("psnr", "ssim", "lpips")}
@@ -105,20 +104,27 @@ def black_in(pictures: Pictures, ways: Sequence[Way], count: int) -> set[int]:
 
 @torch.no_grad()
 def features_of_folder(folder: Path, features: Features, size: tuple[int, int], device: torch.device) -> Tensor:
-    """[M, D] of all pictures in a folder and those in it, cut to the shape of `size` (width, height) and resized to it.
+    """[M, D] of all pictures in a folder and those in it, cut to the shape of `size` (width, height) and resized to it."""
+    return torch.cat([features(part.to(device)).flatten(1).cpu() for part in _resized(pictures_in(folder), size)])
 
-    Raises: FileNotFoundError where there are not at least two.
-    """
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
-    if len(paths) < 2:
-        raise FileNotFoundError(f"expected a folder with real pictures ({', '.join(SUFFIXES)}), found {len(paths)} in {folder}")
-    return torch.cat([features(part.to(device)).flatten(1).cpu() for part in _resized(paths, size)])
+
+def pictures_in(folder: Path) -> list[Path]:
+    """Of a folder and those in it. Raises: FileNotFoundError where there are not at least two."""
+    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    if len(found) < 2:
+        raise FileNotFoundError(f"expected a folder with real pictures ({', '.join(SUFFIXES)}), found {len(found)} in {folder}")
+    return found
 
 
 def _resized(paths: Sequence[Path], size: tuple[int, int], batch_size: int = 32) -> Iterator[Tensor]:
     for start in range(0, len(paths), batch_size):
-        images = [Image.open(path).convert("RGB") for path in paths[start : start + batch_size]]
+        images = [ImageOps.exif_transpose(Image.open(path)).convert("RGB") for path in paths[start : start + batch_size]]
         yield torch.stack([to_tensor(ImageOps.fit(image, size, Image.Resampling.LANCZOS)) for image in images])
+
+
+def _distance(one: Tensor | None, other: Tensor | None) -> float | None:
+    """None where it has no value: of fewer than two pictures, once those that are black are left out."""
+    return None if one is None or other is None or min(len(one), len(other)) < 2 else frechet_distance(one, other)
 
 
 def _mean(parts: list[Tensor]) -> float | None:

@@ -95,9 +95,16 @@ class Pictures:
         return str(value) if isinstance(value, str | int) else f"input {row}"
 
     def read(self, way: Way, numbers: Sequence[int], batch_size: int = 8) -> Iterator[Tensor]:
-        """[N, 3, H, W] in [0, 1], batch_size at once."""
-        for start in range(0, len(numbers), batch_size):
-            yield torch.stack([to_tensor(Image.open(self.path(way, n))) for n in numbers[start : start + batch_size]])
+        """[N, 3, H, W] in [0, 1], up to batch_size of one size at once."""
+        part: list[Tensor] = []
+        for number in numbers:
+            picture = to_tensor(Image.open(self.path(way, number)))
+            if part and (len(part) == batch_size or picture.shape != part[0].shape):
+                yield torch.stack(part)
+                part = []
+            part.append(picture)
+        if part:
+            yield torch.stack(part)
 
 
 def to_tensor(picture: Image.Image) -> Tensor:

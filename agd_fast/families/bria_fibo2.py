@@ -13,7 +13,7 @@ SPECS = {
     "BriaFibo2Transformer2DModel": DenoiserSpec(
         sample="hidden_states",
         timestep="timestep",
-        conditions=(Condition("encoder_hidden_states", width="config.cap_feat_dim", mask="encoder_attention_mask"),),
+        conditions=(Condition("encoder_hidden_states", width="config.cap_feat_dim", mask="encoder_attention_mask", mask_dim=2),),
         timestep_scale=1000.0,
         attention=(Site("layers.*.attention.to_out.0"),),
         feed_forward=(Site("layers.*.feed_forward.w2"),),

@@ -1,8 +1,8 @@
 """Where a graph may be cut into pieces that are compiled one by one.
 
 Only in front of or behind what compilers leave to libraries (products, attention, kernels of ours): what goes in and comes out
-of these lies in memory anyway, and nothing is fused across them. Not beside convolutions, for which compilers choose how
-images lie: a cut would turn them back.
+of these lies in memory anyway, and nothing is fused across them. Convolutions are none of these: compilers choose how images
+lie for them, and a cut turns them back.
 """
 
 from __future__ import annotations

@@ -25,7 +25,8 @@ def require_teachable(guider: Any) -> None:
     for setting in ("adaptive_projected_guidance_momentum", "momentum"):
         if (value := getattr(guider, setting, None)) is not None:
             raise ValueError(
-                f"{name} with {setting}={value} adds up earlier steps, which an adapter does not see; expected {setting}=None"
+                f"{name} with {setting}={value} adds up earlier steps, which an adapter does not see; expected {setting}=None, "
+                "or another guider, such as ClassifierFreeGuidance"
             )
     for setting in ("auto_guidance_config", "skip_layer_config"):
         for layers in getattr(guider, setting, None) or ():
@@ -44,14 +45,12 @@ def name_of_guider(guider: BaseGuidance) -> str:
     return f"{type(guider).__name__}({', '.join(f'{name}={value!r}' for name, value in settings.items())})"
 
 
-def gives_cond_at_one(guider: BaseGuidance | None) -> bool:
+def gives_cond_at_one(guider: BaseGuidance) -> bool:
     """Whether the rule goes to ε(c) as ω goes to 1.
 
     Not where a further branch has a scale of its own, the first steps give zero, or the difference of both branches is clipped or
     projected, as in APG.
     """
-    if guider is None:
-        return True
     apart = any(getattr(guider, setting, 0) for setting in _APART_AT_ONE) or getattr(guider, "eta", 1.0) != 1
     return len(guider._input_predictions or ()) <= 2 and not apart
 

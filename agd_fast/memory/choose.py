@@ -141,7 +141,8 @@ def budget_on(device: torch.device, resident: int) -> int | None:
         return None
     free, total = torch.cuda.mem_get_info(device)
     allocated = torch.cuda.memory_allocated(device)
-    limit = int(torch.cuda.get_per_process_memory_fraction(device) * total) - allocated
+    index = torch.cuda.current_device() if device.index is None else device.index  # of the fraction nothing else is taken
+    limit = int(torch.cuda.get_per_process_memory_fraction(index) * total) - allocated
     return min(free + torch.cuda.memory_reserved(device) - allocated, limit) + resident
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import product
 
 import torch
+from accelerate.hooks import AlignDevicesHook
 from diffusers.hooks import HookRegistry, apply_group_offloading
 from torch import nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from agd_fast.attaching.find import uncompiled
 
@@ -19,10 +19,18 @@ _SET = ("_diffusers_hook", "forward")
 
 
 def streamable(module: nn.Module) -> bool:
-    """Whether hooks of diffusers can bring its weights: not those made of several tensors, nor into what is compiled."""
+    """Whether hooks of diffusers can bring its weights: not those that another library keeps in its own way, nor into what is
+    compiled, nor a VAE in float16 that pipelines cast to float32 for a while."""
     supported = getattr(module, "_supports_group_offloading", True)  # said by models of diffusers
     plain = uncompiled(module) is module and module._compiled_call_impl is None
-    return supported and plain and not any(map(is_traceable_wrapper_subclass, module.parameters()))
+    cast = getattr(getattr(module, "config", None), "force_upcast", False)
+    weights = list(module.parameters())
+    return (
+        supported
+        and plain
+        and all(type(weight) is nn.Parameter for weight in weights)
+        and not (cast and any(weight.dtype == torch.float16 for weight in weights))
+    )
 
 
 def two_largest_layers(module: nn.Module) -> int:
@@ -64,8 +72,20 @@ def unhooked_after(modules: Sequence[nn.Module]) -> Iterator[None]:
             vars(part).update(values)
 
 
-def unpin(module: nn.Module) -> None:
+def unpin(modules: Iterable[nn.Module]) -> None:
     """Weights that were streamed lie in pinned memory, which a system has little of."""
-    for tensor in (*module.parameters(), *module.buffers()):
-        if tensor.is_pinned():
-            tensor.data = tensor.data.clone()
+    for module in modules:
+        for tensor in (*module.parameters(), *module.buffers()):
+            if tensor.is_pinned():
+                tensor.data = tensor.data.clone()
+    if torch.cuda.is_initialized():
+        torch._C._host_emptyCache()
+
+
+def offloads(module: nn.Module) -> bool:
+    """Whether hooks that somebody put on it, of diffusers or accelerate, bring its weights."""
+    return any(
+        isinstance(getattr(part, "_hf_hook", None), AlignDevicesHook)
+        or ((own := getattr(part, "_diffusers_hook", None)) is not None and own.get_hook("group_offloading") is not None)
+        for part in module.modules()
+    )

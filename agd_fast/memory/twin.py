@@ -17,6 +17,7 @@ from agd_fast.attaching.steps import before_forward
 from agd_fast.conditioning import condition_width
 from agd_fast.freezing import frozen
 from agd_fast.memory.base_weights import PackedWeight
+from agd_fast.memory.streaming import unhooked_after
 from agd_fast.memory.weight_codes import Kind, pack_weight
 from agd_fast.spec import Condition, DenoiserSpec, forward_parameters, label_count
 
@@ -42,7 +43,11 @@ def meta_twin(denoiser: nn.Module) -> nn.Module:
                 memo.setdefault(id(tensor), _on_meta(tensor))
     engine = vars(denoiser).get("_compiled_call_impl")
     memo[id(engine)] = None  # the twin is called as it is
-    twin: nn.Module = remove_hook_from_module(copy.deepcopy(denoiser, memo), recurse=True)
+    with unhooked_after([denoiser]):
+        for part in denoiser.modules():
+            if vars(part).pop("_diffusers_hook", None) is not None:
+                vars(part).pop("forward", None)
+        twin: nn.Module = remove_hook_from_module(copy.deepcopy(denoiser, memo), recurse=True)
     twin.requires_grad_(False)
     if (copied := attachment_of(twin)) is not None:
         copied.enabled = True

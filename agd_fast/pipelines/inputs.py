@@ -22,9 +22,9 @@ _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONL
 
 def rows_of(inputs: Inputs, rows: Sequence[int]) -> dict[str, Any]:
     """These rows of every input. Of a single one what is neither text nor a number is passed as it is: many pipelines take one
-    picture, or read a list of them as several pictures of one prompt."""
+    picture, or read a list of them as several pictures of one prompt. Embeddings of prompts stay a list."""
     found = {n: value[[*rows]] if isinstance(value, Tensor) else [value[row] for row in rows] for n, value in inputs.items()}
-    return {n: value[0] if len(rows) == 1 and not _makes_batches(value) else value for n, value in found.items()}
+    return {n: value if "prompt" in n or len(rows) > 1 or _makes_batches(value) else value[0] for n, value in found.items()}
 
 
 def make_batches(inputs: Inputs) -> bool:
@@ -45,14 +45,14 @@ def require_arguments(call: Callable[..., Any], given: Mapping[str, Any], name: 
 
 @contextmanager
 def asking_for_images(call: Callable[..., Any], given: Mapping[str, Any], name: str) -> Iterator[None]:
-    """Says what is missing where a call without a picture raises something else."""
+    """Says what may be missing where a call that a picture could be given to raises something else."""
     try:
         yield
     except (AttributeError, IndexError, TypeError, ValueError) as error:
         missing = [one for one in ("image", "video") if one in inspect.signature(call).parameters and given.get(one) is None]
         if not missing:
             raise
-        raise ValueError(f"{name} was called without {missing[0]}: {error}; {_expected(missing[0])}") from error
+        raise ValueError(f"{name}: {error}; if it needs {missing[0]}: {_expected(missing[0])}") from error
 
 
 def _expected(name: str) -> str:
@@ -66,7 +66,8 @@ def described(value: Any) -> str:
     if isinstance(value, np.ndarray):
         return fingerprint({"value": torch.from_numpy(np.ascontiguousarray(value))})
     if isinstance(value, Image.Image):
-        pixels = torch.frombuffer(bytearray(value.tobytes()), dtype=torch.uint8)
+        shown = value.convert("RGBA") if value.mode == "P" else value  # whose pixels are numbers in a palette
+        pixels = torch.frombuffer(bytearray(shown.tobytes()), dtype=torch.uint8)
         return f"{value.mode} {value.width}x{value.height} {fingerprint({'value': pixels})}"
     if isinstance(value, Mapping):
         return f"{{{', '.join(f'{key!r}: {described(inner)}' for key, inner in value.items())}}}"

@@ -15,11 +15,11 @@ from PIL import Image
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from agd_fast.attaching import components_of, disabled, own_call, spec_of
+from agd_fast.attaching import components_of, disabled, guiders_of, own_call, spec_of
 from agd_fast.attaching.steps import number_of_steps
 from agd_fast.files import fingerprint
 from agd_fast.freezing import frozen
-from agd_fast.guiders.teaching import guided_by, name_of_guider, require_teachable
+from agd_fast.guiders.teaching import gives_cond_at_one, guided_by, name_of_guider, require_teachable
 from agd_fast.pipelines.handed import PART, Handed, find_handed, numbered
 from agd_fast.pipelines.inputs import Inputs, asking_for_images, described, make_batches, require_arguments, rows_of
 from agd_fast.pipelines.record import Call, Recorder, Step, UnknownShape
@@ -97,14 +97,19 @@ class PipelineTeacher(Teacher):
         spec = spec_of(pipe, spec)
         components = components_of(pipe, spec)
         component = component or next(iter(components))
-        if guider is not None:
-            require_teachable(guider)
+        for one in guiders_of(pipe, spec) if guider is None else [guider]:
+            require_teachable(one)
         lengths = {name: len(value) for name, value in inputs.items()}
         if len(set(lengths.values())) != 1 or not all(lengths.values()):
             raise ValueError(f"expected inputs of one positive length, found {lengths or 'none'}")
         decided = {"num_inference_steps", "generator", *spec.pipeline.omega_arguments, *inputs} & set(call or {})
         if decided:
             raise ValueError(f"call holds {sorted(decided)}, which distilling decides; expected other arguments of the pipeline")
+        if any(one.is_meta for one in components[component].parameters()):
+            raise ValueError(
+                f"the weights of this pipeline's {component} lie in accelerate's hooks (sequential offloading), which hide them; "
+                "expected weights that can be read, for instance with enable_model_cpu_offload()"
+            )
         require_arguments(own_call(pipe, spec), {**inputs, **(call or {})}, type(pipe).__name__)
         return cls(
             denoiser=components[component],
@@ -161,7 +166,14 @@ class PipelineTeacher(Teacher):
     @property
     def guidance_name(self) -> str:
         own = f"{type(self.pipe).__module__}.{type(self.pipe).__name__}({', '.join(self._described_call())})"
-        return own if self.guider is None else f"{name_of_guider(self.guider)} over {own}"
+        if self.guider is not None:
+            return f"{name_of_guider(self.guider)} over {own}"
+        return " with ".join([own, *map(name_of_guider, guiders_of(self.pipe, self.spec))])
+
+    @property
+    def gives_cond_at_one(self) -> bool:  # type: ignore[override]
+        guiders = guiders_of(self.pipe, self.spec) if self.guider is None else [self.guider]
+        return all(map(gives_cond_at_one, guiders))
 
     def conditions(self, class_labels: Any = None, conditions: Conditions | None = None) -> dict[str, Tensor]:
         """Row numbers into the inputs, which are no tensors."""
@@ -339,8 +351,9 @@ class PipelineTeacher(Teacher):
         arguments[spec.omega_arguments[0]] = spec.cfg_off_value if arm == "unguided" else scale
         if "output_type" in inspect.signature(own_call(self.pipe, self.spec)).parameters:
             arguments["output_type"] = "pil"  # some pipelines of videos give arrays
-        left_out: Any = {"unguided": object, "cfg": (), "agd": Tensor}[arm]  # of a text an adapter tells whether it has learnt it
-        arguments = {n: v for n, v in arguments.items() if not (n.startswith("negative_") and isinstance(v, left_out))}
+        # of a text an adapter tells whether it has learnt it
+        left_out = [n for n, v in arguments.items() if arm == "unguided" or (arm == "agd" and _is_embedded(v))]
+        arguments = {n: v for n, v in arguments.items() if not (n.startswith("negative_") and n in left_out)}
         with nullcontext() if arm == "agd" else disabled(self.pipe), torch.no_grad(), _silent(self.pipe):
             output = self.pipe(**arguments)[0]
         found = [one[len(one) // 2] if isinstance(one, list) else one for one in output]
@@ -362,6 +375,10 @@ class PipelineTeacher(Teacher):
 
     def _described_call(self) -> list[str]:
         return [f"{name}={described(value)}" for name, value in sorted(self.call.items())]
+
+
+def _is_embedded(value: Any) -> bool:
+    return isinstance(value, Tensor) or (isinstance(value, list) and all(isinstance(one, Tensor) for one in value))
 
 
 def _without_values(leaf: Any) -> Any:

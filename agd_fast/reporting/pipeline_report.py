@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from agd_fast.evaluation.pictures import Pictures, Way
 from agd_fast.evaluation.pipeline import PipelineEvaluation
-from agd_fast.files import replacing, write_json
+from agd_fast.files import replacing, without_nan, write_json
 from agd_fast.reporting.page import EXPLAINED_NOTE, Figure, write_page
 from agd_fast.reporting.pipeline_tables import pipeline_about, pipeline_headline, pipeline_tables
 from agd_fast.reporting.tables import NAMES
@@ -37,13 +37,13 @@ def write_pipeline_report(result: PipelineEvaluation, pictures: Pictures, ways: 
         seconds=result.seconds,
         environment=result.environment,
     )
-    write_json(directory / "report.json", result.to_dict())
+    write_json(directory / "report.json", without_nan(result.to_dict()))
 
 
 def draw_grid(pictures: Pictures, ways: Sequence[Way], numbers: Sequence[int]) -> Image.Image:
     """A row an input, a column a way."""
     tiles = [[_tile(Image.open(pictures.path(way, number))) for way in ways] for number in numbers]
-    width, height = tiles[0][0].size
+    width, height = (max(sizes) for sizes in zip(*(tile.size for line in tiles for tile in line), strict=True))
     top = 24
     grid = Image.new("RGB", (LABEL + len(ways) * (width + MARGIN), top + len(numbers) * (height + MARGIN)), "white")
     draw, font = ImageDraw.Draw(grid), ImageFont.load_default(13)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from agd_fast.evaluation import Evaluation
 from agd_fast.evaluation.bars import Bar
-from agd_fast.files import write_json
+from agd_fast.files import without_nan, write_json
 from agd_fast.reporting.page import EXPLAINED_NOTE, Figure, write_page
 from agd_fast.reporting.pictures import save_curve, save_grid
 from agd_fast.reporting.tables import (
@@ -62,5 +62,5 @@ def write_report(
         seconds=seconds or {},
         environment=result.environment,
     )
-    write_json(directory / "report.json", report)
+    write_json(directory / "report.json", without_nan(report))
     return report

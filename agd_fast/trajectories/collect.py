@@ -19,6 +19,7 @@ from agd_fast.schedule import number_of_calls
 from agd_fast.teacher import Conditions, State, Teacher
 from agd_fast.trajectories.dataset import Trajectories, pack
 from agd_fast.trajectories.manifest import MANIFEST_NAME, Manifest, Plan, Shard
+from agd_fast.trajectories.reservoir import Reservoir
 
 logger = logging.getLogger(__name__)
 
@@ -172,39 +173,34 @@ def _run_shard(
     scales = torch.rand(1 if teacher.one_scale_a_run else shard.count, generator=generator)
     omega = (low + (high - low) * scales).expand(shard.count)  # [b]
     start = teacher.start(shard.count, generator)
-    order = torch.rand(shard.count, shard.calls, generator=generator)  # [b, calls]
+    # of the steps that are made: image to image leaves out the first ones
+    states = Reservoir(torch.rand(shard.count, shard.calls, generator=generator).argsort(dim=1), shard.kept)
     rows = torch.arange(shard.start, shard.start + shard.count) % len(next(iter(conditions.values())))
     if data is not None:
         chosen = torch.randint(len(data[0]), (shard.count,), generator=generator)
         start, rows = data[0][chosen], data[1][chosen]
     part = {name: value[rows].to(teacher.device) for name, value in conditions.items()}
     stored = getattr(torch, plan.dtype)
-    record: dict[str, list[Tensor]] = {name: [] for name in ("sample", "timestep", "omega", "condition", "target", "step")}
     table: dict[str, Tensor] = {}
     constants: dict[str, Any] = {}
-    step = 0
 
     def visit(state: State) -> Tensor:
-        nonlocal step
-        for name, value in (("sample", state.sample), ("target", state.target)):
-            record[name].append(value.to("cpu", stored, copy=True))
-        for name, value in (
-            ("timestep", state.timestep.to("cpu", copy=True)),
-            ("omega", omega),
-            ("condition", torch.arange(shard.count)),
-        ):
-            record[name].append(value)
-        record["step"].append(torch.full((shard.count,), step, dtype=torch.int32))
+        values = {
+            "sample": state.sample,
+            "timestep": state.timestep,
+            "omega": omega,
+            "condition": torch.arange(shard.count),
+            "target": state.target,
+            "step": torch.full((shard.count,), states.step, dtype=torch.int32),
+        }
+        states.add(values, {"sample": stored, "target": stored})
         if not table:
             table.update({name: value.cpu() for name, value in state.conditions.items()})
             constants.update(state.constants)
-        step += 1
         progress()
         if plan.source == "student":
             return teacher.predict_agd(state.sample, state.timestep, state.arguments, omega)
         return state.target
 
     teacher.run(part, start, omega, steps, visit, generator=generator, noised=data is not None)
-    kept = order[:, :step].argsort(dim=1) < shard.kept  # of the steps that were made: image to image leaves out the first ones
-    states = {name: torch.cat([v[mask] for v, mask in zip(values, kept.T, strict=True)]) for name, values in record.items()}
-    return pack(states, table, constants)
+    return pack(states.tensors(), table, constants)

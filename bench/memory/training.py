@@ -171,7 +171,8 @@ def cap(size: int | None, device: torch.device) -> None:
     """No allocation of this process beyond it."""
     if size is not None:
         total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(size / total, 1.0), device)
+        index = torch.cuda.current_device() if device.index is None else device.index
+        torch.cuda.set_per_process_memory_fraction(min(size / total, 1.0), index)
 
 
 def _synchronize(device: torch.device) -> None:
