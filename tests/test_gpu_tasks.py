@@ -137,10 +137,10 @@ def test_a_worker_of_memory_is_given_all_that_counts(tmp_path, monkeypatch):
         return {**row, "seconds": seconds, "images": images, "lock": str(lock)}
 
     monkeypatch.setattr(distill_memory, "train_row", train_row)
-    options = ["--worker", '{"mode": "8bit"}', "--json", path, "--images", 8, "--seconds", 2, "--lock", "l"]
+    options = ["--worker", '{"mode": "8bit", "whole": false}', "--json", path, "--images", 8, "--seconds", 2, "--lock", "l"]
     monkeypatch.setattr(sys, "argv", ["distill_memory.py", *map(str, options)])
     distill_memory.main()
-    assert read_json(path) == {"mode": "8bit", "seconds": 2.0, "images": 8, "lock": "l"}
+    assert read_json(path) == {"mode": "8bit", "whole": False, "seconds": 2.0, "images": 8, "lock": "l"}
 
 
 class Late:
