@@ -209,7 +209,8 @@ def sample(
     quiet: QuietOption = False,
 ) -> None:
     """Sample with one forward a step and write a picture."""
-    from agd_fast.evaluation.evaluate import ARMS, arm_sampler
+    from agd_fast.evaluation.evaluate import arm_sampler
+    from agd_fast.pipelines import ARMS
     from agd_fast.reporting.pictures import NAMES, save_grid
 
     if output.suffix != ".png":

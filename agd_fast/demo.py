@@ -15,7 +15,8 @@ from agd_fast.datasets import digits_classifier, digits_images, digits_teacher
 from agd_fast.distillation import TrainConfig, distill
 from agd_fast.evaluation import Evaluation, Reference, evaluate
 from agd_fast.evaluation.bars import Bar, quality_bars, speed_bars
-from agd_fast.evaluation.evaluate import ARMS, arm_sampler
+from agd_fast.evaluation.evaluate import arm_sampler
+from agd_fast.pipelines import ARMS
 from agd_fast.reporting.report import write_report
 from agd_fast.teacher import Teacher
 

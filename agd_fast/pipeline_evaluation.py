@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -11,22 +10,21 @@ from typing import Any
 
 from PIL import Image
 
-from agd_fast.adapters import count_parameters
 from agd_fast.attaching import components_of, require_attachment
+from agd_fast.distillation.phases import Phases
 from agd_fast.distillation.teachers import Prompts, teachers_of
 from agd_fast.evaluation.costs import Cost, costs_of
+from agd_fast.evaluation.evaluate import describe_adapter
 from agd_fast.evaluation.explained import guidance_explained
 from agd_fast.evaluation.likeness import Scorer, Scores, black_in, features_of_folder, pictures_in
 from agd_fast.evaluation.networks import Asked, load_networks
 from agd_fast.evaluation.pictures import Pictures, Way
 from agd_fast.evaluation.pipeline import PipelineEvaluation, PipelineScale
 from agd_fast.files import fingerprint
-from agd_fast.pipelines import Arm, PipelineTeacher
+from agd_fast.pipelines import ARMS, PipelineTeacher
 from agd_fast.pipelines.teacher import Inputs
 from agd_fast.reporting.pipeline_report import write_pipeline_report
 from agd_fast.warning import warn
-
-ARMS: tuple[Arm, ...] = ("unguided", "cfg", "agd")
 
 
 def evaluate_pipeline(
@@ -67,7 +65,6 @@ def evaluate_pipeline(
     Raises: ValueError for a pipeline without adapters or pictures, scales without guidance, or an output_dir of another
     evaluation; ImportError, OSError naming what a metric lacks.
     """
-    marks = {"start": time.perf_counter()}
     if prompts is None and inputs is None:
         raise ValueError("expected prompts, or inputs, that the adapter was not distilled on; found neither")
     teachers = _teachers(pipe, prompts, inputs, call)
@@ -81,26 +78,26 @@ def evaluate_pipeline(
     pictures = Pictures(Path(output_dir), teacher, steps, seed)
     pictures.open(_plan(teachers, steps, seed), resume)
     device = pipe._execution_device
+    phases = Phases(device)
     costs = _costs(pictures, scales[0], batch, timing_rounds, progress)
-    marks["costs"] = time.perf_counter()
+    phases.done("costs")
     ways = [Way("unguided"), *(Way(arm, scale) for scale in scales for arm in ("cfg", "agd"))]
     pictures.make(ways, count, batch, progress)
-    marks["pictures"] = time.perf_counter()
+    phases.done("pictures")
     explained = _explained(
         teachers, scales, steps, seed, teacher.validation_runs if explained_prompts is None else explained_prompts
     )
-    marks["guidance explained"] = time.perf_counter()
+    phases.done("guidance explained")
     numbers = _compared(pictures, ways, count)
     features = None
     if real is not None and networks.features is not None:
         features = features_of_folder(Path(real), networks.features, Image.open(pictures.path(ways[0], 0)).size, device)
     scorer = Scorer(pictures, numbers, networks, texts, features, device)
     by_scale = {f"{scale:g}": PipelineScale(explained.get(scale, {}), _scores(scorer, scale)) for scale in scales}
-    marks["scores"] = time.perf_counter()
-    times = list(marks.values())
+    phases.done("scores")
     result = PipelineEvaluation(
         pipeline=type(pipe).__name__,
-        adapters={name: _described(one) for name, one in teachers.items()},
+        adapters={name: describe_adapter(one) for name, one in teachers.items()},
         prompts=len(teacher),
         pictures=count,
         left_out=count - len(numbers),
@@ -110,7 +107,7 @@ def evaluate_pipeline(
         costs=costs,
         networks=networks.names,
         directory=Path(output_dir),
-        seconds={name: now - before for name, now, before in zip(list(marks)[1:], times[1:], times, strict=False)},
+        seconds=phases.seconds,
     )
     write_pipeline_report(result, pictures, ways, numbers)
     return result
@@ -204,9 +201,3 @@ def _scores(scorer: Scorer, scale: float) -> dict[str, Scores]:
         "unguided": scorer.score(Way("unguided"), target),
         **{w.arm: scorer.score(w, target) for w in (target, Way("agd", scale))},
     }
-
-
-def _described(teacher: PipelineTeacher) -> dict[str, Any]:
-    adapter = require_attachment(teacher.denoiser).adapter
-    parameters = count_parameters(adapter)
-    return {"kind": adapter.config.kind, "parameters": parameters, "fraction": parameters / count_parameters(teacher.denoiser)}

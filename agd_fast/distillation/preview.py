@@ -9,21 +9,20 @@ from diffusers.utils.pil_utils import pt_to_pil
 from PIL import Image
 
 from agd_fast.attaching import attachment_of, components_of
-from agd_fast.pipelines import Arm, PipelineTeacher
+from agd_fast.pipelines import ARMS, Arm, PipelineTeacher
 from agd_fast.sampling import sample
 from agd_fast.teacher import Conditions, Teacher
 
 COLUMNS = 4
-_ARMS: tuple[Arm, ...] = ("unguided", "cfg", "agd")
 
 
 def preview(teacher: Teacher, table: Conditions, omega: float, steps: int, seed: int) -> Image.Image | None:
     """Rows: unguided, two passes, one pass; a column a condition. None where samples are no pictures (latents without a VAE)."""
     scale = omega - teacher.spec.omega_offset
     if isinstance(teacher, PipelineTeacher):
-        rows = [pictures(teacher, arm, scale, steps, seed, min(COLUMNS, len(teacher))) for arm in _ARMS]
+        rows = [pictures(teacher, arm, scale, steps, seed, min(COLUMNS, len(teacher))) for arm in ARMS]
     elif teacher.sample_shape[0] in (1, 3) and len(teacher.sample_shape) == 3:
-        rows = [_of_teacher(teacher, table, arm, scale, steps, seed) for arm in _ARMS]
+        rows = [_of_teacher(teacher, table, arm, scale, steps, seed) for arm in ARMS]
     else:
         return None
     if not all(rows):

@@ -18,10 +18,10 @@ from agd_fast.evaluation.explained import SCALES, guidance_explained
 from agd_fast.evaluation.frechet import frechet_distance
 from agd_fast.evaluation.precision_recall import precision_recall
 from agd_fast.evaluation.speed import Timing, time_interleaved
+from agd_fast.pipelines import ARMS
 from agd_fast.sampling import sample
 from agd_fast.teacher import Conditions, Teacher, as_teacher
 
-ARMS = ("unguided", "cfg", "agd")
 FEATURE_BATCH = 250  # images an extractor sees at once
 
 
@@ -112,7 +112,7 @@ def evaluate(
     Raises: ValueError when no adapter is attached, or class_labels and conditions differ in length.
     """
     teacher = as_teacher(model)
-    adapter = require_attachment(teacher).adapter
+    require_attachment(teacher)
     table = teacher.conditions(class_labels) if conditions is None else teacher.conditions(conditions=conditions)
     count = len(next(iter(table.values())))
     if class_labels is not None and len(class_labels) != count:
@@ -142,13 +142,8 @@ def evaluate(
             rmse = {"agd": _rmse(images, target), "unguided": _rmse(plain, target)}
             by_scale[f"{omega:g}"] = Scale(cfg, agd, explained.by_scale[omega], rmse)
     best = min(by_scale, key=lambda omega: by_scale[omega].cfg.frechet_distance)
-    parameters = count_parameters(adapter)
     result = Evaluation(
-        adapter={
-            "kind": adapter.config.kind,
-            "parameters": parameters,
-            "fraction": parameters / count_parameters(teacher.denoiser),
-        },
+        adapter=describe_adapter(teacher),
         guidance_scale=float(best),
         steps=steps,
         samples=samples,
@@ -160,12 +155,21 @@ def evaluate(
     )
     if timing_rounds:
         part, start = {name: value[:timing_batch] for name, value in table.items()}, noise[:timing_batch]
-        runs = {n: arm_sampler(teacher, n, None, start, float(best), steps, timing_batch, conditions=part) for n in ARMS}
+        runs: dict[str, Callable[[], Tensor]] = {
+            n: arm_sampler(teacher, n, None, start, float(best), steps, timing_batch, conditions=part) for n in ARMS
+        }
         result.timing = time_interleaved(runs, rounds=timing_rounds, device=teacher.device, progress=progress)
         for name, arm in result.arms.items():
             arm.seconds_per_image = result.timing[name].median / timing_batch
         result.speedup_over_cfg = result.timing["cfg"].median / result.timing["agd"].median
     return result
+
+
+def describe_adapter(teacher: Teacher) -> dict[str, Any]:
+    """Kind, parameters, and their number as a share of the base's."""
+    adapter = require_attachment(teacher).adapter
+    parameters = count_parameters(adapter)
+    return {"kind": adapter.config.kind, "parameters": parameters, "fraction": parameters / count_parameters(teacher.denoiser)}
 
 
 def arm_sampler(

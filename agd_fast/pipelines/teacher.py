@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from PIL import Image
@@ -27,6 +27,7 @@ from agd_fast.spec import DenoiserSpec, nest
 from agd_fast.teacher import Conditions, State, Teacher, Visit
 
 Arm = Literal["unguided", "cfg", "agd"]
+ARMS: tuple[Arm, ...] = get_args(Arm)
 
 
 class _Probed(Exception):  # noqa: N818 (no error)
