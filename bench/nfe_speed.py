@@ -29,7 +29,8 @@ from speed.models import LATE, Settings, measure_model
 from speed.reference import ReferenceAdapters
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-DEFAULT_ARMS = tuple(name for name in ARMS if name != "cfg_compiled")  # of the digits: compiling takes longer than all the rest
+OF_MODELS = tuple(name for name in ARMS if name != "agd_engine_whole")
+OF_DIGITS = tuple(name for name in OF_MODELS if name != "cfg_compiled")  # compiling takes longer than all the rest
 
 
 def main() -> None:
@@ -55,9 +56,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--teacher", type=Path, default=TEACHERS / "digits-dit", help="folder of a finished teacher")
     parser.add_argument("--batch", type=int, nargs="+", help="default: 1 for a model, 1 16 64 for a teacher")
     parser.add_argument("--steps", type=int, help="of the schedule; default: 30 for a model, 25 for a teacher")
+    parser.add_argument("--eager-steps", type=int, help="of the schedule's last, for a model's arms that compute nothing ahead")
     parser.add_argument("--rounds", type=int, help="that are timed; default: 10 for a model, 30 for a teacher")
     parser.add_argument("--kind", help="of adapter, several joined by '+'; default: the backbone's")
-    parser.add_argument("--arms", nargs="+", metavar="ARM", help=f"default: all; for a teacher all but cfg_compiled. {arms}")
+    parser.add_argument(
+        "--arms", nargs="+", metavar="ARM", help=f"default: {', '.join(OF_MODELS)}; of a teacher without cfg_compiled. {arms}"
+    )
     parser.add_argument("--guidance-scale", type=float, default=4.0)
     parser.add_argument("--dtype", choices=DTYPES, help="default: bf16 for a model, fp32 for a teacher")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="meta: count only")
@@ -65,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--counts", type=Path, nargs="+", default=[], help="JSON of runs with --device meta, to count nothing")
     parser.add_argument("--processes", action="store_true", help="a process for each of a model's arms, all at once")
     parser.add_argument("--patience", type=float, default=math.inf, metavar="SECONDS", help="then such an arm is left out")
+    parser.add_argument("--profile", action="store_true", help="of a model's arms on CUDA: print what takes longest")
     parser.add_argument("--no-compile", action="store_true", help="record the engine's steps as they are, which takes seconds")
     parser.add_argument("--lock", type=Path, help="see on_gpu.py: others on the card stand still while times are taken")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
@@ -80,7 +85,7 @@ def _settings(args: argparse.Namespace) -> Settings:
         found = next(name for name, given in of_models.items() if given)
         raise ValueError(f"{found} goes with --model; expected one or several of {', '.join(ARCHITECTURES)}, found none")
     return Settings(
-        arms=args.arms or (tuple(ARMS) if args.model else DEFAULT_ARMS),
+        arms=args.arms or (OF_MODELS if args.model else OF_DIGITS),
         steps=args.steps or (30 if args.model else 25),
         rounds=args.rounds or (10 if args.model else 30),
         dtype=DTYPES[args.dtype or ("bf16" if args.model else "fp32")],
@@ -89,6 +94,8 @@ def _settings(args: argparse.Namespace) -> Settings:
         kind=args.kind,
         reference=ReferenceAdapters(args.reference_repo) if args.reference_repo else None,
         counts=[row for path in args.counts for row in read_json(path)["rows"]],
+        eager_steps=args.eager_steps,
+        profile=args.profile,
         compiled=not args.no_compile,
         processes=args.processes,
         patience=args.patience,

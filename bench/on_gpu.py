@@ -50,11 +50,14 @@ def main() -> None:
         metavar="NPZ",
         help="nothing but fidelity.py photographs on these; goes on in OUTPUT/photographs, for which 9.5 minutes are needed",
     )
+    parser.add_argument("--together", action="store_true", help="no stages: times are taken of whatever is ready first")
     parser.add_argument("--list", action="store_true", help="only say which tasks there are")
     args = parser.parse_args()
     deadline = time.monotonic() + 60 * args.minutes
     stages = photographs(args.photographs) if args.photographs else all_stages()
     stages = [[task for task in stage if any(fnmatch(task.name, name) for name in args.names)] for stage in stages]
+    if args.together:
+        stages = [[task for stage in stages for task in stage]]
     if args.list:
         print("\n\n".join("\n".join(task.name for task in stage) for stage in stages if stage))
         return

@@ -12,8 +12,8 @@ from speed.engine_checks import FAMILIES, SETTINGS
 
 RESULTS = Path(__file__).parents[1] / "results"
 COUNTS = sorted(map(str, RESULTS.glob("nfe_speed_meta*.json")))
-SHORT = ("--steps", "10", "--rounds", "6")  # an eager step of SDXL takes a host 0.1 s
-NAIVE, COMPILED = ("agd_naive",), ("cfg_compiled", "unguided_engine", "agd_engine")
+SHORT = ("--steps", "30", "--eager-steps", "8", "--rounds", "6", "--profile")  # an eager step of SDXL takes a host 0.1 s
+NAIVE, COMPILED = ("agd_naive",), ("cfg_compiled", "unguided_engine", "agd_engine", "agd_engine_whole")
 ARMS = ("unguided", "cfg", "agd", *COMPILED)
 MODELS = {  # family of the tiny denoiser that the engine is checked on
     "sdxl-1024": "sdxl",
@@ -139,10 +139,19 @@ def engine_of(model: str) -> str:
 
 def memory(name: str, adapter: str = "default") -> Task:
     """The optimizer's step is taken after 8 images, not 32, where only one at a time fits; its share in a time is then larger."""
-    own = ["distill_memory.py", "--model", "sdxl-1024", *MEMORY[name], "--json", "{json}", "--lock", "{lock}"]
+    times = "--whole" not in MEMORY[name]  # of which only what it takes of the card counts
+    own = [
+        "distill_memory.py",
+        "--model",
+        "sdxl-1024",
+        *MEMORY[name],
+        "--json",
+        "{json}",
+        *(("--lock", "{lock}") if times else ()),
+    ]
     images = () if name == "images_at_24" else ("--images", "8", "--adapter", adapter)
     full = f"distill_memory/{name}" + ("" if adapter == "default" else f"_{adapter}")
-    return Task(full, [*own, *images, "--minutes", "{minutes}"], [PACKING], times=True, least=45)
+    return Task(full, [*own, *images, "--minutes", "{minutes}"], [PACKING], times=times, least=45)
 
 
 def packing_check() -> Task:

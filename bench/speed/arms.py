@@ -33,10 +33,12 @@ ARMS = {
     "agd": "our adapter, not optimized",
     "agd_hoisted": "our adapter, optimized, with neither compilation nor CUDA graph",
     "agd_engine": "our adapter, optimized",
+    "agd_engine_whole": "the same, the step compiled as a whole and not by blocks that repeat",
     "agd_kernels": "our adapter, optimized, with every Triton kernel, not only those that win; timed on CUDA alone",
 }
 UNFUSED = agd.EngineConfig(compile=False, graph=False, kernels="never")  # runs operation by operation: what can be counted
 KERNELS = agd.EngineConfig(kernels="always")
+AS_ENGINE = ("agd_hoisted", "agd_engine", "agd_engine_whole", "agd_kernels")
 
 Step = Callable[[Tensor, Tensor], Tensor]  # x_t [B, ...], t [1] → prediction [B, ...]
 
@@ -111,10 +113,10 @@ class Workbench:
             step = _graphed(step, self.x, self.times[0])
         return Arm(denoiser, step, passes, weight_bytes(denoiser), scope)
 
-    def run(self, arm: Arm) -> Tensor:
-        """One run of the whole schedule, on the same x_t at every step; the last prediction."""
+    def run(self, arm: Arm, steps: int | None = None) -> Tensor:
+        """One run of the whole schedule, or of its last steps, on the same x_t at every step; the last prediction."""
         with torch.no_grad(), arm.scope():
-            for time in self.times:
+            for time in self.times[-(steps or len(self.times)) :]:
                 prediction = arm.step(self.x, time)
         return prediction
 
@@ -144,7 +146,7 @@ class Workbench:
         randomise_zeros(adapter)
         if name == "agd_naive":
             adapter.to(self.dtype)  # as its code has it
-        if name in ("agd_hoisted", "agd_engine", "agd_kernels"):
+        if name in AS_ENGINE:
             agd.optimize(denoiser, engine_config(name, counted=self.counted, compiled=self.compiled))
         size = weight_bytes(denoiser) + weight_bytes(adapter)
         return Arm(denoiser, self._plain(denoiser), 1, size, self._scope(denoiser, armed=True), adapter.config)
@@ -202,11 +204,13 @@ def engine_config(name: str, *, counted: bool = False, compiled: bool = True) ->
     """Of an optimized arm. Without a GPU nobody can say which kernels would win, so that none is counted, or every one."""
     if name == "agd_kernels":
         return replace(UNFUSED, kernels="always") if counted else replace(KERNELS, compile=None if compiled else False)
-    return UNFUSED if counted or name == "agd_hoisted" else agd.EngineConfig(compile=None if compiled else False)
+    if counted or name == "agd_hoisted":
+        return UNFUSED
+    return agd.EngineConfig(compile=None if compiled else False, repeated_blocks=False if name == "agd_engine_whole" else None)
 
 
 def is_compiled(name: str) -> bool:
-    return name.endswith(("_compiled", "_engine", "_kernels"))
+    return name.endswith(("_compiled", "_engine", "_whole", "_kernels"))
 
 
 def untimed(name: str, device: torch.device) -> str:

@@ -54,7 +54,7 @@ def _measure_arm(
     with count_evaluations(model.denoiser) as evaluated:
         run()
     one.nfe = evaluated[0] / len(noise)
-    if name.endswith(("_engine", "_hoisted", "_kernels")):
+    if name.endswith(("_engine", "_whole", "_hoisted", "_kernels")):
         agd.optimize(model, engine_config(name, counted=True))
         run()  # where the engine captures
     with counting(settings.device.type) as counts:
@@ -67,7 +67,7 @@ def _measure_arm(
         mode = "reduce-overhead" if settings.device.type == "cuda" else None  # which is a CUDA graph
         compiled: Any = torch.compile(model.denoiser, fullgraph=True, dynamic=False, mode=mode)
         run = _sampler(replace(model, denoiser=compiled), name, conditions, noise, settings)
-    elif name.endswith(("_engine", "_kernels")):
+    elif name.endswith(("_engine", "_whole", "_kernels")):
         agd.optimize(model, engine_config(name))
     if reason := untimed(name, settings.device):
         one.note = reason
@@ -76,7 +76,8 @@ def _measure_arm(
     run()
     one.note = note_of(model.denoiser)
     if settings.device.type == "cuda":
-        one.launches = kernels(run)
+        found = kernels(run)
+        one.launches, one.device_seconds = found.launches, found.seconds
     runs[name] = run
 
 

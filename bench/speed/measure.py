@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import heapq
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +26,7 @@ PLAIN = {  # what an arm must agree with
     "cfg_engine": "cfg",
     "agd_hoisted": "agd",
     "agd_engine": "agd",
+    "agd_engine_whole": "agd",
     "agd_kernels": "agd",
 }
 
@@ -32,7 +35,8 @@ PLAIN = {  # what an arm must agree with
 class Measured:
     """One arm at one batch, over one run of a schedule; None where it was not measured.
 
-    nfe: denoiser evaluations a sample. flops, launches: of the run. peak_memory: in bytes, while the arm is made and first run.
+    nfe: denoiser evaluations a sample. flops, launches: of the run. device_seconds: that kernels of the run take, without pauses
+    between them. peak_memory: in bytes, while the arm is made and first run. timing: of the last `timed_steps`; None: of all.
     error: of what it gives, relative to the arm in PLAIN. adapter: how ours was configured, where there is one.
     note: what a reader must know of it. failed: whether it could not run, or not rightly; the note says why.
     """
@@ -40,9 +44,11 @@ class Measured:
     nfe: float | None = None
     flops: float | None = None
     launches: float | None = None
+    device_seconds: float | None = None
     weight_bytes: int | None = None
     peak_memory: int | None = None
     timing: Timing | None = None
+    timed_steps: int | None = None
     error: float | None = None
     adapter: AdapterConfig | None = None
     note: str | None = None
@@ -62,7 +68,8 @@ def rows_of(
     measured: Mapping[str, Measured], *, model: str, batch: int, steps: int, dtype: torch.dtype, device: str
 ) -> list[Row]:
     """One row an arm, for JSON. device: name of the card."""
-    seconds = {name: one.timing.median for name, one in measured.items() if one.timing is not None}
+    timed = {name: one.timed_steps or steps for name, one in measured.items()}
+    seconds = {name: one.timing.median / timed[name] for name, one in measured.items() if one.timing is not None}
 
     def ratio(over: str, under: str) -> float | None:
         return seconds[over] / seconds[under] if over in seconds and under in seconds else None
@@ -79,8 +86,10 @@ def rows_of(
                 "dtype": str(dtype).removeprefix("torch."),
                 "arm": name,
                 "nfe": one.nfe,
-                **_times(one.timing, "ms_per_step", 1e3 / steps),
-                **_times(one.timing, "ms_per_image", 1e3 / batch),
+                "timed_steps": timed[name],
+                **_times(one.timing, "ms_per_step", 1e3 / timed[name]),
+                **_times(one.timing, "ms_per_image", 1e3 / batch * steps / timed[name]),
+                "device_ms_per_step": None if one.device_seconds is None else one.device_seconds / steps * 1e3,
                 "launches_per_step": None if one.launches is None else one.launches / steps,
                 "flops_per_step": flops,
                 "peak_memory_bytes": one.peak_memory,
@@ -115,13 +124,26 @@ def compare(outputs: Mapping[str, Tensor], measured: Mapping[str, Measured]) -> 
                 one.failed, one.note = True, f"not timed: it differs from {plain} by {one.error:.2g} of what that gives"
 
 
-def kernels(run: Run) -> int:
+class Kernels(NamedTuple):
+    """Of one call. longest: name, how many and seconds of those that take most, the longest first."""
+
+    launches: int
+    seconds: float
+    longest: list[tuple[str, int, float]]
+
+
+def kernels(run: Run, shown: int = 12) -> Kernels:
     """CUDA kernels of one call, those of a replayed graph among them, as the profiler sees them."""
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         run()
         torch.cuda.synchronize()
     assert profiler.profiler is not None
-    return sum(map(_is_kernel, profiler.profiler.kineto_results.events()))
+    counts, seconds = Counter[str](), dict[str, float]()
+    for event in filter(_is_kernel, profiler.profiler.kineto_results.events()):
+        counts[event.name()] += 1
+        seconds[event.name()] = seconds.get(event.name(), 0.0) + event.duration_ns() / 1e9
+    longest = [(name, counts[name], seconds[name]) for name in heapq.nlargest(shown, seconds, key=seconds.__getitem__)]
+    return Kernels(counts.total(), sum(seconds.values()), longest)
 
 
 def _is_kernel(event: Any) -> bool:

@@ -13,14 +13,20 @@ from typing import Any
 
 import torch
 
+from agd_fast.engine import engine_of
 from speed.architectures import Architecture, find_architecture
 from speed.arms import Arm, Workbench, is_compiled, note_of, untimed, weight_bytes
 from speed.hardware import quiet
 from speed.measure import Measured, Row, Run, attempt, compare, kernels, rows_of, time_runs
+from speed.profiles import print_profile
 from speed.reference import ReferenceAdapters
 from speed.workers import Worker, workers
 
-COUNTED_AS = {"cfg_compiled": "cfg", "agd_engine": "agd_hoisted"}  # the same operations, where nothing is compiled
+COUNTED_AS = {
+    "cfg_compiled": "cfg",
+    "agd_engine": "agd_hoisted",
+    "agd_engine_whole": "agd_hoisted",
+}  # the same operations, where nothing is compiled
 LATE = "not made in time"
 
 
@@ -30,6 +36,8 @@ class Settings:
 
     kind: of our adapter; None takes the backbone's. compiled: whether the engine compiles.
     counts: rows of an earlier run, for FLOPs without counting anew.
+    eager_steps: of the schedule's last steps, that arms are timed on which compute nothing ahead; None: all.
+    profile: whether to print the kernels and the host's functions that a run of each arm takes longest in.
     processes: whether arms are made at the same time, each in its own. patience: seconds after which such an arm is left out.
     lock: see `speed.hardware`.
     """
@@ -44,6 +52,8 @@ class Settings:
     reference: ReferenceAdapters | None = None
     compiled: bool = True
     counts: Sequence[Row] = ()
+    eager_steps: int | None = None
+    profile: bool = False
     processes: bool = False
     patience: float = math.inf
     lock: Path | None = None
@@ -106,7 +116,7 @@ def _count_arm(bench: Workbench, name: str, one: Measured) -> None:
 def _time(bench: Workbench, measured: dict[str, Measured], settings: Settings) -> None:
     runs: dict[str, Run] = {}
     for name, one in _timed(measured, bench.device).items():
-        attempt(one, partial(_make_run, bench, name, runs))
+        attempt(one, partial(_make_run, bench, name, settings, runs))
     compare({name: run().float() for name, run in runs.items()}, measured)
     with quiet(settings.lock):
         time_runs(runs, measured, settings.rounds, bench.device)
@@ -154,7 +164,7 @@ def _made(arms: Sequence[str], name: str, batch: int, settings: Settings) -> tup
     found, runs = {arm: Measured() for arm in arms}, dict[str, Run]()
     bench = _workbench(find_architecture(name), batch, settings, settings.device)
     for arm, one in found.items():
-        attempt(one, partial(_make_run, bench, arm, runs))
+        attempt(one, partial(_make_run, bench, arm, settings, runs))
     gc.collect()
     if bench.device.type == "cuda":
         torch.cuda.empty_cache()  # others need it
@@ -169,7 +179,7 @@ def _take(made: Measured, one: Measured) -> None:
             setattr(one, field.name, value)
 
 
-def _make_run(bench: Workbench, name: str, runs: dict[str, Run], one: Measured) -> None:
+def _make_run(bench: Workbench, name: str, settings: Settings, runs: dict[str, Run], one: Measured) -> None:
     """Make an arm and run it until all of it is compiled and captured; its memory, as if only it and the base were there."""
     cuda = bench.device.type == "cuda"
     if cuda:
@@ -178,14 +188,20 @@ def _make_run(bench: Workbench, name: str, runs: dict[str, Run], one: Measured) 
         torch.cuda.reset_peak_memory_stats(bench.device)
         others = torch.cuda.memory_allocated(bench.device) - weight_bytes(bench.denoiser)
     arm = bench.arm(name)
-    run = partial(bench.run, arm)
+    if settings.eager_steps and not is_compiled(name) and engine_of(arm.denoiser) is None:
+        one.timed_steps = min(settings.eager_steps, settings.steps)
+    run = partial(bench.run, arm, one.timed_steps)
     run()
     run()
     _describe(arm, bench, one)
     if cuda:
         torch.cuda.synchronize(bench.device)
         one.peak_memory = torch.cuda.max_memory_allocated(bench.device) - others
-        one.launches = kernels(run)
+        found = kernels(run)
+        share = settings.steps / (one.timed_steps or settings.steps)
+        one.launches, one.device_seconds = found.launches * share, found.seconds * share
+        if settings.profile:
+            print_profile(name, found, run)
     runs[name] = run
 
 

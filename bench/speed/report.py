@@ -22,6 +22,7 @@ COLUMNS = (  # header, entry of a row, unit, format
     ("ms / step", "ms_per_step", 1, ".3f"),
     ("p20", "ms_per_step_p20", 1, ".3f"),
     ("p80", "ms_per_step_p80", 1, ".3f"),
+    ("on device", "device_ms_per_step", 1, ".3f"),
     ("ms / image", "ms_per_image", 1, ".2f"),
     ("× unguided", "ratio_to_unguided", 1, ".3f"),
     ("× its engine", "ratio_to_unguided_engine", 1, ".3f"),
