@@ -19,12 +19,12 @@ def ways_to_pass(timesteps: Tensor, spec: DenoiserSpec, argument: Tensor) -> lis
     is known, the first way is taken.
     """
     dtype, known = argument.dtype, argument.device.type != "meta"
-    times = timesteps.to(argument.device if known else "cpu", torch.float64)
+    times = timesteps.cpu().double()
     ways = [way for start in (times, times.float(), times.to(dtype)) for way in _scaled(start, spec)]
-    ways = [way.to(dtype).cpu() for way in (*ways, times)]
+    ways = [way.to(dtype) for way in (*ways, times)]
     if not known:
         return ways[:1]
-    found = argument.detach().unique().cpu()
+    found = argument.detach().cpu().unique()
     return [way for way in ways if len(found) == 1 and (way == found).any()]
 
 
@@ -45,4 +45,4 @@ def _divided(times: Tensor, scale: float) -> list[Tensor]:
     if scale == 1:
         return [times]
     reciprocal = 1 / torch.tensor(scale, dtype=torch.promote_types(times.dtype, torch.float32))
-    return [times / scale, (times * reciprocal.to(times.device)).to(times.dtype)]
+    return [times / scale, (times * reciprocal).to(times.dtype)]

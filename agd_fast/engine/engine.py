@@ -18,6 +18,7 @@ from agd_fast.attaching.attachment import Attachment, attachment_of
 from agd_fast.attaching.scope import Scope, scope_of
 from agd_fast.engine.asked import Asked, Asking
 from agd_fast.engine.config import EngineConfig
+from agd_fast.engine.copies import Copies, contiguous, in_channels_last, prefers_channels_last
 from agd_fast.engine.fingerprint import Fingerprint, obstacle, version
 from agd_fast.engine.program import Prepared, Program
 from agd_fast.engine.request import Request
@@ -64,6 +65,7 @@ class Engine:
         self.captured: dict[Any, list[Captured]] = {}  # more than one where values differ that the forward asks for
         self.refused: dict[Any, str] = {}  # why calls with a key, or with these values at one, are plain
         self.obstacle = ""  # why all calls are, for the model as it is
+        self.copies = Copies()
         self.met: dict[Any, None] = {}  # values that no program was made for when they came, the oldest first
         self.ahead_bytes = 0  # of the last scope
         self._model: Fingerprint | None = None
@@ -98,8 +100,9 @@ class Engine:
     def info(self) -> dict[str, Any]:
         """For a reader. plain_because: why calls take the plain path, if any do. slower_because: why steps are not compiled, or
         no CUDA graph. Of the last captured forward: repeated_blocks: how many distinct pieces were compiled and how often a step
-        calls them, empty where it was compiled as a whole, or not; kernels, not_on_kernels: how many pieces run on a kernel of
-        ours, by op, and how many do not, by op and reason. ahead_bytes: of what was computed ahead, in the last scope."""
+        calls them, empty where it was compiled as a whole, or not; joined: projections that became parts of others; kernels,
+        not_on_kernels: how many pieces run on a kernel of ours, by op, and how many do not, by op and reason. ahead_bytes: of
+        what was computed ahead, in the last scope; copied_bytes: of weights in other forms, see `EngineConfig`."""
         device = device_of(self.denoiser)
         programs = [found.program for kept in self.captured.values() for found in kept]
         troubles = [trouble for program in programs for trouble in (program.trouble, program.recorded.trouble)]
@@ -108,7 +111,9 @@ class Engine:
             "cuda_graph": self.config.graphs(device),
             "captured": len(programs),
             "ahead_bytes": self.ahead_bytes,
+            "copied_bytes": self.copies.bytes,
             "repeated_blocks": programs[-1].pieces if programs else {},
+            "joined": programs[-1].joined if programs else 0,
             **(programs[-1].kernels if programs else {"kernels": {}, "not_on_kernels": {}}),
             "slower_because": list(dict.fromkeys(filter(None, troubles))),
             "plain_because": list(dict.fromkeys([*filter(None, [self.obstacle]), *self.refused.values()])),
@@ -133,6 +138,7 @@ class Engine:
             self._model = Fingerprint(roots)
             self.captured.clear()
             self.refused.clear()
+            self.copies = Copies()
             scope.store.clear()
             self.obstacle = obstacle(self.denoiser)
             if self.obstacle:
@@ -157,13 +163,32 @@ class Engine:
         try:
             if not all(isinstance(leaf, Tensor) for leaf in leaves):
                 raise NotCapturableError(f"its output holds more than tensors: {[type(leaf).__name__ for leaf in leaves]}")
-            program, asked = _program(request, self.config)
+            program, asked = self._program(request)
             _require_same(_first_results(program, request), leaves)
         except NotCapturableError as error:
             self._refuse(key, str(error))
             return output
         self._keep(request, Captured(program, tree, asked))
         return output
+
+    def _program(self, request: Request) -> tuple[Program, Asked]:
+        asking = Asking(request.inputs, request.levels)
+        if self._has_channels_last:
+            with in_channels_last(self.denoiser, self.copies):
+                captured = capture(lambda *tensors: [*map(contiguous, asking(request.function)(*tensors))], request.inputs)
+        else:
+            captured = capture(asking(request.function), request.inputs)
+        try:
+            program = Program(captured, request.levels, request.timestep, self.config, self.copies)
+        except Exception as error:
+            raise NotCapturableError(f"its graph cannot be cut ({described(error)})") from error
+        return program, Asked(asking.questions.values())
+
+    @property
+    def _has_channels_last(self) -> bool:
+        if self.config.channels_last is not None:
+            return self.config.channels_last
+        return self.config.compiles(device_of(self.denoiser)) and prefers_channels_last(self.denoiser)
 
     def _keep(self, request: Request, found: Captured) -> None:
         """The newest last; of too many, the oldest goes."""
@@ -211,15 +236,6 @@ class Engine:
 def _moves(known: Sequence[Tensor], found: Tensor) -> bool:
     """Whether an argument has more values in one scope than a static one may, or changes of it cannot be seen."""
     return found.is_inference() or len({id(tensor) for tensor in (*known, found)}) > VALUES
-
-
-def _program(request: Request, config: EngineConfig) -> tuple[Program, Asked]:
-    asking = Asking(request.inputs, request.levels)
-    captured = capture(asking(request.function), request.inputs)
-    try:
-        return Program(captured, request.levels, request.timestep, config), Asked(asking.questions.values())
-    except Exception as error:
-        raise NotCapturableError(f"its graph cannot be cut ({described(error)})") from error
 
 
 def _first_results(program: Program, request: Request) -> list[Tensor]:

@@ -7,8 +7,8 @@ ahead outlives a run; inside a run torch itself cannot tell.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
-from functools import partial
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from itertools import chain
 from operator import is_
 from typing import Any
 
@@ -34,11 +34,12 @@ class Fingerprint:
         self.roots = list(roots)
         self.modules: list[nn.Module] = []
         self.tensors: list[Tensor] = []
-        self.containers: list[tuple[Callable[[], Collection[Any]], list[Any]]] = []  # and what is in each
+        self.containers: list[Collection[Any]] = []  # as they are now, whenever that is
         for root in self.roots:
             for module in root.modules():
                 self.modules.append(module)
                 self._take_attributes(module, is_root=module is root)
+        self.lengths, self.contents = self._inside()
         self.types = list(map(type, self.modules))
         self.counted = [tensor for tensor in self.tensors if not tensor.is_inference()]
         self.state = self._state()
@@ -49,22 +50,27 @@ class Fingerprint:
             return False
         if list(map(type, self.modules)) != self.types or self._state() != self.state:
             return False
-        for contents, values in self.containers:
-            found = contents()
-            if len(found) != len(values) or not all(map(is_, found, values)):
-                again = list(contents())
-                if len(again) != len(values) or not all(map(_equal, again, values)):
-                    return False
-                values[:] = again
-        return True
+        if [*map(len, self.containers)] != self.lengths:
+            return False
+        if all(map(is_, chain.from_iterable(self.containers), self.contents)):  # thousands of them, hence nothing of Python
+            return True
+        _, found = self._inside()
+        same = all(map(_equal, found, self.contents))
+        if same:
+            self.contents = found
+        return same
 
     def _state(self) -> list[Any]:
         """Of tensors all that a write, a move or a cast changes: looked at before a forward, so that little may be asked."""
         return [*[tensor._version for tensor in self.counted], *[tensor.data_ptr() for tensor in self.tensors]]
 
+    def _inside(self) -> tuple[list[int], list[Any]]:
+        """How much is in each container, and all of it."""
+        return [*map(len, self.containers)], [*chain.from_iterable(self.containers)]
+
     def _take_attributes(self, module: nn.Module, is_root: bool) -> None:
         attributes = vars(module)
-        self._take_contents(partial(_without_calls, attributes) if is_root else attributes.values)
+        self.containers.append(_WithoutCalls(attributes) if is_root else attributes.values())
         for name, value in attributes.items():
             if name not in (*_OURS, *_OF_CALLS) and not name.startswith(_OF_NO_FORWARD):
                 self._take(value, DEPTH)
@@ -75,14 +81,12 @@ class Fingerprint:
         elif isinstance(value, (nn.Module, *_PLAIN)) or not depth:
             return  # a module is looked at by itself; what is plain, in what holds it
         elif isinstance(value, (dict, list, tuple, set, frozenset)):
-            self._take_contents(value.values if isinstance(value, dict) else partial(tuple, value))
-            for inner in value.values() if isinstance(value, dict) else value:
+            contents = value.values() if isinstance(value, dict) else value
+            self.containers.append(contents)
+            for inner in contents:
                 self._take(inner, depth - 1)
         elif isinstance(getattr(value, "__dict__", None), dict):
             self._take(value.__dict__, depth)
-
-    def _take_contents(self, contents: Callable[[], Collection[Any]]) -> None:
-        self.containers.append((contents, list(contents())))
 
 
 def obstacle(root: nn.Module) -> str:
@@ -109,8 +113,20 @@ def version(tensor: Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
 
 
-def _without_calls(attributes: Mapping[str, Any]) -> list[Any]:
-    return [value for name, value in attributes.items() if name not in _OF_CALLS]
+class _WithoutCalls:
+    """Attributes but for those that calls change themselves."""
+
+    def __init__(self, attributes: Mapping[str, Any]) -> None:
+        self.attributes = attributes
+
+    def __iter__(self) -> Iterator[Any]:
+        return (value for name, value in self.attributes.items() if name not in _OF_CALLS)
+
+    def __len__(self) -> int:
+        return len(self.attributes) - sum(name in self.attributes for name in _OF_CALLS)
+
+    def __contains__(self, value: Any) -> bool:
+        return any(value is one for one in self)
 
 
 def _equal(one: Any, other: Any) -> bool:

@@ -11,12 +11,14 @@ import torch
 from torch import Tensor, fx
 
 from agd_fast.engine.config import EngineConfig
+from agd_fast.engine.copies import Copies
 from agd_fast.engine.graphs import GraphedStep, Recorded
 from agd_fast.engine.pieces import Pieces, by_inductor
 from agd_fast.engine.tables import RowLayout, Rows, Table, fill_rows, index_of
 from agd_fast.graph.capture import Captured, value_of
 from agd_fast.graph.levels import Level
 from agd_fast.graph.partition import Part, partition
+from agd_fast.graph.projections import leaves_card_idle
 from agd_fast.graph.repeats import calls_of, operations
 from agd_fast.graph.rewriting import rewrite
 from agd_fast.ops import default_policy
@@ -50,9 +52,12 @@ class Prepared:
 
 
 class Program:
-    """levels: of each input, in the order of the capture. timestep: which of them is t."""
+    """levels: of each input, in the order of the capture. timestep: which of them is t. copies: that it shares with others."""
 
-    def __init__(self, captured: Captured, levels: Sequence[Level], timestep: int, config: EngineConfig) -> None:
+    def __init__(
+        self, captured: Captured, levels: Sequence[Level], timestep: int, config: EngineConfig, copies: Copies | None = None
+    ) -> None:
+        self.copies = Copies() if copies is None else copies
         self.inputs, self.levels, self.timestep, self.config = captured.inputs, list(levels), timestep, config
         self.graph = captured.graph
         self.trouble = ""  # why steps are slower than they might be
@@ -63,8 +68,9 @@ class Program:
         self.compiles, self.graphs = config.compiles(self.device), config.graphs(self.device)
         self.repeated_blocks = config.repeated_blocks
         policy = self.config.kernels or default_policy()
-        rewritten = rewrite(self.graph, dict(self._leveled), policy, self._constant, fold=config.fold)
-        self.kept, self.kernels = rewritten.kept, rewritten.kernels
+        join = {None: leaves_card_idle, True: lambda x, rows: True, False: None}[config.join_projections]
+        rewritten = rewrite(self.graph, dict(self._leveled), policy, self._constant, fold=config.fold, join=join)
+        self.kept, self.kernels, self.joined = rewritten.kept, rewritten.kernels, rewritten.joined
         if not config.hoist:
             self.kept = frozenset(self.graph.nodes)
         self._cut()
@@ -96,8 +102,7 @@ class Program:
             values = [piece if isinstance(piece, int) else self._of_constants(piece) for piece in pieces]
         except KeyError:
             return None
-        like = next(value for value in values if isinstance(value, Tensor))
-        joined = torch.cat([like.new_zeros(value) if isinstance(value, int) else value for value in values])
+        joined = self.copies.joined(values)
         with self.graph.inserting_after(next(reversed(self.constants))):
             node = self.graph.placeholder(f"joined_{len(self.constants)}")
         node.meta["val"] = value_of(next(iter(self.constants))).fake_mode.from_tensor(joined)

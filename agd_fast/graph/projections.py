@@ -1,4 +1,5 @@
-"""Thin projections, as adapters have them, ride along with a wider one of the same tokens: one product in place of two."""
+"""Projections of the same tokens, as of queries, keys and values, as one product. Thin ones, as adapters have them, ride along
+with a wider one."""
 
 from __future__ import annotations
 
@@ -16,9 +17,31 @@ from agd_fast.ops import refusal_of_join
 aten = torch.ops.aten
 
 ALIGNMENT = 16  # bytes
+TILE, WAVES = 128 * 128, 2  # elements of a product that one multiprocessor works on at a time; how often it does
 
 # weights, and zeros of a length, joined along their first dimension, once; None where that cannot be
 Concatenate = Callable[[Sequence[fx.Node | int]], fx.Node | None]
+Wanted = Callable[[Tensor, int], bool]  # tokens [..., K], rows of the widest weight → whether projections of them are joined
+
+
+def leaves_card_idle(x: Tensor, rows: int) -> bool:
+    """Whether a product of tokens [..., K] with so many rows has parts for few rounds of all multiprocessors: then one that is
+    several times as large takes hardly longer."""
+    if x.device.type != "cuda":
+        return False
+    count = torch.cuda.get_device_properties(x.device).multi_processor_count
+    return x.numel() // x.shape[-1] * rows < WAVES * TILE * count
+
+
+def join_projections(fusing: Fusing, concatenate: Concatenate, wanted: Wanted) -> int:
+    """How many products became parts of another."""
+    count = 0
+    for x in fusing.nodes:
+        linears = sorted(user for user in x.users if _is_joinable(fusing, user, x))
+        aligned = [linear for linear in linears if _rows(linear) * value_of(x).itemsize % ALIGNMENT == 0]
+        if len(aligned) > 1 and wanted(value_of(x), max(map(_rows, aligned))) and _join(fusing, x, aligned, concatenate):
+            count += len(aligned) - 1
+    return count
 
 
 def join_thin_projections(fusing: Fusing, concatenate: Concatenate) -> int:

@@ -14,14 +14,14 @@ from agd_fast.graph.folding import drop_identities, fold_into_norms, share_equal
 from agd_fast.graph.fusing import Fusing
 from agd_fast.graph.joining import join_equal_cats
 from agd_fast.graph.levels import Level, levels_of
-from agd_fast.graph.projections import Concatenate, join_thin_projections
+from agd_fast.graph.projections import Concatenate, Wanted, join_projections, join_thin_projections
 from agd_fast.graph.residuals import fuse_residuals
 from agd_fast.ops import Kernels
 
 
 @dataclass(frozen=True)
 class Rewritten:
-    """kept: nodes that belong into the step, whatever they depend on. joined: how many thin projections ride along with others.
+    """kept: nodes that belong into the step, whatever they depend on. joined: how many projections became parts of others.
     kernels: for a reader."""
 
     kept: frozenset[fx.Node]
@@ -30,9 +30,16 @@ class Rewritten:
 
 
 def rewrite(
-    graph: fx.Graph, placeholders: Mapping[fx.Node, Level], policy: Kernels, concatenate: Concatenate, *, fold: bool = True
+    graph: fx.Graph,
+    placeholders: Mapping[fx.Node, Level],
+    policy: Kernels,
+    concatenate: Concatenate,
+    *,
+    fold: bool = True,
+    join: Wanted | None = None,
 ) -> Rewritten:
-    """placeholders: the levels of the inputs. fold: leave out what changes nothing, and let norms take rows."""
+    """placeholders: the levels of the inputs. fold: leave out what changes nothing, and let norms take rows. join: where
+    projections of the same tokens become one; None for nowhere."""
     fusing, joined = Fusing(graph, {}, policy), 0
     if fold:
         drop_identities(graph)
@@ -45,6 +52,9 @@ def rewrite(
             graph.eliminate_dead_code()
         fusing.level = levels_of(graph, placeholders)
         joined = join_thin_projections(fusing, concatenate)
+    if join is not None:
+        fusing.level = levels_of(graph, placeholders)
+        joined += join_projections(fusing, concatenate, join)
     kept = join_equal_cats(graph, levels_of(graph, placeholders))
     graph.eliminate_dead_code()
     return Rewritten(kept, joined, fusing.info())

@@ -60,8 +60,11 @@ class Results:
     def publish(self, name: str, needs: Sequence[str]) -> None:
         """What was written before its checks were green counts from when they are."""
         if all(map(self.green, needs)):
+            folder = (self.output / name).parent
+            folder.mkdir(parents=True, exist_ok=True)
             for file in self._unchecked(name).parent.glob(f"{Path(name).name}.*"):
-                file.replace(self.output / Path(name).parent / file.name)
+                if not file.name.endswith(PARTIAL):  # which its task, that may still run, is about to rename
+                    file.replace(folder / file.name)
 
     def red(self) -> dict[str, Content]:
         """By name, the first thing that is wrong."""

@@ -1,0 +1,119 @@
+"""Weights that an optimized forward reads in other forms: joined projections, convolutions with channels side by side."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+import agd_fast as agd
+from agd_fast.engine.copies import Copies, prefers_channels_last
+from agd_fast.graph.projections import TILE, WAVES, leaves_card_idle
+from helpers_engine import add_lora, assert_same, call, differs, twins
+from helpers_pipelines import sample
+from tiny import FAMILIES
+
+OTHER = agd.EngineConfig(join_projections=True, channels_last=True)
+FAST = {"unet": "sd15", "dit": "dit", "joint": "sd3", "long skips": "sdxl"}
+
+
+def engine(pipe):
+    return agd.info(pipe)["engine"]
+
+
+@pytest.fixture(scope="module")
+def unets():
+    plain, fast = twins()
+    agd.optimize(fast, OTHER)
+    return plain, fast
+
+
+@pytest.mark.parametrize("name", FAST.values(), ids=FAST)
+def test_outputs_are_equal(name):
+    family = FAMILIES[name]
+    plain, fast = twins(family.pipeline)
+    agd.optimize(fast, OTHER)
+    for _ in range(2):
+        found, expected = (sample(pipe, family, **family.guided) for pipe in (fast, plain))
+        assert_same(found, expected)
+    assert engine(fast)["joined"] > 0 and engine(fast)["copied_bytes"] > 0 and not engine(fast)["plain_because"]
+
+
+def test_the_model_keeps_its_own_weights(unets):
+    _, fast = unets
+    before = {name: (id(one), one.data_ptr(), one._version, one.stride()) for name, one in fast.unet.named_parameters()}
+    call(fast)
+    assert before == {name: (id(one), one.data_ptr(), one._version, one.stride()) for name, one in fast.unet.named_parameters()}
+
+
+def test_outputs_lie_as_the_models_own_do(unets):
+    unet = unets[1].unet
+    x, t, c = torch.randn(1, 4, 8, 8), torch.tensor(1), torch.randn(1, 3, unet.config.cross_attention_dim)
+    with torch.no_grad(), agd.guided(unet, 3.0):
+        outputs = [unet(x, t, c, return_dict=False)[0] for _ in range(3)]
+    assert all(output.is_contiguous() for output in outputs) and engine(unets[1])["captured"] >= 1
+
+
+def test_copies_are_made_once_for_all_shapes():
+    _, fast = twins()
+    agd.optimize(fast, OTHER)
+    call(fast)
+    once = engine(fast)["copied_bytes"]
+    call(fast, num_images_per_prompt=2)
+    assert engine(fast)["captured"] == 2 and engine(fast)["copied_bytes"] == once > 0
+
+
+def test_weights_that_change_are_copied_again():
+    plain, fast = twins()
+    agd.optimize(fast, OTHER)
+    before = call(fast)
+    for pipe in (plain, fast):
+        with torch.no_grad():
+            pipe.unet.conv_in.weight.mul_(1.5)
+            next(m for m in pipe.unet.modules() if hasattr(m, "to_q")).to_q.weight.mul_(1.5)
+    assert_same(call(fast), call(plain))
+    assert differs(before, call(fast))
+
+
+def test_projections_beside_a_lora_are_joined_too():
+    plain, fast = twins()
+    for pipe in (plain, fast):
+        torch.manual_seed(0)
+        add_lora(pipe)
+    agd.optimize(fast, OTHER)
+    assert_same(call(fast), call(plain))
+    assert engine(fast)["joined"] > 0
+    for pipe in (plain, fast):
+        pipe.unet.disable_adapters()
+    assert_same(call(fast), call(plain))
+
+
+def test_where_a_product_leaves_the_card_idle(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=4))
+    rows = 256
+    least = 4 * WAVES * TILE // rows  # tokens that keep it busy
+
+    def tokens(count, device="cuda"):
+        return SimpleNamespace(device=torch.device(device), shape=(1, count, 32), numel=lambda: 32 * count)
+
+    assert leaves_card_idle(tokens(least - 1), rows) and not leaves_card_idle(tokens(least), rows)
+    assert not leaves_card_idle(tokens(1, "cpu"), rows)
+
+
+def test_which_models_prefer_channels_last():
+    convolutions = nn.Sequential(*[nn.Conv2d(4, 4, 3) for _ in range(8)])
+    assert not prefers_channels_last(convolutions)  # on a CPU
+    cuda = [SimpleNamespace(groups=1, weight=SimpleNamespace(device=torch.device("cuda"))) for _ in range(8)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("agd_fast.engine.copies._convolutions", lambda model: model)
+        assert prefers_channels_last(cuda) and not prefers_channels_last(cuda[:7])
+        cuda[3].groups = 4
+        assert not prefers_channels_last(cuda)
+
+
+def test_pieces_that_are_joined_from_the_same_are_the_same():
+    copies, a, b = Copies(), torch.ones(2), torch.full((1,), 3.0)
+    joined = copies.joined([a, 2, b])
+    assert joined.tolist() == [1, 1, 0, 0, 3]
+    assert copies.joined([a, 2, b]) is joined and copies.joined([a, 3, b]) is not joined
+    assert copies.bytes == 4 * (5 + 6)
