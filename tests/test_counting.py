@@ -208,10 +208,31 @@ def test_an_arm_that_fails_leaves_the_others_their_times():
 
 def test_what_disagrees_is_not_timed(monkeypatch):
     run = Workbench.run
-    monkeypatch.setattr(Workbench, "run", lambda bench, arm: run(bench, arm) * (2 if engine_of(arm.denoiser) else 1))
+    doubled = lambda bench, arm, steps=None: run(bench, arm, steps) * (2 if engine_of(arm.denoiser) else 1)  # noqa: E731
+    monkeypatch.setattr(Workbench, "run", doubled)
     rows = {row["arm"]: row for row in measure_model("tiny", [1], settings(arms=["cfg", "cfg_engine"]), TINY)}
     assert rows["cfg"]["ms_per_step"] > 0 and rows["cfg_engine"]["ms_per_step"] is None
     assert "it differs from cfg by" in rows["cfg_engine"]["note"]
+
+
+def test_arms_that_compute_nothing_ahead_are_timed_on_the_last_steps(monkeypatch):
+    runs, run = [], Workbench.run
+
+    def counted(bench, arm, steps=None):
+        runs.append((engine_of(arm.denoiser) is not None, steps))
+        return run(bench, arm, steps)
+
+    monkeypatch.setattr(Workbench, "run", counted)
+    own = settings(arms=["unguided", "unguided_engine"], steps=4, eager_steps=2)
+    rows = {row["arm"]: row for row in measure_model("tiny", [1], own, TINY)}
+    assert set(runs) == {(False, 2), (True, None)}
+    assert {arm: row["timed_steps"] for arm, row in rows.items()} == {"unguided": 2, "unguided_engine": 4}
+    for row in rows.values():
+        assert row["ms_per_step"] == pytest.approx(row["seconds"]["median"] / row["timed_steps"] * 1e3)
+        assert row["ms_per_image"] == pytest.approx(4 * row["ms_per_step"])
+    ratio = rows["unguided_engine"]["ms_per_step"] / rows["unguided"]["ms_per_step"]
+    assert rows["unguided_engine"]["ratio_to_unguided"] == pytest.approx(ratio)
+    assert rows["unguided_engine"]["relative_error"] < 1e-4  # their last steps are the same
 
 
 def test_the_roofline_is_the_higher_of_two():

@@ -15,14 +15,16 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import agd_fast as agd
 from agd_fast.attaching import require_attachment
 from agd_fast.families import find_spec
-from agd_fast.memory import MODES, frozen_backward
+from agd_fast.memory import MODES, frozen_backward, interception
 from agd_fast.memory.counting import FusedAttention
 from agd_fast.memory.interception import FrozenBackward
+from agd_fast.memory.ops import NAMESPACE
 from agd_fast.spec import nest
 from conftest import assert_as_exact, double, make_backbone, trained
 from helpers_families import _Wide
@@ -169,6 +171,31 @@ def test_checkpointed_blocks_run_again_as_they_ran(armed_backbone, mode):
     assert little < much
     assert torch.equal(found[0], once[0])
     assert (found[1] - once[1]).norm() <= (1e-5 if mode == "exact" else 0.2) * once[1].norm()
+
+
+@pytest.mark.parametrize("mode", [name for name in MODES if name != "exact"])
+def test_what_runs_again_is_packed_then_alone_and_to_the_same_bits(armed_backbone, mode, monkeypatch):
+    armed_backbone.denoiser.enable_gradient_checkpointing()
+    found, little = armed_backbone.gradient(SMALLEST[mode]), packed_by(armed_backbone, mode)
+    monkeypatch.setattr(interception, "_is_checkpointed", lambda: False)
+    expected, much = armed_backbone.gradient(SMALLEST[mode]), packed_by(armed_backbone, mode)
+    assert all(map(torch.equal, found, expected)) and found[1].any()
+    assert little < much
+
+
+def packed_by(problem: Problem, mode: str) -> int:
+    """Calls of packing ops in a forward."""
+    with frozen_backward(problem.denoiser, SMALLEST[mode]), Packing() as packing:
+        problem.output()
+    return packing.calls
+
+
+class Packing(TorchDispatchMode):
+    calls = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls += func.namespace == NAMESPACE
+        return func(*args, **(kwargs or {}))
 
 
 class Checkpointing(nn.Module):

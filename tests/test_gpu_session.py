@@ -16,6 +16,7 @@ import torch
 sys.path.append(str(Path(__file__).parents[1] / "bench"))
 
 import on_gpu
+from agd_fast.files import PARTIAL
 from session.results import Results
 from session.running import Session
 from session.tasks import Task
@@ -58,6 +59,21 @@ def state(pid):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except FileNotFoundError:
         return "Z"
+
+
+def test_what_is_published_has_its_folder_and_no_file_is_taken_from_its_writer(tmp_path):
+    results = Results(tmp_path / "output", tmp_path / "earlier")
+    place = results.place("memory/cap8", ["checks/a"])
+    place.write_text("{}")
+    partial = place.with_name(f".{place.name}{PARTIAL}")
+    other = place.with_name(f"{place.name}{PARTIAL}")
+    partial.write_text("")
+    other.write_text("")
+    (tmp_path / "output/checks").mkdir()
+    (tmp_path / "output/checks/a.json").write_text('{"complete": true, "rows": []}')
+    results.publish("memory/cap8", ["checks/a"])
+    assert read(tmp_path, "memory/cap8") == {} and not place.exists()
+    assert partial.exists() and other.exists()
 
 
 def test_a_task_writes_its_json_once(tmp_path, capsys):

@@ -65,11 +65,17 @@ class Run:
     @contextmanager
     def region(self) -> Iterator[None]:
         """A piece that is run again by itself, so that nothing known before it may be used in it."""
-        outer, self.provenance = self.provenance, Provenance(self.mode, self.plan)
+        outer, self.provenance = self.provenance, Provenance(self.mode, self.plan, unread=_is_checkpointed())
         try:
             yield
         finally:
             self.provenance = outer
+
+
+def _is_checkpointed() -> bool:
+    """Whether what autograd saves now is thrown away: torch's own checkpointing makes it again before it is read."""
+    hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda ignores_tracing: None)(True)
+    return hooks is not None and getattr(hooks[0], "__qualname__", "") == "_checkpoint_hook.__init__.<locals>.pack_hook"
 
 
 class FrozenBackward(TorchFunctionMode):

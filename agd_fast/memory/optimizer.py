@@ -1,29 +1,34 @@
-"""AdamW whose moments lie in host memory: no bytes of a card, no digit less than AdamW's own.
+"""AdamW whose moments lie in host memory: few bytes of a card, no digit less than AdamW's own.
 
-A step follows dozens of forwards where memory is short, so that the way of the moments over the bus is not seen.
+The moments of a group lie one after another, whatever parameter they are of, and cross the bus in chunks. These take turns on two
+streams, so that one is on its way while another is worked on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import cycle
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import AdamW
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+CHUNK = 2**25  # bytes of moments, of which two are on a card at a time
 
 
 class HostAdamW(AdamW):
-    """torch.optim.AdamW, a parameter at a time, whose moments visit that parameter's device for its step.
+    """torch.optim.AdamW, a chunk of parameters at a time, whose moments visit their device for its step.
 
     On a CPU it is AdamW. The gradients are on the parameters' device, so that their norm is clipped as ever, over several
     micro-batches and processes.
     """
 
-    def __init__(self, params: Any, **settings: Any) -> None:
-        super().__init__(params, foreach=False, **settings)
+    _rows: list[_Row] | None = None
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -31,26 +36,143 @@ class HostAdamW(AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        groups = self.param_groups
+        rows, state, groups = self._laid_out(), self.state, self.param_groups
         try:
-            for group in groups:
-                for parameter in group["params"]:
-                    if parameter.grad is not None:
-                        self._move(parameter, parameter.device)
-                        self.param_groups = [{**group, "params": [parameter]}]
-                        super().step()
-                        self._move(parameter, torch.device("cpu"))
+            for row in rows:
+                row.begin(state)
+                with _joined(row.streams):
+                    for chunk, stream in zip(row.chunks, cycle(row.streams), strict=False):
+                        if any(parameter.grad is not None for parameter, _, _ in chunk.pieces):
+                            with torch.cuda.stream(stream), row.on_device(chunk, state) as states:
+                                self.state, self.param_groups = states, [{**groups[row.group], "params": [*states]}]
+                                super().step()
+                row.count(state)
         finally:
-            self.param_groups = groups
+            self.state, self.param_groups = state, groups
         return loss
 
     def load_state_dict(self, state_dict: Any) -> None:
         super().load_state_dict(state_dict)
-        for parameter in self.state:
-            self._move(parameter, torch.device("cpu"))
+        self._rows = None
+        self._laid_out()
 
-    def _move(self, parameter: Tensor, device: torch.device) -> None:
-        state = self.state.get(parameter, {})
-        for name in MOMENTS:
-            if name in state:
-                state[name] = state[name].to(device)
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        self._rows = None
+
+    def _laid_out(self) -> list[_Row]:
+        """With all moments that there are."""
+        if self._rows is None:
+            self._rows = []
+            for number, group in enumerate(self.param_groups):
+                kinds: dict[Any, list[Tensor]] = {}
+                for parameter in group["params"]:
+                    kinds.setdefault((parameter.device, parameter.dtype), []).append(parameter)
+                self._rows += [_Row(number, parameters, self.state) for parameters in kinds.values()]
+        return self._rows
+
+
+class Chunk(NamedTuple):
+    """start: in a row. pieces: whose elements these are, from one to another."""
+
+    start: int
+    pieces: list[tuple[Tensor, int, int]]
+
+
+def cut(parameters: Sequence[Tensor], most: int) -> list[Chunk]:
+    """The row of all elements, in chunks of so many."""
+    chunks: list[Chunk] = []
+    end = 0
+    for parameter in parameters:
+        done, size = 0, parameter.numel()
+        while done < size:
+            if end % most == 0:
+                chunks.append(Chunk(end, []))
+            taken = min(size - done, most - end % most)
+            chunks[-1].pieces.append((parameter, done, done + taken))
+            done, end = done + taken, end + taken
+    return chunks
+
+
+class _Row:
+    """Parameters of one group, device and dtype, and their moments in host memory, pinned where a card reads them."""
+
+    def __init__(self, group: int, parameters: list[Tensor], state: Any) -> None:
+        self.group, self.parameters = group, parameters
+        first, sizes = parameters[0], [parameter.numel() for parameter in parameters]
+        self.device, self.streams = first.device, _streams(first.device)
+        self.overlaps = self.streams[0] is not None
+        self.chunks = cut(parameters, CHUNK // len(MOMENTS) // first.element_size() if self.overlaps else sum(sizes))
+        self.moments = {name: torch.zeros(sum(sizes), dtype=first.dtype) for name in MOMENTS}
+        if self.overlaps:
+            _pin(self)
+        by_name = [moment.split(sizes) for moment in self.moments.values()]
+        self.own = [
+            {name: one.as_strided(parameter.shape, parameter.stride()) for name, one in zip(MOMENTS, found, strict=True)}
+            for parameter, *found in zip(parameters, *by_name, strict=True)
+        ]
+        for parameter, own in zip(parameters, self.own, strict=True):
+            if parameter in state:
+                for name, moment in own.items():
+                    state[parameter][name] = moment.copy_(state[parameter][name])
+
+    def begin(self, state: Any) -> None:
+        """As AdamW does, where a parameter has its first gradient."""
+        for parameter, own in zip(self.parameters, self.own, strict=True):
+            if parameter.grad is not None and not state[parameter]:
+                step = torch.zeros((), dtype=torch.promote_types(torch.get_default_dtype(), torch.float32))
+                state[parameter].update(step=step, **{name: moment.zero_() for name, moment in own.items()})
+
+    @contextmanager
+    def on_device(self, chunk: Chunk, state: Any) -> Iterator[defaultdict[Tensor, Any]]:
+        """The pieces of a chunk that have gradients, with these, and the state of each: inside on the device, to be changed."""
+        sizes = [stop - start for _, start, stop in chunk.pieces]
+        host = [moment[chunk.start : chunk.start + sum(sizes)] for moment in self.moments.values()]
+        there = [moment.to(self.device, non_blocking=self.overlaps) for moment in host]
+        states: defaultdict[Tensor, Any] = defaultdict(dict)
+        for (parameter, start, stop), *own in zip(chunk.pieces, *[moment.split(sizes) for moment in there], strict=True):
+            if parameter.grad is not None:
+                piece = _in_memory_order(parameter.detach(), parameter)[start:stop]
+                piece.grad = _in_memory_order(parameter.grad, parameter)[start:stop]
+                states[piece] = {"step": state[parameter]["step"].clone(), **dict(zip(MOMENTS, own, strict=True))}
+        yield states
+        for into, moment in zip(host, there, strict=True):
+            into.copy_(moment, non_blocking=self.overlaps)
+
+    def count(self, state: Any) -> None:
+        """A step of every parameter that has a gradient."""
+        for parameter in self.parameters:
+            if parameter.grad is not None:
+                state[parameter]["step"] += 1
+
+
+def _in_memory_order(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """Its elements as those of the dense `parameter` lie in memory."""
+    if tensor.stride() != parameter.stride():
+        tensor = torch.empty_like(parameter).copy_(tensor)
+    return tensor.as_strided((tensor.numel(),), (1,))
+
+
+def _streams(device: torch.device) -> Sequence[torch.cuda.Stream | None]:
+    return [torch.cuda.Stream(device), torch.cuda.Stream(device)] if device.type == "cuda" else [None]
+
+
+@contextmanager
+def _joined(streams: Sequence[torch.cuda.Stream | None]) -> Iterator[None]:
+    """They begin after all that was asked of the device, and are done in the end: moments may be read, gradients be freed."""
+    used = [stream for stream in streams if stream is not None]
+    for stream in used:
+        stream.wait_stream(torch.cuda.current_stream(stream.device))
+    try:
+        yield
+    finally:
+        for stream in used:
+            stream.synchronize()
+
+
+def _pin(row: _Row) -> None:
+    """Its moments as they are: memory that torch pins by itself is of a power of two of bytes."""
+    runtime = torch.cuda.cudart()
+    for moment in row.moments.values():
+        torch.cuda.check_error(int(runtime.cudaHostRegister(moment.data_ptr(), moment.nbytes, 1)))
+        weakref.finalize(row, runtime.cudaHostUnregister, moment.data_ptr())

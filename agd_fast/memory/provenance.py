@@ -90,10 +90,13 @@ class Plan:
 
 
 class Provenance:
-    """Tables from storages, which they do not keep, to what is known of them."""
+    """Tables from storages, which they do not keep, to what is known of them.
 
-    def __init__(self, mode: Mode, plan: Plan) -> None:
-        self.mode, self.plan = mode, plan
+    unread: whether what is kept is made again before it is read, so that only its shapes matter now.
+    """
+
+    def __init__(self, mode: Mode, plan: Plan, unread: bool = False) -> None:
+        self.mode, self.plan, self.unread = mode, plan, unread
         self._entries: WeakKeyDictionary[torch.UntypedStorage, list[_Entry]] = WeakKeyDictionary()
         self._activations: WeakKeyDictionary[torch.UntypedStorage, _Activated] = WeakKeyDictionary()
 
@@ -168,7 +171,7 @@ class Provenance:
                 return found
         if bits is None or not tensor.requires_grad or tensor.is_leaf:
             return as_is(tensor)
-        source = packed(tensor, self.mode.packing(bits), channels)
+        source = packed(tensor, self.mode.packing(bits), channels, self.unread)
         self.record(tensor, source)
         return Saved(source)
 
@@ -195,29 +198,35 @@ def _order(source: Source) -> tuple[bool, int]:
     return not source.fine, source.cost
 
 
-def packed(tensor: Tensor, packing: Packing, channels: tuple[int, ...]) -> Source:
+def packed(tensor: Tensor, packing: Packing, channels: tuple[int, ...], unread: bool = False) -> Source:
     """A copy in so many bits, in the order of memory where the tensor is dense.
 
-    Channels of other sizes than their neighbours' are brought to the same before, by powers of two.
+    Channels of other sizes than their neighbours' are brought to the same before, by powers of two. unread: leave it unwritten.
     """
     tensor = tensor.detach()
-    factors = channel_factors(tensor, channels)
     dense = is_dense(tensor)
-    even = tensor / factors if dense else (tensor / factors).contiguous()
-    codes, scales = ops.pack(even.as_strided((even.numel(),), (1,)), *packing)
+    factors = channel_factors(tensor, channels, unread)
+    if unread:
+        even = torch.empty_like(tensor) if dense else tensor.new_empty(tensor.shape)
+        codes, scales = ops.pack_fake(even, *packing)
+    else:
+        even = tensor / factors if dense else (tensor / factors).contiguous()
+        codes, scales = ops.pack(even.as_strided((even.numel(),), (1,)), *packing)
     rebuild = partial(_unpack, size=tuple(even.shape), stride=even.stride(), packing=packing, dtype=tensor.dtype)
     return Source((codes, scales, factors), rebuild, fine=packing.bits >= 8, roots=new_root())
 
 
-def channel_factors(tensor: Tensor, channels: tuple[int, ...]) -> Tensor:
+def channel_factors(tensor: Tensor, channels: tuple[int, ...], unread: bool = False) -> Tensor:
     """The power of two nearest to the root mean square of each channel, with `tensor`'s dimensions, in its dtype.
 
-    channels: the dimensions that channels lie along.
+    channels: the dimensions that channels lie along. unread: leave them unwritten.
     """
     kept = {channel % tensor.ndim for channel in channels}
     others = [dim for dim in range(tensor.ndim) if dim not in kept]
     if not others:
         return tensor.new_ones([1] * tensor.ndim)
+    if unread:
+        return tensor.new_empty([size if dim in kept else 1 for dim, size in enumerate(tensor.shape)])
     count = math.prod(tensor.shape[dim] for dim in others)
     wide = torch.promote_types(tensor.dtype, torch.float32)
     size = torch.linalg.vector_norm(tensor, dim=others, keepdim=True, dtype=wide).div_(max(count, 1) ** 0.5)

@@ -139,9 +139,11 @@ def _time_processes(name: str, batch: int, measured: dict[str, Measured], settin
     late = time.monotonic() + settings.patience
     with workers(make) as found:
         of_arm = {arm: found[group] for group, arms in groups.items() for arm in arms}
+        began = time.monotonic()
         for group, worker in found.items():
             for arm, one in _made_by(worker, groups[group], late).items():
                 _take(one, measured[arm])
+            print(f"{name} at batch {batch}: {group} was waited for until {time.monotonic() - began:.0f} s", flush=True)
         sound = {arm: worker for arm, worker in of_arm.items() if not measured[arm].failed}
         compare({arm: worker.output(arm) for arm, worker in sound.items()}, measured)
         print(f"{name} at batch {batch}: made", flush=True)

@@ -91,9 +91,13 @@ def normalised(
         return output
     bits = run.mode.fine if fine or length < run.mode.narrow or run.plan.wants_fine(number) else run.mode.norm
     packing = run.mode.packing(bits)
-    with torch.no_grad():
-        mean, rstd = _statistics(input, length, eps, centred)
-        packed = ops.norm_pack(input.contiguous(), mean, rstd, *packing)
+    if run.provenance.unread:
+        rstd = input.new_empty(input.numel() // length, dtype=torch.promote_types(input.dtype, torch.float32))
+        packed = ops.norm_pack_fake(input, None, rstd, *packing)
+    else:
+        with torch.no_grad():
+            mean, rstd = _statistics(input, length, eps, centred)
+            packed = ops.norm_pack(input.contiguous(), mean, rstd, *packing)
     backward = partial(_backward, rows=rows, centred=centred, packing=packing)
     kept = (*packed, rstd) if weight is None else (*packed, rstd, weight)
     output = run.attach(name, output, backward, kept, input)

@@ -85,7 +85,7 @@ def _attached(run: Run, name: str, output: Tensor, input: Tensor, gated: bool) -
         return run.attach(name, output, partial(_backward, name=name), (known,), input)
     packing = run.mode.packing(run.mode.factor)
     with torch.no_grad():
-        packed = _packed_derivative(name, input, output, packing)
+        packed = ops.pack_fake(input, *packing) if run.provenance.unread else _packed_derivative(name, input, output, packing)
     return run.attach(name, output, partial(_packed_backward, packing=packing), packed, input)
 
 

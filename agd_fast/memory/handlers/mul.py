@@ -68,8 +68,13 @@ def _gated(run: Run, call: Callable[[], Tensor], value: Tensor, gate: Tensor, ac
         return run.attach("gated", output, partial(_gated_backward, name=activation.name), saved, *inputs)
     packing = run.mode.packing(run.mode.factor)
     with torch.no_grad():
-        even = channel_factors(value, (-1,))
-        packed = _packed_factors(activation.name, value / even, activation.input, gate, packing)
+        unread = run.provenance.unread
+        even = channel_factors(value, (-1,), unread)
+        packed: tuple[Tensor, ...] = (
+            (*ops.pack_fake(gate, *packing), *ops.pack_fake(value, *packing))
+            if unread
+            else _packed_factors(activation.name, value / even, activation.input, gate, packing)
+        )
     return run.attach("gated", output, partial(_packed_backward, packing=packing), (even, *packed), *inputs)
 
 

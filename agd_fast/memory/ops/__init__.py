@@ -10,8 +10,8 @@ from agd_fast.memory.ops.geglu_pack import geglu_pack, geglu_pack_ref
 from agd_fast.memory.ops.gelu_pack import gelu_pack, gelu_pack_ref
 from agd_fast.memory.ops.layout import GROUPS
 from agd_fast.memory.ops.norm_backward import norm_backward, norm_backward_ref
-from agd_fast.memory.ops.norm_pack import norm_pack, norm_pack_ref
-from agd_fast.memory.ops.pack import pack, pack_ref
+from agd_fast.memory.ops.norm_pack import norm_pack, norm_pack_fake, norm_pack_ref
+from agd_fast.memory.ops.pack import pack, pack_fake, pack_ref
 from agd_fast.memory.ops.registry import LAUNCHERS, NAMESPACE, REFERENCES
 from agd_fast.memory.ops.scale_unpack import scale_unpack, scale_unpack_ref
 from agd_fast.memory.ops.silu_affine_backward import silu_affine_backward, silu_affine_backward_ref
@@ -35,8 +35,10 @@ __all__ = [
     "norm_backward",
     "norm_backward_ref",
     "norm_pack",
+    "norm_pack_fake",
     "norm_pack_ref",
     "pack",
+    "pack_fake",
     "pack_ref",
     "scale_unpack",
     "scale_unpack_ref",
