@@ -143,6 +143,16 @@ def test_checkpointing_that_was_there_before_is_there_again():
     assert first._gradient_checkpointing_func is own and not second.gradient_checkpointing
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_random_numbers_are_the_same_again_where_any_are_drawn(training, monkeypatch):
+    model, looked, own = wide_teacher().denoiser.train(training), [], torch.get_rng_state
+    monkeypatch.setattr(torch, "get_rng_state", lambda: looked.append(1) or own())
+    x = torch.randn(2, 1, 8, 8, requires_grad=True)
+    with checkpointing(model):
+        model(x, timestep=torch.tensor([1, 2]), class_labels=torch.tensor([0, 1])).sample.sum().backward()
+    assert bool(looked) == training
+
+
 def test_blocks_of_a_model_that_has_none_are_refused_before_anything_runs(tmp_path):
     teacher = custom_teacher()
     with pytest.raises(ValueError, match="memory='blocks' expects a model of diffusers with gradient checkpointing, found none"):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 _SET = ("gradient_checkpointing", "_gradient_checkpointing_func")  # on every module that can
 
@@ -17,10 +19,14 @@ def has_blocks(denoiser: nn.Module) -> bool:
 
 @contextmanager
 def checkpointing(denoiser: nn.Module) -> Iterator[None]:
-    """Inside, a block keeps its input alone, and runs again in backward. What was set before is set again afterwards."""
+    """Inside, a block keeps its input alone, and runs again in backward. What was set before is set again afterwards.
+
+    The state of random numbers is kept for it only where a module may draw some: looking at it waits for the device, and cannot
+    be part of a CUDA graph.
+    """
     modules = [module for module in denoiser.modules() if hasattr(module, _SET[0])]
     before = [{name: vars(module)[name] for name in _SET if name in vars(module)} for module in modules]
-    denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
+    denoiser.enable_gradient_checkpointing(_again(draws=any(one.training for one in denoiser.modules())))  # type: ignore[operator]
     try:
         yield
     finally:
@@ -28,3 +34,12 @@ def checkpointing(denoiser: nn.Module) -> Iterator[None]:
             for name in _SET:
                 vars(module).pop(name, None)
             vars(module).update(values)
+
+
+def _again(draws: bool) -> Callable[..., Any]:
+    """What diffusers' own does. draws: whether random numbers are to be the same again."""
+
+    def function(module: nn.Module, *args: Any) -> Any:
+        return checkpoint(module.__call__, *args, use_reentrant=False, preserve_rng_state=draws)
+
+    return function
