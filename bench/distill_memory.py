@@ -4,8 +4,10 @@ python bench/distill_memory.py --model sdxl-1024 --device meta --json out.json  
 python bench/distill_memory.py --model sdxl-1024 --device cuda --cap 8GiB --json out.json # real steps under a hard cap
 python bench/distill_memory.py --model sdxl-1024 --device cuda --cap 6GiB --base int8 --whole --json out.json
 python bench/distill_memory.py --model sdxl-1024 --device cuda --base none int8 --minutes 5 --json out.json
+python bench/distill_memory.py --model sdxl-1024 --device cuda --graphed --json out.json
 python bench/distill_memory.py --model sdxl-1024 --device cuda --images-per-second --budget 24GiB --json out.json
 
+--graphed is training steps whose passes are CUDA graphs, as `distill` runs them where it can.
 --whole is `agd.distill` from the first guided state to the last picture, of the pipeline with its text encoders and VAE; without,
 rows are of training steps alone. On a card every row has a process of its own, so that one that runs out of memory leaves the
 others alone. What the JSON holds already is not measured again: after `--minutes` the same call goes on with what is missing.
@@ -60,6 +62,8 @@ def main() -> None:
         parser.error("expected --budget beside --images-per-second, such as 24GiB; found none")
     if args.whole and (args.device == "meta" or args.images_per_second or not {*args.model} <= {*PIPELINES}):
         parser.error(f"--whole goes with a device and with models of {', '.join(PIPELINES)}; found {' '.join(sys.argv[1:])}")
+    if args.graphed and (args.device == "meta" or args.whole or args.images_per_second):
+        parser.error(f"--graphed goes with training steps of a batch that is given, on a device; found {' '.join(sys.argv[1:])}")
     rows = _measure(list(wanted(args)), args)
     print_rows(rows)
 
@@ -82,6 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of the base")
     parser.add_argument("--cap", type=size_of, help="no allocation beyond it, such as 8GiB")
     parser.add_argument("--whole", action="store_true", help="a whole distillation, with few states and steps")
+    parser.add_argument("--graphed", action="store_true", help="passes as CUDA graphs")
     parser.add_argument("--images-per-second", action="store_true", help="at the largest batch within --budget")
     parser.add_argument("--budget", type=size_of, help="such as 24GiB")
     parser.add_argument("--seconds", type=float, default=5.0, help="of timed steps a row")
@@ -105,7 +110,8 @@ def wanted(args: argparse.Namespace) -> Iterator[Row]:
     """The rows to make, without figures."""
     dtype = str(DTYPES[args.dtype]).removeprefix("torch.")
     for model in args.model:
-        common = {"model": model, "dtype": dtype, "optimizer": args.optimizer, "device": args.device, "whole": args.whole}
+        common = {"model": model, "dtype": dtype, "optimizer": args.optimizer, "device": args.device}
+        common |= {"whole": args.whole, "graphed": args.graphed}
         if args.images_per_second:
             for adapter, modes in AT_BUDGET:
                 if args.adapter is None or adapter in args.adapter:
@@ -150,6 +156,7 @@ def _measure(rows: list[Row], args: argparse.Namespace) -> list[Row]:
 
 def describe(row: Row) -> str:
     parts = ["whole" if row.get("whole") else "", row["model"], row["adapter"], row["mode"], row["base"] or ""]
+    parts.append("graphed" if row.get("graphed") else "")
     parts.append(f"batch {row['batch']}")
     figures = {"kept": row["saved_bytes"], "peak": row["peak_bytes"]}
     shown = [f"{what} {size / 2**30:.3f} GiB" for what, size in figures.items() if size is not None]

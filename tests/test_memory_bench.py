@@ -15,6 +15,7 @@ sys.path.append(str(Path(__file__).parents[1] / "bench"))
 import agd_fast as agd
 import distill_memory
 import gradient_error
+from agd_fast.distillation import graphed
 from agd_fast.files import read_json
 from agd_fast.memory import MODES
 from memory import rows as memory_rows
@@ -84,6 +85,27 @@ def test_real_steps(mode):
 def test_steps_on_a_packed_base():
     found = training.train_row(row("4bit", device="cpu", base="int8"), seconds=0.0, architecture=SMALL)
     assert found["note"] is None and found["loss"] > 0
+
+
+def test_graphed_steps_are_rows_of_their_own(monkeypatch, capsys):
+    """A graph that is no graph: what it was made of runs once more."""
+    monkeypatch.setattr(graphed, "GraphMemory", lambda device: None)
+
+    def record(self, run, memory):
+        self.run, self.graph = run, argparse.Namespace(replay=lambda: runs.append(run()))
+
+    runs = []
+    monkeypatch.setattr(graphed.PassGraph, "_record", record)
+    plain, found = (training.train_row(row("4bit", device="cpu", graphed=one), 0.0, SMALL) for one in (False, True))
+    assert found["graphed"] and found["note"] is None and found["loss"] == pytest.approx(plain["loss"], rel=0.01)
+    assert len(runs) == 1 + training.IMAGES
+    assert key(found) != key(plain) == key({name: value for name, value in plain.items() if name != "graphed"})
+    print_rows([plain, found])
+    assert capsys.readouterr().out.count("4bit, graphed") == 1
+    monkeypatch.setattr(graphed.PassGraph, "_record", lambda *_: 1 / 0)
+    with pytest.warns(UserWarning, match="goes on without CUDA graphs"):
+        failed = training.train_row(row("4bit", device="cpu", graphed=True), 0.0, SMALL)
+    assert failed["note"] == "no graph of a pass could be made (division by zero)" and failed["loss"] > 0
 
 
 @pytest.mark.parametrize("room", [1, 5])
@@ -165,6 +187,7 @@ def test_sizes(text, size):
         (["--images-per-second", "--budget", "8GiB", "--device", "meta"], "expected a card for --images-per-second"),
         (["--cap", "8"], "expected a size such as 8GiB"),
         (["--whole", "--device", "cpu"], "--whole goes with a device and with models of sdxl-1024"),
+        (["--graphed", "--device", "meta"], "--graphed goes with training steps of a batch that is given, on a device"),
         (["--model", "sdxl"], "expected a model of"),
     ],
 )

@@ -105,9 +105,10 @@ class Attachment:
                 f"{type(denoiser).__name__} does not pass"
             )
         if isinstance(value, list):  # tokens of different numbers, one tensor a sample
-            lengths = torch.tensor([len(one) for one in value], device=value[0].device)
+            lengths = [len(one) for one in value]
             value = pad_sequence(value, batch_first=True)
-            return value, torch.arange(value.shape[1], device=value.device) < lengths[:, None]
+            places = torch.arange(value.shape[1], device=value.device)
+            return value, torch.stack([places < length for length in lengths])  # without a copy from the host
         if condition.grouped:
             value = value.unflatten(0, (batch, -1))[:, 0]
         tokens = tuple(value.shape[1:-1])

@@ -39,6 +39,8 @@ class TrainConfig:
     max_grad_norm: clipped to it. ema: decay of an average of the weights that is saved instead of them; None for none.
     loss: "l2" or "l1" a state. weighting: "omega" divides a state's loss by (ω − 1)² + ¼, which lifts small ω.
     seed: of the order of the states; None takes that of `distill`. checkpoint_every, log_every: in steps.
+    cuda_graph: forward, loss and backward of a micro-batch as one CUDA graph, which gives the same numbers and keeps a card from
+        waiting for the host; None does it where it can be done, so does True: in one process, on CUDA, without fp16.
     """
 
     steps: int = 800
@@ -55,6 +57,7 @@ class TrainConfig:
     seed: int | None = None
     checkpoint_every: int = 200
     log_every: int = 20
+    cuda_graph: bool | None = None
 
     def __post_init__(self) -> None:
         for name in (

@@ -93,8 +93,8 @@ def distill(
         "exact".
     base_weights: "int8" or "nf4" keeps the frozen weights as codes while training (`agd_fast.memory.base_weights`), with the
         originals in host memory; states, validation and what is left to the caller are of the weights as they are.
-    resume: continue an interrupted run in output_dir, with the same settings but for memory, base_weights and how many states a
-        forward has, which may be others after it ran out of memory; False trains anew on the trajectories there.
+    resume: continue an interrupted run in output_dir, with the same settings but for memory, base_weights, how many states a
+        forward has and TrainConfig.cuda_graph, which may be others; False trains anew on the trajectories there.
 
     Writes adapter.safetensors, adapter_config.json, distill.json, log.jsonl, checkpoint.safetensors, samples.png and
     trajectories/; for a pipeline's further denoisers the same in folders of their names.

@@ -19,6 +19,7 @@ from agd_fast.adapters import Adapter, AdapterConfig, count_parameters
 from agd_fast.attaching import attach, require_attachment, unload, wrap
 from agd_fast.distillation.config import TrainConfig
 from agd_fast.distillation.economy import Economy
+from agd_fast.distillation.graphed import Passes
 from agd_fast.distillation.phases import Phases
 from agd_fast.distillation.preview import preview
 from agd_fast.distillation.residency import Residency
@@ -49,7 +50,8 @@ class DistillResult:
     adapter: attached to the teacher. output_dir: holds it on disk. parameters, fraction: its size, also as a share of the
     base's parameters. loss: the last logged. explained: guidance_explained on held-out trajectories (None if not asked for).
     seconds: by phase, of this call. memory: how memory was saved, and on CUDA the most that each phase took in bytes; None where
-    it was not asked to be. others: results of a pipeline's further denoisers, by component.
+    it was not asked to be. passes: whether those of training ran as CUDA graphs, and why not (all). others: results of a
+    pipeline's further denoisers, by component.
     """
 
     adapter: Adapter = field(repr=False)
@@ -60,6 +62,7 @@ class DistillResult:
     explained: Explained | None
     seconds: dict[str, float]
     memory: dict[str, Any] | None = None
+    passes: dict[str, Any] | None = None
     others: dict[str, DistillResult] = field(default_factory=dict)
 
 
@@ -124,7 +127,7 @@ def _run(job: Job, accelerator: Accelerator, residency: Residency) -> DistillRes
                 states = residency.run("collecting states", partial(_states, job, progress))
             phases.done("collect")
             settings = _settings(job, attached, states, accelerator.num_processes)
-            loss, memory = _train(job, states, settings, accelerator, residency)
+            loss, memory, passes = _train(job, states, settings, accelerator, residency)
             phases.done("train")
             explained = residency.run("validation", partial(_explained, job)) if job.validation else None
             phases.done("validate")
@@ -132,7 +135,7 @@ def _run(job: Job, accelerator: Accelerator, residency: Residency) -> DistillRes
                 memory["peak_bytes"] = phases.peak_bytes
             count = count_parameters(attached)
             fraction = count / count_parameters(teacher.denoiser)
-            result = DistillResult(attached, job.directory, count, fraction, loss, explained, phases.seconds, memory)
+            result = DistillResult(attached, job.directory, count, fraction, loss, explained, phases.seconds, memory, passes)
             if accelerator.is_main_process:
                 about = {"source": states.manifest.plan["source"], "init": settings["init"], "train": job.train_config.to_dict()}
                 _write(job, result, about | ({"memory": str(memory["way"])} if memory else {}))
@@ -145,9 +148,11 @@ def _run(job: Job, accelerator: Accelerator, residency: Residency) -> DistillRes
 
 
 def _settings(job: Job, adapter: Adapter, states: Trajectories, processes: int) -> dict[str, Any]:
-    """What a checkpoint must match to be continued: not how memory is saved, over the same states towards the same targets."""
+    """What a checkpoint must match to be continued: not how memory and time are saved, over the same states towards the same
+    targets."""
     train = job.train_config.to_dict()
-    train.pop("micro_batch_size")
+    for name in ("micro_batch_size", "cuda_graph"):
+        train.pop(name)
     return {
         "adapter": adapter.config.to_dict(),
         "init": None if job.init is None else fingerprint(adapter.state_dict()),
@@ -159,12 +164,13 @@ def _settings(job: Job, adapter: Adapter, states: Trajectories, processes: int) 
 
 def _train(
     job: Job, states: Trajectories, settings: dict[str, Any], accelerator: Accelerator, residency: Residency
-) -> tuple[float, dict[str, Any] | None]:
-    """The last loss, and how memory was saved, where that was asked for."""
+) -> tuple[float, dict[str, Any] | None, dict[str, Any]]:
+    """The last loss; how memory was saved, where that was asked for; how passes ran."""
     economy = Economy(job.teacher.denoiser, _choice(job, states, accelerator.device, residency.short), residency.card)
     if job.memory == "auto" and accelerator.is_main_process:
         _say(job, f"memory='auto': {economy.reason}")
-    with economy:
+    adapter = require_attachment(job.teacher).adapter
+    with economy, Passes.of(job.train_config, accelerator, job.teacher.denoiser, adapter) as passes:
         loss = train(
             job.teacher,
             states,
@@ -176,15 +182,17 @@ def _train(
             tensorboard=job.tensorboard,
             progress=job.progress,
             economy=economy,
+            passes=passes,
             host=residency.short,
             validate=_validation(job, economy, residency) if job.validate_every else None,
             validate_every=job.validate_every,
         )
     if job.memory is None and job.base_weights is None:
-        return loss, None
+        return loss, None, passes.info()
     way = economy.way
     streamed = bool(residency.why_streamed)
-    return loss, {"memory": job.memory, "way": str(way), **asdict(way), "reason": economy.reason, "streamed": streamed}
+    memory = {"memory": job.memory, "way": str(way), **asdict(way), "reason": economy.reason, "streamed": streamed}
+    return loss, memory, passes.info()
 
 
 def _choice(job: Job, states: Trajectories, device: torch.device, short: bool) -> Choice:
@@ -304,6 +312,7 @@ def _write(job: Job, result: DistillResult, about: dict[str, Any]) -> None:
             "guidance_explained": result.explained.to_dict() if result.explained else None,
             "seconds": result.seconds,
             **({"memory": result.memory} if result.memory else {}),
+            "passes": result.passes,
         },
     )
 

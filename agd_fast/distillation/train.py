@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, nullcontext
 from copy import deepcopy
 from datetime import timedelta
@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 from agd_fast.distillation.checkpoint import CHECKPOINT_NAME, load_checkpoint, save_checkpoint
 from agd_fast.distillation.config import TrainConfig
 from agd_fast.distillation.economy import Economy
+from agd_fast.distillation.graphed import Passes
 from agd_fast.distillation.loss import distillation_loss
 from agd_fast.distillation.student import Student
 from agd_fast.files import append_text, write_text
@@ -71,6 +72,7 @@ def train(
     tensorboard: bool = False,
     progress: bool = True,
     economy: Economy | None = None,
+    passes: Passes | None = None,
     host: bool = False,
     validate: Callable[[int], float] | None = None,
     validate_every: int | None = None,
@@ -78,8 +80,9 @@ def train(
     """Train the attached adapter of a frozen teacher in place and return the last logged loss.
 
     directory: for the checkpoint, `log.jsonl` and, on request, TensorBoard's events. run: settings a checkpoint must match.
-    economy: entered, what saves memory; None for nothing. host: what the optimizer and the average of the weights hold lies in
-    host memory. validate: is called with the number of steps done after every `validate_every`; what it returns is logged.
+    economy: entered, what saves memory; None for nothing. passes: entered, what runs them; None runs them as they are. host: what
+    the optimizer and the average of the weights hold lies in host memory. validate: is called with the number of steps done after
+    every `validate_every`; what it returns is logged.
     Raises: ValueError when the processes cannot share a batch evenly; FloatingPointError naming the step when the loss is
     not finite (the last good checkpoint is kept); OSError naming what cannot be written; torch.OutOfMemoryError naming what may
     help, when `economy` has no other way left.
@@ -118,8 +121,8 @@ def train(
         for step in range(done, config.steps):
             rows = batch_rows(step, config.batch_size, len(trajectories), config.seed)[rank::world]
             states = trajectories.batches(rows)
-            gradients = partial(_gradients, wrapped, states, config, accelerator)
-            loss = _in_memory(gradients, economy, optimizer, step + 1, alone=world == 1)
+            gradients = partial(_gradients, wrapped, states, config, accelerator, passes=passes)
+            loss = _in_memory(gradients, economy, optimizer, step + 1, alone=world == 1, passes=passes)
             norm = accelerator.clip_grad_norm_(adapter.parameters(), config.max_grad_norm)
             optimizer.step()
             schedule.step()
@@ -138,6 +141,8 @@ def train(
                 if accelerator.is_main_process:
                     save_checkpoint(checkpoint, step + 1, run, modules, optimizer, others)
             if validate and validate_every and (step + 1) % validate_every == 0 and accelerator.is_main_process:
+                if passes is not None:
+                    passes.release()
                 log.write({"step": step + 1, "guidance_explained": validate(step + 1)})
     if average is not None:
         adapter.load_state_dict(average.state_dict())
@@ -148,31 +153,53 @@ def train(
 
 
 def _gradients(
-    wrapped: nn.Module, states: list[Batch], config: TrainConfig, accelerator: Accelerator, micro_batch_size: int | None
+    wrapped: nn.Module,
+    states: list[Batch],
+    config: TrainConfig,
+    accelerator: Accelerator,
+    micro_batch_size: int | None,
+    passes: Passes | None = None,
 ) -> Tensor:
     """Add those of a batch to the adapter's, a micro-batch after another; the loss over all of it, a scalar without history."""
-    count, device = sum(map(len, states)), accelerator.device
+    passes = passes or Passes([], accelerator.device, "not asked for")
+    count = sum(map(len, states))
     whole = micro_batch_size is None or micro_batch_size >= count
     groups = [states] if whole else [[part] for batch in states for part in batch.split(micro_batch_size or count)]
-    total = torch.zeros((), device=device)
+    total = torch.zeros((), device=accelerator.device)
+    run = partial(_pass, wrapped, config, accelerator, count)
     for index, group in enumerate(groups):
-        batches = [batch.to(device) for batch in group]
         with nullcontext() if index + 1 == len(groups) else accelerator.no_sync(wrapped):
-            with accelerator.autocast():
-                predictions = wrapped(batches)
-            losses = [
-                distillation_loss(prediction, batch.target, batch.omega, config.loss, config.weighting) * len(batch) / count
-                for prediction, batch in zip(predictions, batches, strict=True)
-            ]
-            loss = torch.stack(losses).sum()
-            accelerator.backward(loss)
-        total += loss.detach()
+            total += passes(run, [vars(batch) for batch in group], key=count)
     return total
 
 
-def _in_memory(gradients: Callable[[int | None], Tensor], economy: Economy, optimizer: Any, step: int, *, alone: bool) -> Tensor:
-    """What `gradients` gives for the economy's micro-batch size, in its next way where there was no memory: the adapter has not
-    moved by then.
+def _pass(
+    wrapped: nn.Module, config: TrainConfig, accelerator: Accelerator, count: int, group: Sequence[Mapping[str, Any]]
+) -> Tensor:
+    """Forward, loss and backward; its share of the loss over `count` states. group: the fields of batches, on the device."""
+    batches = [Batch(**fields) for fields in group]
+    with accelerator.autocast():
+        predictions = wrapped(batches)
+    losses = [
+        distillation_loss(prediction, batch.target, batch.omega, config.loss, config.weighting) * len(batch) / count
+        for prediction, batch in zip(predictions, batches, strict=True)
+    ]
+    loss = torch.stack(losses).sum()
+    accelerator.backward(loss)
+    return loss.detach()
+
+
+def _in_memory(
+    gradients: Callable[[int | None], Tensor],
+    economy: Economy,
+    optimizer: Any,
+    step: int,
+    *,
+    alone: bool,
+    passes: Passes | None = None,
+) -> Tensor:
+    """What `gradients` gives for the economy's micro-batch size, where there was no memory without CUDA graphs, then in its next
+    way: the adapter has not moved by then.
 
     alone: whether this is the only process: others would wait for one that makes a forward more.
     Raises: torch.OutOfMemoryError naming what may help.
@@ -183,8 +210,14 @@ def _in_memory(gradients: Callable[[int | None], Tensor], economy: Economy, opti
         except torch.OutOfMemoryError as error:
             found = first_line(error)
         optimizer.zero_grad()  # out here, where no traceback holds the tensors of what failed
+        graphs = passes is not None and passes.held
+        if passes is not None:
+            passes.release()
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
+        if passes is not None and graphs:
+            passes.stop(f"memory ran out beside them at step {step} ({found})")
+            continue
         if not (alone and economy.fall(step)):
             modes = ", ".join(repr(one) for one in get_args(Memory) if one != "auto")
             raise torch.OutOfMemoryError(

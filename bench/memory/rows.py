@@ -37,6 +37,7 @@ WAYS = {
 KEY = (  # what a row is one of
     *("model", "batch", "adapter", "mode", "dtype", "base", "optimizer", "device", "cap_bytes", "search"),
     "whole",  # a distillation from end to end, not training steps alone
+    "graphed",  # training steps whose passes are CUDA graphs, as `distill` runs them
 )
 FIGURES = (
     "parameters",  # trained
@@ -48,6 +49,8 @@ FIGURES = (
     "phases",  # of a whole distillation: the most that each allocated, and whether weights were streamed while states were made
     "flops",  # of a forward and backward
     "seconds_per_step",  # a forward and backward of one batch, and its share of the optimizer's step
+    "update_seconds",  # of the optimizer's step alone
+    "device_seconds",  # of kernels in a forward and backward, without pauses between them
     "images_per_second",
     "loss",
     "note",
@@ -92,7 +95,8 @@ def empty_row(row: Row) -> Row:
 
 
 def key(row: Row) -> tuple[Any, ...]:
-    """What tells it from others; the batch that was searched for does not. Rows of before `whole` are of steps alone."""
+    """What tells it from others; the batch that was searched for does not. Rows of before `whole` are of steps alone, those
+    of before `graphed` of passes as they are."""
     return tuple(None if name == "batch" and row["search"] else row.get(name, False) for name in KEY)
 
 
@@ -100,7 +104,7 @@ def print_rows(rows: Sequence[Row], console: Console | None = None) -> None:
     """A table a model; columns without any value are left out."""
     console = console or Console(width=150)
     for model in dict.fromkeys(row["model"] for row in rows):
-        own = [row for row in rows if row["model"] == model]
+        own = [{**row, "mode": f"{row['mode']}, graphed"} if row.get("graphed") else row for row in rows if row["model"] == model]
         shown = [column for column in COLUMNS if any(row.get(column[1]) is not None for row in own)]
         cells = [tuple(_cell(row.get(entry), unit, form) for _, entry, unit, form in shown) for row in own]
         console.print(rich_table(model, [header for header, *_ in shown], cells))
@@ -123,6 +127,8 @@ COLUMNS: tuple[tuple[str, str, int, str], ...] = (  # header, entry of a row, un
     ("cap", "cap_bytes", GIB, ".3g"),
     ("TFLOP", "flops", 10**12, ".2f"),
     ("s / step", "seconds_per_step", 1, ".3f"),
+    ("on device", "device_seconds", 1, ".3f"),
+    ("update", "update_seconds", 1, ".3f"),
     ("images / s", "images_per_second", 1, ".2f"),
 )
 

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from agd_fast.adapters import count_parameters
 from agd_fast.attaching import armed, require_attachment
+from agd_fast.distillation.graphed import Passes
 from agd_fast.distillation.loss import distillation_loss
 from agd_fast.families import find_spec
 from agd_fast.memory.base_weights import packed_base
@@ -26,6 +28,7 @@ from memory.rows import CHECKPOINTING, EAGER, MINCUT, Row, empty_row
 from memory.students import arguments, student
 from speed.architectures import Architecture, find_architecture
 from speed.hardware import quiet
+from speed.measure import kernels as kernels_of
 
 IMAGES = 32  # a step of the optimizer, as presets have it
 
@@ -39,9 +42,10 @@ class Training:
         self.denoiser = student(architecture, row["adapter"], device, self.dtype)
         self.spec, self.attachment = find_spec(self.denoiser), require_attachment(self.denoiser)
         host = (row["optimizer"] or ("adamw" if self.mode in (EAGER, CHECKPOINTING, MINCUT) else "host")) == "host"
-        self.optimizer: torch.optim.Optimizer = (HostAdamW if host else torch.optim.AdamW)(
-            self.attachment.adapter.parameters(), lr=1e-4, weight_decay=0.0
-        )
+        parameters = list(self.attachment.adapter.parameters())
+        self.optimizer: torch.optim.Optimizer = (HostAdamW if host else torch.optim.AdamW)(parameters, lr=1e-4, weight_decay=0.0)
+        self.graphs = Passes(parameters, device) if row.get("graphed") else None
+        self.recording_bytes = 0  # the most that was allocated while a graph was made: of what is in use in it no counter tells
         self.call: Any = torch.compile(self.denoiser, dynamic=False) if self.mode == MINCUT else self.denoiser
 
     @contextmanager
@@ -52,6 +56,8 @@ class Training:
                 stack.enter_context(packed_base(self.denoiser, self.base))
             if self.mode not in (EAGER, MINCUT):
                 stack.enter_context(keeping(self.denoiser, self.mode))
+            if self.graphs is not None:
+                stack.enter_context(self.graphs)
             yield
 
     def passes(self, batch: int) -> Callable[[], Tensor]:
@@ -68,7 +74,16 @@ class Training:
             loss.backward()
             return loss.detach()
 
-        return run
+        return run if self.graphs is None else partial(self._graphed, self.graphs, run, batch)
+
+    def _graphed(self, graphs: Passes, run: Callable[[], Tensor], batch: int) -> Tensor:
+        counted = self.device.type == "cuda" and not graphs.held
+        if counted:
+            torch.cuda.reset_peak_memory_stats(self.device)
+        loss = graphs(lambda _: run(), [], key=batch)
+        if counted:
+            self.recording_bytes = torch.cuda.max_memory_allocated(self.device)
+        return loss
 
     def step(self) -> None:
         self.optimizer.step()
@@ -89,6 +104,10 @@ def train_row(
         with training.scope():
             batch = _largest(training, row["batch"]) if row["search"] else row["batch"]
             found |= {"batch": batch, **_measure(training, batch, seconds, images, lock)}
+            if training.graphs is not None:
+                if found["peak_bytes"] is not None:
+                    found["peak_bytes"] = max(found["peak_bytes"], training.recording_bytes)
+                found["note"] = training.graphs.trouble or None
     except torch.OutOfMemoryError as error:
         found["note"] = f"out of memory: {str(error).splitlines()[0]}"[:200]
     return found
@@ -105,20 +124,26 @@ def _measure(training: Training, batch: int, seconds: float, images: int, lock: 
     if cuda:
         _synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
-    times: list[float] = []
+    times, updates = list[float](), list[float]()
     with quiet(lock):
         end = time.perf_counter() + seconds
         while not times or time.perf_counter() < end:
             began = time.perf_counter()
             for _ in range(group):
                 loss = run()
+            _synchronize(device)
+            passed = time.perf_counter()
             training.step()
             _synchronize(device)
             times.append((time.perf_counter() - began) / group)
+            updates.append(time.perf_counter() - passed)
+        kernels = kernels_of(run) if cuda else None
     median = statistics.median(times)
     print(f"  batch {batch}: {median:.3f} s a pass and its share of a step", file=sys.stderr, flush=True)
     return {
         "seconds_per_step": median,
+        "update_seconds": statistics.median(updates),
+        "device_seconds": None if kernels is None else kernels.seconds,
         "images_per_second": batch / median,
         "peak_bytes": torch.cuda.max_memory_allocated(device) if cuda else None,
         "reserved_bytes": torch.cuda.max_memory_reserved(device) if cuda else None,

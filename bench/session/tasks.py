@@ -37,6 +37,8 @@ MEMORY = {  # of distilling SDXL at 1024²
     "whole_cap8": ("--cap", "8GiB", "--whole", "--modes", "blocks"),
     "whole_int8_cap6": ("--cap", "6GiB", "--base", "int8", "--whole", "--modes", "blocks"),
     "uncapped": ("--modes", "eager", "checkpointing"),
+    "graphed_cap8": ("--cap", "8GiB", "--graphed", "--modes", "recompute", "4bit", "blocks"),
+    "graphed": ("--graphed", "--modes", "eager", "checkpointing"),
     "images_at_24": ("--images-per-second", "--budget", "24GiB"),
 }
 DTYPES = ("bfloat16", "float16", "float32")
@@ -76,7 +78,7 @@ def all_stages() -> list[Stage]:
     return [
         [of_engine("sdxl"), of_engine("dit"), *(speed(*one) for one in FIRST)],
         [packing_check(), memory("cap8"), memory("int8_cap6"), memory("whole_int8_cap6"), memory("whole_cap8")],
-        [memory("uncapped"), memory("images_at_24")],
+        [memory("uncapped"), memory("graphed_cap8"), memory("graphed"), memory("images_at_24")],
         [Task("packing_kernels", alone("packing_kernels.py"), times=True)],
         [*(memory(name, "cross_attention") for name in ("cap8", "int8_cap6", "uncapped")), memory("uncapped", "reference")],
         [*(check for op in (*UNSEEN, *products) for check in of_kernel(op)), *(kernel_speed(op) for op in (*UNSEEN, *products))],
