@@ -187,7 +187,7 @@ def test_sizes(text, size):
         (["--images-per-second", "--budget", "8GiB", "--device", "meta"], "expected a card for --images-per-second"),
         (["--cap", "8"], "expected a size such as 8GiB"),
         (["--whole", "--device", "cpu"], "--whole goes with a device and with models of sdxl-1024"),
-        (["--graphed", "--device", "meta"], "--graphed goes with training steps of a batch that is given, on a device"),
+        (["--graphed", "--device", "meta"], "--graphed goes with training steps on a device"),
         (["--model", "sdxl"], "expected a model of"),
     ],
 )

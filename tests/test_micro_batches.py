@@ -15,6 +15,7 @@ from agd_fast.spec import forward_parameters
 from agd_fast.trajectories import Trajectories
 from conftest import assert_as_exact, trained
 from helpers_distillation import collect_tiny, distill_tiny, logged, short, small, tiny_teacher
+from helpers_engine import assert_same
 from helpers_families import denoisers, exact_output, run, spec_for, watched
 from helpers_pipeline_teacher import SD15, distill_pipe
 from tiny import FAMILIES
@@ -117,4 +118,4 @@ def test_guidance_is_two_forwards_of_one_sample_each(tmp_path):
     for one, other in zip(plain.shards, parts.shards, strict=True):
         assert torch.equal(other["condition"], one["condition"])
         for name in ("sample", "target"):
-            torch.testing.assert_close(other[name], one[name])
+            assert_same(other[name], one[name])

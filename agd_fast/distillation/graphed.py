@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from agd_fast.distillation.config import TrainConfig
+from agd_fast.memory.optimizer import WORK
 from agd_fast.warning import first_line, warn
 
 MOST = 4  # graphs that are held: each is of its own shapes
@@ -20,7 +21,7 @@ MOST = 4  # graphs that are held: each is of its own shapes
 # The same kernels differ by the order of atomic additions alone: a rounding of 2⁻⁹ of an element in bfloat16, less in a norm.
 # What reads memory that is another's, or misses what was added, differs by all of it.
 BOUND, NEGLIGIBLE = 1e-2, 1e-3
-ROOM = 2  # times the gradients, which must fit beside the graphs: the optimizer's step works in once as much
+ROOM = 2  # times the gradients: what AdamW's step works in, at most
 
 Pass = Callable[[Any], Tensor]  # adds to the gradients of parameters and gives the loss, a scalar without history
 
@@ -76,11 +77,11 @@ class Passes:
     The second time a pass runs as it is once more, then as a graph: what does not give the same loss and gradients is not used,
     nor is a graph that cannot be recorded, or that leaves no memory for the optimizer.
 
-    parameters: whose gradients passes add to. trouble: why there are to be no graphs.
+    parameters: whose gradients passes add to. trouble: why there are to be no graphs. host: whether the optimizer is `HostAdamW`.
     """
 
-    def __init__(self, parameters: Iterable[Tensor], device: torch.device, trouble: str = "") -> None:
-        self.parameters, self.trouble = list(parameters), trouble
+    def __init__(self, parameters: Iterable[Tensor], device: torch.device, trouble: str = "", host: bool = False) -> None:
+        self.parameters, self.trouble, self.host = list(parameters), trouble, host
         unnumbered = device.type == "cuda" and device.index is None
         self.device = torch.device("cuda", torch.cuda.current_device()) if unnumbered else device
         self.replayed = False
@@ -91,9 +92,9 @@ class Passes:
         self._seen: set[Any] = set()
 
     @classmethod
-    def of(cls, config: TrainConfig, accelerator: Accelerator, denoiser: nn.Module, adapter: nn.Module) -> Passes:
+    def of(cls, config: TrainConfig, accelerator: Accelerator, denoiser: nn.Module, adapter: nn.Module, host: bool) -> Passes:
         """Those of a training."""
-        return cls(adapter.parameters(), accelerator.device, why_plain(config, accelerator, denoiser))
+        return cls(adapter.parameters(), accelerator.device, why_plain(config, accelerator, denoiser), host)
 
     def __enter__(self) -> Passes:
         return self
@@ -203,7 +204,7 @@ class Passes:
                     self._gradients[one] = torch.empty_like(one)
                 one.grad = self._gradients[one].copy_(one.grad)  # type: ignore[arg-type]
             graph = PassGraph(run, tensors, loss, self._memory)
-            torch.empty(ROOM * sum(place.nbytes for place in self._gradients.values()), dtype=torch.uint8, device=self.device)
+            torch.empty(self._room, dtype=torch.uint8, device=self.device)
             torch._foreach_zero_([self._gradients[one] for one in used])
             loss.copy_(graph(tensors))
             if trouble := _difference(expected, _sizes(loss, used)):
@@ -214,6 +215,11 @@ class Passes:
         self._graphs[key] = graph, used
         self.replayed = True
         return ""
+
+    @property
+    def _room(self) -> int:
+        """Bytes that a step of the optimizer takes beside the graphs."""
+        return WORK if self.host else ROOM * sum(place.nbytes for place in self._gradients.values())
 
     def _clear(self) -> None:
         for parameter in self.parameters:

@@ -170,7 +170,7 @@ def _train(
     if job.memory == "auto" and accelerator.is_main_process:
         _say(job, f"memory='auto': {economy.reason}")
     adapter = require_attachment(job.teacher).adapter
-    with economy, Passes.of(job.train_config, accelerator, job.teacher.denoiser, adapter) as passes:
+    with economy, Passes.of(job.train_config, accelerator, job.teacher.denoiser, adapter, residency.short) as passes:
         loss = train(
             job.teacher,
             states,

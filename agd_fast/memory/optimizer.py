@@ -19,6 +19,7 @@ from torch.optim import AdamW
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 CHUNK = 2**25  # bytes of moments, of which two are on a card at a time
+WORK = 4 * CHUNK  # bytes of a card that a step takes, at most: as much again for what AdamW makes of two chunks
 
 
 class HostAdamW(AdamW):

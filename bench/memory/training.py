@@ -44,7 +44,7 @@ class Training:
         host = (row["optimizer"] or ("adamw" if self.mode in (EAGER, CHECKPOINTING, MINCUT) else "host")) == "host"
         parameters = list(self.attachment.adapter.parameters())
         self.optimizer: torch.optim.Optimizer = (HostAdamW if host else torch.optim.AdamW)(parameters, lr=1e-4, weight_decay=0.0)
-        self.graphs = Passes(parameters, device) if row.get("graphed") else None
+        self.graphs = Passes(parameters, device, host=host) if row.get("graphed") else None
         self.recording_bytes = 0  # the most that was allocated while a graph was made: of what is in use in it no counter tells
         self.call: Any = torch.compile(self.denoiser, dynamic=False) if self.mode == MINCUT else self.denoiser
 
@@ -60,8 +60,9 @@ class Training:
                 stack.enter_context(self.graphs)
             yield
 
-    def passes(self, batch: int) -> Callable[[], Tensor]:
-        """Forward and backward of a fixed batch → its loss. Gradients add up until the optimizer's step."""
+    def passes(self, batch: int, graphed: bool = True) -> Callable[[], Tensor]:
+        """Forward and backward of a fixed batch → its loss. Gradients add up until the optimizer's step. graphed: whether as a
+        graph, where the row says so."""
         inputs = arguments(self.architecture, batch, self.device, self.dtype)
         call, x = nest(inputs), inputs[self.spec.sample]
         omega = torch.linspace(2.0, 5.0, batch, device=self.device)
@@ -74,7 +75,7 @@ class Training:
             loss.backward()
             return loss.detach()
 
-        return run if self.graphs is None else partial(self._graphed, self.graphs, run, batch)
+        return run if self.graphs is None or not graphed else partial(self._graphed, self.graphs, run, batch)
 
     def _graphed(self, graphs: Passes, run: Callable[[], Tensor], batch: int) -> Tensor:
         counted = self.device.type == "cuda" and not graphs.held
@@ -184,7 +185,7 @@ def _fits(training: Training, batch: int) -> bool:
 
 
 def _steps(training: Training, batch: int) -> None:
-    run = training.passes(batch)
+    run = training.passes(batch, graphed=False)
     for _ in range(2):
         run()
         run()
