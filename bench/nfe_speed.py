@@ -81,6 +81,7 @@ def _settings(args: argparse.Namespace) -> Settings:
     """Raises: ValueError, FileNotFoundError for what does not go together or is not there."""
     require_arms(args.arms or ())
     of_models = {"--device meta": args.device == "meta", "--reference-repo": args.reference_repo, "--processes": args.processes}
+    of_models |= {"--eager-steps": args.eager_steps, "--profile": args.profile}
     if not args.model and any(of_models.values()):
         found = next(name for name, given in of_models.items() if given)
         raise ValueError(f"{found} goes with --model; expected one or several of {', '.join(ARCHITECTURES)}, found none")

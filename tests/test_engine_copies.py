@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import agd_fast as agd
+from agd_fast.attaching import scoped
 from agd_fast.engine.copies import Copies, prefers_channels_last
 from agd_fast.graph.projections import TILE, WAVES, leaves_card_idle
 from helpers_engine import add_lora, assert_same, call, differs, twins
@@ -117,3 +118,49 @@ def test_pieces_that_are_joined_from_the_same_are_the_same():
     assert joined.tolist() == [1, 1, 0, 0, 3]
     assert copies.joined([a, 2, b]) is joined and copies.joined([a, 3, b]) is not joined
     assert copies.bytes == 4 * (5 + 6)
+
+
+@pytest.mark.parametrize("name", ["conv_in.weight", "mid_block.attentions.0.transformer_blocks.0.attn1.to_q.weight"])
+def test_writes_that_leave_no_trace_are_taken_over_by_the_next_call(name):
+    plain, fast = twins(FAMILIES["sd15"].pipeline)
+    agd.optimize(fast, OTHER)
+    before = call(fast)
+    for pipe in (plain, fast):
+        dict(pipe.unet.named_parameters())[name].data.mul_(-2)
+    assert_same(call(fast), call(plain))
+    assert differs(before, call(fast)) and engine(fast)["captured"] == 1
+
+
+class Flat(nn.Module):
+    """Takes for granted how images lie."""
+
+    def __init__(self):
+        super().__init__()
+        self.convolutions = nn.Sequential(*[nn.Conv2d(2, 2, 3, padding=1) for _ in range(8)])
+        self.out = nn.Linear(2 * 4 * 4, 2 * 4 * 4)
+
+    def forward(self, sample, timestep):
+        hidden = self.convolutions(sample) * timestep.float().view(-1, 1, 1, 1)
+        return self.out(hidden.view(len(hidden), -1)).view_as(sample)
+
+
+@torch.no_grad()
+def test_code_that_asks_how_images_lie_is_captured_as_it_is():
+    model = Flat().eval()
+    spec = agd.DenoiserSpec()
+    agd.optimize(model, OTHER, spec=spec)
+    x, t = torch.randn(1, 2, 4, 4), torch.tensor([3])
+    expected = model._call_impl(x, t)
+    with scoped(model, t):
+        outputs = [model(x, t) for _ in range(3)]
+    for output in outputs:
+        assert_same(output, expected)
+    assert engine(model)["captured"] == 1 and not engine(model)["plain_because"]
+
+
+def test_weights_that_lie_so_already_are_not_copied():
+    _, fast = twins()
+    fast.unet.to(memory_format=torch.channels_last)
+    agd.optimize(fast, agd.EngineConfig(channels_last=True))
+    call(fast)
+    assert engine(fast)["captured"] == 1 and engine(fast)["copied_bytes"] == 0

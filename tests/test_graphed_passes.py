@@ -397,6 +397,24 @@ def test_what_is_not_finite_is_not_compared(recorded):
     assert [one.runs for one in recorded] == [1] and weight.grad == 2
 
 
+def test_weights_that_a_pass_moves_are_brought_back(recorded, monkeypatch):
+    monkeypatch.setattr(Recording, "_record", lambda self, run, memory: run())  # as Python runs in a recording
+    weight, base = nn.Parameter(torch.ones(())), nn.Parameter(torch.full((), 3.0), requires_grad=False)
+    passes = Passes([weight], torch.device("cpu"))
+    passes.weights = [base]
+
+    def moving(x):
+        base.data = base.data.clone()
+        (weight * base * x).backward()
+        return x.detach()
+
+    passes(moving, torch.tensor(1.0))
+    weight.grad, place = None, base.data_ptr()
+    with pytest.warns(UserWarning, match="a pass gives the model's weights other memory"):
+        passes(moving, torch.tensor(2.0))
+    assert passes.trouble and not passes.held and weight.grad == 6 and place != 0
+
+
 CARD = torch.device("cuda", 0)
 
 
@@ -410,12 +428,18 @@ CARD = torch.device("cuda", 0)
         ({"num_processes": 2}, "2 processes"),
         ({"scaler": object()}, "gradients are scaled"),
         ({"weights": [CARD, torch.device("cpu")]}, "not all of the model is on cuda:0"),
+        ({"modules": [("", SimpleNamespace(_hf_hook=1))]}, "a hook of accelerate or diffusers moves or casts the model"),
+        (
+            {"modules": [("a", SimpleNamespace(_diffusers_hook=SimpleNamespace(hooks={"layerwise_casting": 1})))]},
+            "a hook of accelerate or diffusers moves or casts a",
+        ),
     ],
 )
 def test_where_passes_run_as_they_are(changed, reason):
     on = {"config": TrainConfig(), "device": CARD, "num_processes": 1, "scaler": None, "weights": [CARD], **changed}
     weights = [SimpleNamespace(device=device) for device in on.pop("weights")]
-    model = SimpleNamespace(parameters=lambda: weights, buffers=list)
+    modules = on.pop("modules", [("", SimpleNamespace())])
+    model = SimpleNamespace(parameters=lambda: weights, buffers=list, named_modules=lambda: modules)
     assert why_plain(on.pop("config"), SimpleNamespace(**on), model) == reason
 
 

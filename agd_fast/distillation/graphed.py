@@ -21,7 +21,7 @@ MOST = 4  # graphs that are held: each is of its own shapes
 # The same kernels differ by the order of atomic additions alone: a rounding of 2⁻⁹ of an element in bfloat16, less in a norm.
 # What reads memory that is another's, or misses what was added, differs by all of it.
 BOUND, NEGLIGIBLE = 1e-2, 1e-3
-ROOM = 2  # times the gradients: what AdamW's step works in, at most
+ROOM = 3  # times the gradients: what AdamW's first step takes, two moments and a square root
 
 Pass = Callable[[Any], Tensor]  # adds to the gradients of parameters and gives the loss, a scalar without history
 
@@ -82,6 +82,7 @@ class Passes:
 
     def __init__(self, parameters: Iterable[Tensor], device: torch.device, trouble: str = "", host: bool = False) -> None:
         self.parameters, self.trouble, self.host = list(parameters), trouble, host
+        self.weights: list[Tensor] = []  # of the model that is trained
         unnumbered = device.type == "cuda" and device.index is None
         self.device = torch.device("cuda", torch.cuda.current_device()) if unnumbered else device
         self.replayed = False
@@ -94,7 +95,9 @@ class Passes:
     @classmethod
     def of(cls, config: TrainConfig, accelerator: Accelerator, denoiser: nn.Module, adapter: nn.Module, host: bool) -> Passes:
         """Those of a training."""
-        return cls(adapter.parameters(), accelerator.device, why_plain(config, accelerator, denoiser), host)
+        found = cls(adapter.parameters(), accelerator.device, why_plain(config, accelerator, denoiser), host)
+        found.weights = [*denoiser.parameters(), *denoiser.buffers()]
+        return found
 
     def __enter__(self) -> Passes:
         return self
@@ -203,7 +206,10 @@ class Passes:
                 if one not in self._gradients:
                     self._gradients[one] = torch.empty_like(one)
                 one.grad = self._gradients[one].copy_(one.grad)  # type: ignore[arg-type]
+            places = [weight.data for weight in self.weights]
             graph = PassGraph(run, tensors, loss, self._memory)
+            if self._moved(places):
+                return "a pass gives the model's weights other memory"
             torch.empty(self._room, dtype=torch.uint8, device=self.device)
             torch._foreach_zero_([self._gradients[one] for one in used])
             loss.copy_(graph(tensors))
@@ -215,6 +221,13 @@ class Passes:
         self._graphs[key] = graph, used
         self.replayed = True
         return ""
+
+    def _moved(self, places: list[Tensor]) -> bool:
+        """Whether weights lie elsewhere than before; they are brought back."""
+        moved = [pair for pair in zip(self.weights, places, strict=True) if pair[0].data_ptr() != pair[1].data_ptr()]
+        for weight, place in moved:
+            weight.data = place
+        return bool(moved)
 
     @property
     def _room(self) -> int:
@@ -239,7 +252,15 @@ def why_plain(config: TrainConfig, accelerator: Accelerator, denoiser: nn.Module
         return "gradients are scaled"
     if any(tensor.device.type != device.type for tensor in (*denoiser.parameters(), *denoiser.buffers())):
         return f"not all of the model is on {device}"
+    hooked = next((name for name, module in denoiser.named_modules() if _is_hooked(module)), None)
+    if hooked is not None:
+        return f"a hook of accelerate or diffusers moves or casts {hooked or 'the model'}"
     return ""
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", None)
+    return getattr(module, "_hf_hook", None) is not None or bool(hooks)
 
 
 def _sizes(loss: Tensor, parameters: Sequence[Tensor]) -> list[float]:

@@ -7,6 +7,7 @@ it always did and is captured; from then on the captured program runs. Where it 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ from agd_fast.attaching.attachment import Attachment, attachment_of
 from agd_fast.attaching.scope import Scope, scope_of
 from agd_fast.engine.asked import Asked, Asking
 from agd_fast.engine.config import EngineConfig
-from agd_fast.engine.copies import Copies, contiguous, in_channels_last, prefers_channels_last
+from agd_fast.engine.copies import Copies, in_channels_last, prefers_channels_last
 from agd_fast.engine.fingerprint import Fingerprint, obstacle, version
 from agd_fast.engine.program import Prepared, Program
 from agd_fast.engine.request import Request
@@ -104,7 +105,7 @@ class Engine:
         not_on_kernels: how many pieces run on a kernel of ours, by op, and how many do not, by op and reason. ahead_bytes: of
         what was computed ahead, in the last scope; copied_bytes: of weights in other forms, see `EngineConfig`."""
         device = device_of(self.denoiser)
-        programs = [found.program for kept in self.captured.values() for found in kept]
+        programs = self._programs
         troubles = [trouble for program in programs for trouble in (program.trouble, program.recorded.trouble)]
         return {
             "compile": self.config.compiles(device),
@@ -119,6 +120,10 @@ class Engine:
             "plain_because": list(dict.fromkeys([*filter(None, [self.obstacle]), *self.refused.values()])),
         }
 
+    @property
+    def _programs(self) -> list[Program]:
+        return [found.program for kept in self.captured.values() for found in kept]
+
     def _plain(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return self.denoiser._call_impl(*args, **kwargs)
 
@@ -130,9 +135,9 @@ class Engine:
     def _look(self, scope: Scope, attachment: Attachment | None) -> None:
         """Forget everything if the model is not what it was: once a scope, or before every forward where the caller's own code
         runs between them."""
-        if scope.looked and not scope.watched:
+        first, scope.looked = not scope.looked, True
+        if not (first or scope.watched):
             return
-        scope.looked = True
         roots = [self.denoiser, *([attachment.adapter] if attachment else [])]
         if self._model is None or not self._model.holds(roots):
             self._model = Fingerprint(roots)
@@ -143,6 +148,10 @@ class Engine:
             self.obstacle = obstacle(self.denoiser)
             if self.obstacle:
                 self._tell(self.obstacle)
+        elif first:
+            self.copies.renew()
+            for program in self._programs:
+                program.renew()
 
     def _is_due(self, answers: Any, scope: Scope) -> bool:
         """Whether to record a forward again for the values that it asks for: not the first time that these come, as every prompt
@@ -163,25 +172,34 @@ class Engine:
         try:
             if not all(isinstance(leaf, Tensor) for leaf in leaves):
                 raise NotCapturableError(f"its output holds more than tensors: {[type(leaf).__name__ for leaf in leaves]}")
-            program, asked = self._program(request)
-            _require_same(_first_results(program, request), leaves)
+            try:
+                program, asked = self._program(request, leaves, turned=self._has_channels_last)
+            except NotCapturableError:
+                if not self._has_channels_last:
+                    raise
+                program, asked = self._program(request, leaves)
         except NotCapturableError as error:
             self._refuse(key, str(error))
             return output
         self._keep(request, Captured(program, tree, asked))
         return output
 
-    def _program(self, request: Request) -> tuple[Program, Asked]:
+    def _program(self, request: Request, expected: Sequence[Tensor], turned: bool = False) -> tuple[Program, Asked]:
+        """One that gives what is expected, and lies as that does. turned: with convolutions in channels-last order, which code
+        that asks how images lie may not take. Raises: NotCapturableError."""
         asking = Asking(request.inputs, request.levels)
-        if self._has_channels_last:
-            with in_channels_last(self.denoiser, self.copies):
-                captured = capture(lambda *tensors: [*map(contiguous, asking(request.function)(*tensors))], request.inputs)
-        else:
-            captured = capture(asking(request.function), request.inputs)
+
+        def function(*tensors: Tensor) -> list[Tensor]:
+            found = zip(asking(request.function)(*tensors), expected, strict=True)
+            return [own.contiguous() if like.is_contiguous() and not own.is_contiguous() else own for own, like in found]
+
+        with in_channels_last(self.denoiser, self.copies) if turned else nullcontext():
+            captured = capture(function, request.inputs)
         try:
             program = Program(captured, request.levels, request.timestep, self.config, self.copies)
         except Exception as error:
             raise NotCapturableError(f"its graph cannot be cut ({described(error)})") from error
+        _require_same(_first_results(program, request), expected)
         return program, Asked(asking.questions.values())
 
     @property

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, fx
 
 from agd_fast.engine.config import EngineConfig
-from agd_fast.engine.copies import Copies
+from agd_fast.engine.copies import Copies, cat
 from agd_fast.engine.graphs import GraphedStep, Recorded
 from agd_fast.engine.pieces import Pieces, by_inductor
 from agd_fast.engine.tables import RowLayout, Rows, Table, fill_rows, index_of
 from agd_fast.graph.capture import Captured, value_of
 from agd_fast.graph.levels import Level
-from agd_fast.graph.partition import Part, partition
+from agd_fast.graph.partition import Part, part_of, partition
 from agd_fast.graph.projections import leaves_card_idle
 from agd_fast.graph.repeats import calls_of, operations
 from agd_fast.graph.rewriting import rewrite
@@ -64,6 +64,9 @@ class Program:
         self.packing: RowLayout | None = None  # of what does not move
         self.cuts = 0  # how often it was cut: what was prepared for one does not fit the next
         self.constants: Values = dict(captured.constants)
+        self.computed: list[
+            tuple[Tensor, Part, list[int | None]]
+        ] = []  # further ones, and what gives the pieces that are no zeros
         self.device = _device([node for node, level in self._leveled if level == Level.MOVING])
         self.compiles, self.graphs = config.compiles(self.device), config.graphs(self.device)
         self.repeated_blocks = config.repeated_blocks
@@ -98,23 +101,25 @@ class Program:
 
     def _constant(self, pieces: Sequence[fx.Node | int]) -> fx.Node | None:
         """What is made of the model's tensors alone, and zeros of a length, joined to one more constant."""
-        try:
-            values = [piece if isinstance(piece, int) else self._of_constants(piece) for piece in pieces]
-        except KeyError:
+        made = part_of(*_leading_to([piece for piece in pieces if isinstance(piece, fx.Node)]))
+        if not made.arguments or not self.constants.keys() >= {*made.arguments}:
             return None
-        joined = self.copies.joined(values)
+        zeros = [piece if isinstance(piece, int) else None for piece in pieces]
+        if made.is_empty:
+            joined = self.copies.joined(_filled(zeros, made(self.constants)))
+        else:
+            joined = cat(_filled(zeros, made(self.constants)))
+            self.computed.append((joined, made, zeros))
         with self.graph.inserting_after(next(reversed(self.constants))):
             node = self.graph.placeholder(f"joined_{len(self.constants)}")
         node.meta["val"] = value_of(next(iter(self.constants))).fake_mode.from_tensor(joined)
         self.constants[node] = joined
         return node
 
-    def _of_constants(self, node: fx.Node) -> Tensor:
-        """Its value. Raises: KeyError where it takes an input."""
-        if node.op == "placeholder":
-            return self.constants[node]
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), self._of_constants)
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+    def renew(self) -> None:
+        """What is made of the model's tensors alone, of what these are now."""
+        for joined, made, zeros in self.computed:
+            cat(_filled(zeros, made(self.constants)), joined)
 
     def _in_pieces(self, body: Part) -> Pieces | None:
         """The body with what repeats compiled once; None where that is not wanted, or would save little."""
@@ -285,6 +290,23 @@ def at_all_steps(
             for index in range(count)
         ]
         return [torch.stack(column) for column in zip(*steps, strict=True)]
+
+
+def _leading_to(results: Sequence[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:
+    """The operations that make them, in the order of the graph, and they themselves."""
+    found, waiting = set(results), list(results)
+    while waiting:
+        new = set(waiting.pop().all_input_nodes) - found
+        found |= new
+        waiting += new
+    nodes = results[0].graph.nodes
+    return [node for node in nodes if node in found and node.op == "call_function"], list(results)
+
+
+def _filled(zeros: Sequence[int | None], tensors: Sequence[Tensor]) -> list[Tensor | int]:
+    """Lengths of zeros, with the tensors in the places between them."""
+    rest = iter(tensors)
+    return [next(rest) if length is None else length for length in zeros]
 
 
 def _device(nodes: Iterable[fx.Node]) -> torch.device:

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from agd_fast import ops
 from agd_fast.graph.capture import add_call, arguments_of, kind_of, schema_name, value_of
-from agd_fast.graph.fusing import Fusing, only_user
+from agd_fast.graph.fusing import ELSEWHERE, Fusing, only_user
 from agd_fast.graph.levels import Level, in_place_groups, is_random
 
 aten = torch.ops.aten
@@ -89,7 +89,8 @@ class _Norm:
         self.operations: list[tuple[str, fx.Node]] = []
 
     def fold(self) -> None:
-        if self.grouped and not value_of(self.node.args[0]).is_contiguous():  # type: ignore[arg-type]
+        alone = len(self.value) == 1  # so that samples are not to be told apart
+        if self.grouped and not alone and not value_of(self.node.args[0]).is_contiguous():  # type: ignore[arg-type]
             return
         while self._takes(list(self.end.users)):
             pass
@@ -119,6 +120,7 @@ class _Norm:
         if self.fusing is None or not (silu or (not self.grouped and self.batched and len(self.channels) == 1)):
             return False
         if not self.value.is_contiguous():
+            self.fusing.left["ada_group_norm" if self.grouped else "ada_layer_norm", ELSEWHERE] += 1
             return False
         end = after if silu else self.end
         assert end is not None

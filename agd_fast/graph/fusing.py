@@ -15,6 +15,8 @@ from agd_fast.graph.levels import Level, in_place_groups, is_view
 from agd_fast.ops import OPS, Kernels, Op, refusal
 from agd_fast.warning import first_line
 
+ELSEWHERE = "its channels do not lie in memory as the kernel expects"
+
 
 class Fusing:
     """What is done to one graph. level: of its nodes; only what moves with x_t is put on kernels. left: how often an op's kernel

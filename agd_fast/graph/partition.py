@@ -18,6 +18,11 @@ class Part:
     arguments: tuple[fx.Node, ...]
     results: tuple[fx.Node, ...]
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is computed."""
+        return all(node.op != "call_function" for node in self.module.graph.nodes)
+
     def __call__(self, values: Mapping[fx.Node, Tensor]) -> list[Tensor]:
         """Its results from the values of nodes."""
         return self.module.forward(*[values[node] for node in self.arguments])

@@ -53,6 +53,7 @@ def rewrite(
         fusing.level = levels_of(graph, placeholders)
         joined = join_thin_projections(fusing, concatenate)
     if join is not None:
+        graph.eliminate_dead_code()
         fusing.level = levels_of(graph, placeholders)
         joined += join_projections(fusing, concatenate, join)
     kept = join_equal_cats(graph, levels_of(graph, placeholders))

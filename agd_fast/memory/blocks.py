@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -26,7 +27,7 @@ def checkpointing(denoiser: nn.Module) -> Iterator[None]:
     """
     modules = [module for module in denoiser.modules() if hasattr(module, _SET[0])]
     before = [{name: vars(module)[name] for name in _SET if name in vars(module)} for module in modules]
-    denoiser.enable_gradient_checkpointing(_again(draws=any(one.training for one in denoiser.modules())))  # type: ignore[operator]
+    denoiser.enable_gradient_checkpointing(_Again(draws=any(one.training for one in denoiser.modules())))  # type: ignore[operator]
     try:
         yield
     finally:
@@ -36,10 +37,16 @@ def checkpointing(denoiser: nn.Module) -> Iterator[None]:
             vars(module).update(values)
 
 
-def _again(draws: bool) -> Callable[..., Any]:
-    """What diffusers' own does. draws: whether random numbers are to be the same again."""
+def makes_all_again(function: Callable[..., Any]) -> bool:
+    """Whether a checkpointing function is ours: others may keep a part of what they run."""
+    return isinstance(function, _Again)
 
-    def function(module: nn.Module, *args: Any) -> Any:
-        return checkpoint(module.__call__, *args, use_reentrant=False, preserve_rng_state=draws)
 
-    return function
+@dataclass(frozen=True)
+class _Again:
+    """What diffusers' own checkpointing function does. draws: whether random numbers are to be the same again."""
+
+    draws: bool
+
+    def __call__(self, module: nn.Module, *args: Any) -> Any:
+        return checkpoint(module.__call__, *args, use_reentrant=False, preserve_rng_state=self.draws)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from agd_fast.attaching import uncompiled
+from agd_fast.memory.blocks import makes_all_again
 from agd_fast.memory.handlers import HANDLERS
 from agd_fast.memory.interception import FrozenBackward, Run
 from agd_fast.memory.modes import Mode, find_mode
@@ -122,7 +123,7 @@ class _Rerun:
             nonlocal is_forward
             if is_forward:
                 is_forward = False
-                with run.region():
+                with run.region(again=makes_all_again(self.checkpoint)):
                     return function(*args, **kwargs)
             rerun = Run(run.mode, run.plan.again(), first)
             with self.blocks.followed(rerun), FrozenBackward(rerun, HANDLERS):

@@ -63,9 +63,10 @@ class Run:
         return _function(name).apply([output], backward, kept, *inputs)
 
     @contextmanager
-    def region(self) -> Iterator[None]:
-        """A piece that is run again by itself, so that nothing known before it may be used in it."""
-        outer, self.provenance = self.provenance, Provenance(self.mode, self.plan, unread=_is_checkpointed())
+    def region(self, again: bool = False) -> Iterator[None]:
+        """A piece that is run again by itself, so that nothing known before it may be used in it. again: whether all that it
+        keeps is made again then."""
+        outer, self.provenance = self.provenance, Provenance(self.mode, self.plan, _is_checkpointed if again else None)
         try:
             yield
         finally:

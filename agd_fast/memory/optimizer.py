@@ -64,12 +64,13 @@ class HostAdamW(AdamW):
     def _laid_out(self) -> list[_Row]:
         """With all moments that there are."""
         if self._rows is None:
-            self._rows = []
+            rows: list[_Row] = []
             for number, group in enumerate(self.param_groups):
                 kinds: dict[Any, list[Tensor]] = {}
                 for parameter in group["params"]:
                     kinds.setdefault((parameter.device, parameter.dtype), []).append(parameter)
-                self._rows += [_Row(number, parameters, self.state) for parameters in kinds.values()]
+                rows += [_Row(number, parameters, self.state) for parameters in kinds.values()]
+            self._rows = rows
         return self._rows
 
 
@@ -174,6 +175,6 @@ def _joined(streams: Sequence[torch.cuda.Stream | None]) -> Iterator[None]:
 def _pin(row: _Row) -> None:
     """Its moments as they are: memory that torch pins by itself is of a power of two of bytes."""
     runtime = torch.cuda.cudart()
-    for moment in row.moments.values():
+    for moment in filter(Tensor.numel, row.moments.values()):
         torch.cuda.check_error(int(runtime.cudaHostRegister(moment.data_ptr(), moment.nbytes, 1)))
         weakref.finalize(row, runtime.cudaHostUnregister, moment.data_ptr())

@@ -92,13 +92,17 @@ class Plan:
 class Provenance:
     """Tables from storages, which they do not keep, to what is known of them.
 
-    unread: whether what is kept is made again before it is read, so that only its shapes matter now.
+    unread: tells whether what is kept now is made again before it is read, so that only its shapes matter; None: it never is.
     """
 
-    def __init__(self, mode: Mode, plan: Plan, unread: bool = False) -> None:
-        self.mode, self.plan, self.unread = mode, plan, unread
+    def __init__(self, mode: Mode, plan: Plan, unread: Callable[[], bool] | None = None) -> None:
+        self.mode, self.plan, self._is_unread = mode, plan, unread
         self._entries: WeakKeyDictionary[torch.UntypedStorage, list[_Entry]] = WeakKeyDictionary()
         self._activations: WeakKeyDictionary[torch.UntypedStorage, _Activated] = WeakKeyDictionary()
+
+    @property
+    def unread(self) -> bool:
+        return self._is_unread is not None and self._is_unread()
 
     def record(self, tensor: Tensor, source: Source) -> None:
         """`source` gives `tensor` back."""

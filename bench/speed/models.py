@@ -17,7 +17,7 @@ from agd_fast.engine import engine_of
 from speed.architectures import Architecture, find_architecture
 from speed.arms import Arm, Workbench, is_compiled, note_of, untimed, weight_bytes
 from speed.hardware import quiet
-from speed.measure import Measured, Row, Run, attempt, compare, kernels, rows_of, time_runs
+from speed.measure import Kernels, Measured, Row, Run, attempt, compare, kernels, rows_of, time_runs
 from speed.profiles import print_profile
 from speed.reference import ReferenceAdapters
 from speed.workers import Worker, workers
@@ -120,6 +120,8 @@ def _time(bench: Workbench, measured: dict[str, Measured], settings: Settings) -
     compare({name: run().float() for name, run in runs.items()}, measured)
     with quiet(settings.lock):
         time_runs(runs, measured, settings.rounds, bench.device)
+        for name, run in runs.items() if bench.device.type == "cuda" else ():
+            _count_kernels(kernels(run), measured[name], settings)
 
 
 def _timed(measured: Mapping[str, Measured], device: torch.device) -> dict[str, Measured]:
@@ -150,6 +152,8 @@ def _time_processes(name: str, batch: int, measured: dict[str, Measured], settin
         with quiet(settings.lock):
             runs = {arm: partial(worker.run, arm) for arm, worker in sound.items()}
             time_runs(runs, measured, settings.rounds, torch.device("cpu"))  # who runs waits for its own device
+            for arm, worker in sound.items() if settings.device.type == "cuda" else ():
+                _count_kernels(worker.kernels(arm), measured[arm], settings)
 
 
 def _made_by(worker: Worker, arms: Sequence[str], late: float) -> dict[str, Measured]:
@@ -199,12 +203,14 @@ def _make_run(bench: Workbench, name: str, settings: Settings, runs: dict[str, R
     if cuda:
         torch.cuda.synchronize(bench.device)
         one.peak_memory = torch.cuda.max_memory_allocated(bench.device) - others
-        found = kernels(run)
-        share = settings.steps / (one.timed_steps or settings.steps)
-        one.launches, one.device_seconds = found.launches * share, found.seconds * share
         if settings.profile:
-            print_profile(name, found, run)
+            print_profile(name, run)
     runs[name] = run
+
+
+def _count_kernels(found: Kernels, one: Measured, settings: Settings) -> None:
+    share = settings.steps / (one.timed_steps or settings.steps)
+    one.launches, one.device_seconds = found.launches * share, found.seconds * share
 
 
 def _describe(arm: Arm, bench: Workbench, one: Measured) -> None:

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from speed.measure import Kernels, kernels
+
 Runs = dict[str, Callable[[], Tensor]]
 
 
@@ -33,13 +35,18 @@ class Worker:
 
     def run(self, arm: str) -> None:
         """Returns when its device has finished."""
-        self.connection.send((arm, False))
+        self.connection.send((arm, ""))
         self.connection.recv()
 
     def output(self, arm: str) -> Tensor:
         """What a run gives, float32 on the CPU."""
-        self.connection.send((arm, True))
+        self.connection.send((arm, "output"))
         return torch.from_numpy(self.connection.recv())
+
+    def kernels(self, arm: str) -> Kernels:
+        """Those of a run, on CUDA."""
+        self.connection.send((arm, "kernels"))
+        return self.connection.recv()
 
 
 @contextmanager
@@ -67,10 +74,13 @@ def _serve(connection: Any, make: Callable[[], tuple[Any, Runs]]) -> None:
     connection.send(told)
     while True:
         try:
-            arm, shown = connection.recv()
+            arm, wanted = connection.recv()
         except EOFError:
             return
+        if wanted == "kernels":
+            connection.send(kernels(runs[arm]))
+            continue
         output = runs[arm]()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        connection.send(output.float().cpu().numpy() if shown else None)
+        connection.send(output.float().cpu().numpy() if wanted else None)
