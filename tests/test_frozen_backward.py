@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import agd_fast as agd
 from agd_fast.attaching import require_attachment
 from agd_fast.families import find_spec
 from agd_fast.memory import MODES, frozen_backward, interception
+from agd_fast.memory.blocks import _Again, checkpointing
 from agd_fast.memory.counting import FusedAttention
 from agd_fast.memory.interception import FrozenBackward
 from agd_fast.memory.ops import NAMESPACE
@@ -175,10 +177,10 @@ def test_checkpointed_blocks_run_again_as_they_ran(armed_backbone, mode):
 
 @pytest.mark.parametrize("mode", [name for name in MODES if name != "exact"])
 def test_what_runs_again_is_packed_then_alone_and_to_the_same_bits(armed_backbone, mode, monkeypatch):
-    armed_backbone.denoiser.enable_gradient_checkpointing()
-    found, little = armed_backbone.gradient(SMALLEST[mode]), packed_by(armed_backbone, mode)
-    monkeypatch.setattr(interception, "_is_checkpointed", lambda: False)
-    expected, much = armed_backbone.gradient(SMALLEST[mode]), packed_by(armed_backbone, mode)
+    with checkpointing(armed_backbone.denoiser):
+        found, little = armed_backbone.gradient(SMALLEST[mode]), packed_by(armed_backbone, mode)
+        monkeypatch.setattr(interception, "_is_checkpointed", lambda: False)
+        expected, much = armed_backbone.gradient(SMALLEST[mode]), packed_by(armed_backbone, mode)
     assert all(map(torch.equal, found, expected)) and found[1].any()
     assert little < much
 
@@ -330,3 +332,40 @@ def test_what_public_models_keep(name, mode):
             output = denoiser(**inputs, **architecture.constants(1), return_dict=False)[0]
             assert kept.total / GIB <= MOST[name, mode], kept.by_op()
     assert output.requires_grad
+
+
+class Rerun(nn.Module):
+    """Blocks that run again in backward; what is saved inside of them goes to other hooks first where `inner` is set."""
+
+    def __init__(self, function, inner):
+        super().__init__()
+        self.norm, self.first, self.second = nn.LayerNorm(64), nn.Linear(64, 64), nn.Linear(64, 64)
+        self.gradient_checkpointing, self._gradient_checkpointing_func, self.inner = True, function, inner
+
+    def block(self, x):
+        with torch.autograd.graph.save_on_cpu() if self.inner else nullcontext():
+            return x + self.second(F.silu(self.first(self.norm(x))))
+
+    def forward(self, x):
+        return self._gradient_checkpointing_func(self.block, self._gradient_checkpointing_func(self.block, x))
+
+
+def saving_products(context, op, *args, **kwargs):
+    kept = op in (torch.ops.aten.addmm.default, torch.ops.aten.mm.default)
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+SELECTIVE = partial(checkpoint, use_reentrant=False, context_fn=partial(create_selective_checkpoint_contexts, saving_products))
+
+
+@pytest.mark.parametrize(("function", "inner"), [(_Again(draws=False), False), (_Again(draws=False), True), (SELECTIVE, False)])
+def test_what_is_read_again_is_written(function, inner):
+    gradients = []
+    for one, within in ((lambda block, x: block(x), False), (function, inner)):
+        torch.manual_seed(0)
+        model = Rerun(one, within).requires_grad_(False)
+        x = torch.randn(64, 32, 64, requires_grad=True)
+        with frozen_backward(model, activations="8bit"):
+            model(x).square().mean().backward()
+        gradients.append(x.grad)
+    assert (gradients[1] - gradients[0]).norm() <= 1e-6 * gradients[0].norm()

@@ -38,7 +38,9 @@ def checkpointing(denoiser: nn.Module) -> Iterator[None]:
 
 
 def makes_all_again(function: Callable[..., Any]) -> bool:
-    """Whether a checkpointing function is ours: others may keep a part of what they run."""
+    """Whether a checkpointing function is ours, or one around it: others may keep a part of what they run."""
+    while (inner := getattr(function, "checkpoint", None)) is not None:  # an armed adapter's
+        function = inner
     return isinstance(function, _Again)
 
 
