@@ -368,4 +368,4 @@ def test_what_is_read_again_is_written(function, inner):
         with frozen_backward(model, activations="8bit"):
             model(x).square().mean().backward()
         gradients.append(x.grad)
-    assert (gradients[1] - gradients[0]).norm() <= 1e-6 * gradients[0].norm()
+    assert torch.equal(*gradients) and gradients[0].any()

@@ -31,7 +31,8 @@ def ways_to_pass(timesteps: Tensor, spec: DenoiserSpec, argument: Tensor) -> lis
 def position_of(timesteps: Tensor, spec: DenoiserSpec, argument: Tensor) -> int | None:
     """Which of a scheduler's timesteps a denoiser was given. Waits for the device."""
     ways = ways_to_pass(timesteps, spec, argument)
-    return min((int((way == argument.flatten()[0].cpu()).nonzero()[0]) for way in ways), default=None)
+    given = argument.flatten()[0].cpu()
+    return min((int((way == given).nonzero()[0]) for way in ways), default=None)
 
 
 def _scaled(times: Tensor, spec: DenoiserSpec) -> list[Tensor]:

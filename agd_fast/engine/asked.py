@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from agd_fast.engine.fingerprint import version
 from agd_fast.graph.capture import NotCapturableError
-from agd_fast.graph.levels import Level, in_place_groups, is_random
+from agd_fast.graph.levels import Level, in_place_groups, is_random, leading_to
 
 REMEMBERED = 8  # sets of tensors of one scope, of which it is known whether they give the same answers
 _MASKS = (torch.bool, torch.uint8)
@@ -143,7 +143,7 @@ class Asking(TorchFunctionMode):
         if slot is None:
             raise NotCapturableError("it asks for the values of a tensor that is not recorded")
         node = slot.proxy.node
-        nodes = _leading_to(node)
+        nodes = leading_to([node])
         question = self._question(node, nodes, tracer.root)
         if any(one.op in ("placeholder", "get_attr") for one in nodes):  # it may become another
             self.questions[node] = question
@@ -171,16 +171,6 @@ class Asking(TorchFunctionMode):
 def _has_no_value(one: Any) -> bool:
     """Whether it is a tensor inside; but for constants of the code."""
     return isinstance(one, FakeTensor) and one.constant is None
-
-
-def _leading_to(asked: fx.Node) -> list[fx.Node]:
-    """A node and all that it is made of, in the order of the graph."""
-    found, waiting = {asked}, [asked]
-    while waiting:
-        new = set(waiting.pop().all_input_nodes) - found
-        found |= new
-        waiting += new
-    return [node for node in asked.graph.nodes if node in found]
 
 
 def _bytes(tensor: Tensor) -> bytes:

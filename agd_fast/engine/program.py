@@ -16,7 +16,7 @@ from agd_fast.engine.graphs import GraphedStep, Recorded
 from agd_fast.engine.pieces import Pieces, by_inductor
 from agd_fast.engine.tables import RowLayout, Rows, Table, fill_rows, index_of
 from agd_fast.graph.capture import Captured, value_of
-from agd_fast.graph.levels import Level
+from agd_fast.graph.levels import Level, leading_to
 from agd_fast.graph.partition import Part, part_of, partition
 from agd_fast.graph.projections import leaves_card_idle
 from agd_fast.graph.repeats import calls_of, operations
@@ -101,7 +101,8 @@ class Program:
 
     def _constant(self, pieces: Sequence[fx.Node | int]) -> fx.Node | None:
         """What is made of the model's tensors alone, and zeros of a length, joined to one more constant."""
-        made = part_of(*_leading_to([piece for piece in pieces if isinstance(piece, fx.Node)]))
+        results = [piece for piece in pieces if isinstance(piece, fx.Node)]
+        made = part_of([node for node in leading_to(results) if node.op == "call_function"], results)
         if not made.arguments or not self.constants.keys() >= {*made.arguments}:
             return None
         zeros = [piece if isinstance(piece, int) else None for piece in pieces]
@@ -290,17 +291,6 @@ def at_all_steps(
             for index in range(count)
         ]
         return [torch.stack(column) for column in zip(*steps, strict=True)]
-
-
-def _leading_to(results: Sequence[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:
-    """The operations that make them, in the order of the graph, and they themselves."""
-    found, waiting = set(results), list(results)
-    while waiting:
-        new = set(waiting.pop().all_input_nodes) - found
-        found |= new
-        waiting += new
-    nodes = results[0].graph.nodes
-    return [node for node in nodes if node in found and node.op == "call_function"], list(results)
 
 
 def _filled(zeros: Sequence[int | None], tensors: Sequence[Tensor]) -> list[Tensor | int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import IntEnum
 
 import torch
@@ -63,6 +63,16 @@ def in_place_groups(graph: fx.Graph) -> set[fx.Node]:
     owners = owners_of(graph)
     written = {owners[node] for node in graph.nodes if writes(node)}
     return {node for node in owners if owners[node] in written}
+
+
+def leading_to(nodes: Sequence[fx.Node]) -> list[fx.Node]:
+    """These, one at least, and all that they are made of, in the order of their graph."""
+    found, waiting = set(nodes), list(nodes)
+    while waiting:
+        new = set(waiting.pop().all_input_nodes) - found
+        found |= new
+        waiting += new
+    return [node for node in nodes[0].graph.nodes if node in found]
 
 
 def elements(node: fx.Node) -> int:

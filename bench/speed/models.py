@@ -22,11 +22,8 @@ from speed.profiles import print_profile
 from speed.reference import ReferenceAdapters
 from speed.workers import Worker, workers
 
-COUNTED_AS = {
-    "cfg_compiled": "cfg",
-    "agd_engine": "agd_hoisted",
-    "agd_engine_whole": "agd_hoisted",
-}  # the same operations, where nothing is compiled
+# the same operations, where nothing is compiled
+COUNTED_AS = {"cfg_compiled": "cfg", "agd_engine": "agd_hoisted", "agd_engine_whole": "agd_hoisted"}
 LATE = "not made in time"
 
 
