@@ -130,8 +130,10 @@ def _scales(teacher: PipelineTeacher, given: Sequence[float] | None) -> tuple[fl
     if given is None:
         return (sum(require_attachment(teacher.denoiser).adapter.config.guidance_range) / 2 - offset,)
     scales = tuple(dict.fromkeys(float(scale) for scale in given))
-    if not scales or min(scales) + offset <= 1:
-        raise ValueError(f"expected guidance_scales above {1 - offset:g}, which is no guidance; found {list(given)}")
+    if not scales or min(scales) + offset <= teacher.guides_above:
+        raise ValueError(
+            f"expected guidance_scales above {teacher.guides_above - offset:g}, which is no guidance; found {list(given)}"
+        )
     return scales
 
 

@@ -86,13 +86,14 @@ class PipelineSpec:
     """How diffusers' pipelines run the guidance of a denoiser.
 
     components: names of the pipeline's denoisers; each gets an adapter. omega_arguments: arguments of the pipeline's call that
-        carry the guidance scale, one a component; the last serves those that are left. cfg_off_value: the scale at which
-        the pipeline makes one forward a step.
+        carry the guidance scale, one a component; the last serves those that are left. cfg_off_value: the highest scale at
+        which the pipeline makes one forward a step.
     conditional: whether the conditional prediction is the "first" or the "last": of the halves of a doubled batch, or of two
         forwards one after another.
     negative_prompt: what to pass where guidance does not run without one and the caller gives none.
     guider: name of the component that holds the guidance scale, where the pipeline has a guider instead of an argument; or of
         several, of which a call uses one.
+    pictures: whether its output is pictures, or videos of them; False for sound.
     """
 
     components: tuple[str, ...] = ("transformer",)
@@ -101,6 +102,7 @@ class PipelineSpec:
     conditional: Place = "last"
     negative_prompt: str | None = None
     guider: str | tuple[str, ...] | None = None
+    pictures: bool = True
 
     @property
     def guiders(self) -> tuple[str, ...]:
@@ -155,6 +157,11 @@ class DenoiserSpec:
     @property
     def adapted(self) -> tuple[Condition, ...]:
         return tuple(condition for condition in self.conditions if condition.adapt)
+
+    @property
+    def guides_above(self) -> float:
+        """The ω above which the pipelines guide: more than 1 where the smallest scale that they guide by has a larger ω."""
+        return self.pipeline.cfg_off_value + self.omega_offset
 
     @property
     def grouped(self) -> tuple[str, ...]:
@@ -294,15 +301,23 @@ def module_widths(module: nn.Module) -> tuple[int | None, int | None]:
 
 
 def config_value(denoiser: nn.Module, value: Any) -> Any:
-    """`value`, or what it names when it is a string "config.<attribute>"."""
+    """`value`, or what it names when it is a string "config.<attribute>", or, in a list there, "config.<attribute>.<index>"."""
     if isinstance(value, str) and value.startswith("config."):
-        config: Any = getattr(denoiser, "config", {})
-        name = value.removeprefix("config.")
-        found = config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
+        found: Any = getattr(denoiser, "config", {})
+        for name in value.split(".")[1:]:
+            found = _entry(found, name)
         if found is None:
             raise ValueError(f"the spec names {value}, but {type(denoiser).__name__} has no such entry in its config")
         return found
     return value
+
+
+def _entry(found: Any, name: str) -> Any:
+    if isinstance(found, Mapping):
+        return found.get(name)
+    if isinstance(found, (list, tuple)) and name.isdigit():
+        return found[int(name)] if int(name) < len(found) else None
+    return getattr(found, name, None)
 
 
 def device_of(module: nn.Module) -> torch.device:
@@ -347,6 +362,12 @@ def prediction_type_of(scheduler: Any) -> str:
 def forward_parameters(denoiser: nn.Module) -> tuple[str, ...]:
     """Names of the denoiser's forward parameters, in positional order."""
     return tuple(inspect.signature(denoiser.forward).parameters)
+
+
+def required_parameters(denoiser: nn.Module) -> frozenset[str]:
+    """Names of the denoiser's forward parameters that have no default."""
+    parameters = inspect.signature(denoiser.forward).parameters.items()
+    return frozenset(name for name, one in parameters if one.default is one.empty)
 
 
 def argument_of(name: str, parameters: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -78,6 +79,7 @@ class Teacher:
     run_size = 50  # trajectories at once
     validation_runs = 50  # held-out trajectories a scale
     guidance_range = (1.0, 6.0)  # of ω, where nobody chooses it
+    guides_above = -math.inf  # ω, at and below which there is no target
 
     def __post_init__(self) -> None:
         self._call = self.denoiser  # compiled, if that is what was given

@@ -29,7 +29,7 @@ from diffusers import (  # noqa: E402
 
 import agd_fast as agd  # noqa: E402
 from agd_fast.attaching import components_of, own_call, spec_of, uncompiled  # noqa: E402
-from agd_fast.families import SPECS  # noqa: E402
+from agd_fast.families import SPECS, VARIANTS  # noqa: E402
 from agd_fast.pipelines import PipelineTeacher  # noqa: E402
 from agd_fast.pipelines.record import Recorder, Step  # noqa: E402
 from agd_fast.spec import Condition, DenoiserSpec, Site  # noqa: E402
@@ -37,6 +37,7 @@ from tiny import FAMILIES, TinyFamily, sd15  # noqa: E402
 
 STANDARD = "ε(∅) + ω·(ε(c) − ε(∅))"
 RESCALED = "that, times ‖ε(c)‖ / ‖·‖ along the last dimension"
+BY_CHANNELS = "that, times ‖ε(c)‖ / ‖·‖ along the channels"
 SHORTENED = "that, times min(1, ‖ε(c)‖ / ‖·‖) along the last dimension"
 OTHER = "another rule"
 COLUMNS = (
@@ -53,6 +54,11 @@ KINDS = ("modulation", "attention", "feed_forward", "convolution")
 
 # what the table cannot show; said where a pipeline departs from the standard combination or may be asked to
 REMARKS = {
+    "AudioLDM2UNet2DConditionModel": (
+        "ε(∅) is that of an empty prompt, through both encoders and the language model. This goes on behind the padding of a "
+        "prompt, so that a prompt beside a longer one is not what it is alone. What speech is to say is given beside the prompt: "
+        "`inputs={'prompt': [...], 'transcription': [...]}`."
+    ),
     "BriaFibo2Transformer2DModel": (
         "The pipeline's default negative prompt is not empty: ε(∅) is that of this text. Captions that ask for text to be drawn "
         "change the condition from step to step: they are refused, unless `call={'render_text_images': False}`."
@@ -60,6 +66,13 @@ REMARKS = {
     "BriaTransformer2DModel": "ε(∅) is that of zeros, where no negative prompt is given.",
     "CogVideoXTransformer3DModel": (
         "`use_dynamic_cfg=True` makes ω a function of t, and the recorded target follows it; see [limits](limits.md)."
+    ),
+    "CosmosTransformer3DModel": (
+        "Cosmos 2.5. The pipeline writes ε(c) + g·(ε(c) − ε(∅)), which is the standard combination at ω = g + 1, and guides for "
+        "g > 1 alone: targets begin above ω = 2, and smaller scales are no guidance, as without an adapter. Its default negative "
+        "prompt is not empty: ε(∅) is that of this text. A picture or video to begin with takes the place of a part of the "
+        "prediction: such calls are no teacher. t is σ, which the scheduler's timesteps are rounded of, so that the engine "
+        "computes what depends on it in each step."
     ),
     "DiTTransformer2DModel": "The ε channels alone are guided; the learned sigma is as the conditional pass gives it.",
     "EasyAnimateTransformer3DModel": (
@@ -95,6 +108,21 @@ REMARKS = {
         "The scale lies on the pipeline's guider. An adapter learns whatever rule that guider has; here it is "
         "`ClassifierFreeGuidance`."
     ),
+    "JoyImageEditPlusTransformer3DModel": (
+        "Always rescaled. Pictures to edit lie behind the new one in x_t, and are put back into it "
+        "before each step; what is predicted for them is a part of the target that nobody reads."
+    ),
+    "JoyImageEditTransformer3DModel": (
+        "Always rescaled. A picture to edit is put back into x_t before each step, as with Edit "
+        "Plus; its latents are drawn from torch's own generator, which a call's `generator` does not set. Prompts have no mask "
+        "in the denoiser, so that one beside a longer one is not what it is alone."
+    ),
+    "Kandinsky3UNet": (
+        "The pipeline writes (g + 1)·ε(c) − g·ε(∅), which is the standard combination at ω = g + 1, and guides for g > 1 alone: "
+        "targets begin above ω = 2, and smaller scales are no guidance, as without an adapter. ε(∅) is that of zeros, all of "
+        "them masked, where no negative prompt is given. Prompts are pooled over their padding, so that one beside a longer one "
+        "is not what it is alone."
+    ),
     "Kandinsky5Transformer3DModel": "The pipeline's default negative prompt is not empty: ε(∅) is that of this text.",
     "Krea2Transformer2DModel": (
         "The pipeline writes ε(c) + g·(ε(c) − ε(∅)), which is the standard combination at ω = g + 1. One with `is_distilled` is "
@@ -109,6 +137,11 @@ REMARKS = {
         "`enable_cfg_renorm` is on by default and only shortens; with `call={'enable_cfg_renorm': False}` the target is the "
         "standard one. `enable_prompt_rewrite`, on by default, lets a language model write the prompt anew for each run: switch "
         "it off, so that states of one prompt are of one text."
+    ),
+    "LongCatAudioDiTTransformer": (
+        "ε(∅) is that of zeros, where no negative prompt is given. The base's convolutions over the text reach across its "
+        "padding, so that a prompt beside a longer one is not what it is alone. t runs from 0 (noise) to 1. Described for "
+        "`adaln_type='global'`, the default; others are an error on attaching."
     ),
     "LTXVideoTransformer3DModel": "`guidance_rescale` is 0 by default. In `call=` it becomes a part of the target.",
     "Lumina2Transformer2DModel": (
@@ -135,8 +168,22 @@ REMARKS = {
     "SkyReelsV2Transformer3DModel": (
         "The pipelines of diffusion forcing (`SkyReelsV2DiffusionForcing…`) step a scheduler for each frame; they are not known."
     ),
+    "StableAudio3DiTModel": (
+        "ε(∅) is that of an empty prompt; the base attends to its padding, an embedding that it has learnt. Guidance is what the "
+        "base checkpoints have; the distilled ones run without. The pipelines that begin with a sound or fill in one have none."
+    ),
+    "StableCascadeUNet": (
+        "The prior's pipeline and the decoder's, each with an adapter of its own; of the combined one put it on `prior_pipe` and "
+        "`decoder_pipe`. Guidance leaves out the prompt, and in the decoder the prior's latents as well; the decoder's default "
+        "scale is none. Adapters see the pooled prompt alone, which both have. Diffusers no longer maintains these pipelines."
+    ),
     "StableAudioDiTModel": "ε(∅) is that of zeros, where no negative prompt is given.",
-    "UNet2DConditionModel": "`guidance_rescale` is 0 by default. In `call=` it becomes a part of the target.",
+    "UNet2DConditionModel": (
+        "`guidance_rescale` is 0 by default. In `call=` it becomes a part of the target. With `class_embeddings_concat`, as "
+        "AudioLDM 1 and MusicLDM have it, adapters see `class_labels`, the embedding of the whole text. MusicLDMPipeline does "
+        "not run with the CLAP of transformers 5; it was given embeddings. DeepFloyd IF has blocks of its own and pixels: the "
+        "first three channels are guided, the learned sigma is as the conditional pass gives it."
+    ),
     "UNetMotionModel": (
         "The pipelines repeat the prompt for each frame. Where frames have prompts of their own (FreeNoise), adapters see that "
         "of the first."
@@ -160,7 +207,7 @@ def page() -> str:
         tried = _tried()
         rows = [_row(name, spec, tried.get(name, [])) for name, spec in sorted(SPECS.items())]
         refused = [(what, _message(attempt)) for what, attempt in _refused()]
-    sites = [[f"`{name}`", *(_sites(getattr(spec, kind)) for kind in KINDS)] for name, spec in sorted(SPECS.items())]
+    sites = [[name, *(_sites(getattr(spec, kind)) for kind in KINDS)] for name, spec in sorted(_specs(), key=lambda one: one[0])]
     remarks = [f"- `{name}`: {text}" for name, text in sorted(REMARKS.items())]
     return PAGE_TEXT.format(
         families=_table(COLUMNS, rows),
@@ -223,25 +270,32 @@ Image models of diffusers that run guidance and are not in the table, because of
 - Qwen-Image 2.1: keys and values of the text are kept from the first step on, so that later steps are called otherwise.
 - GLM-Image: an autoregressive model writes tokens first, and what is kept of pictures is handed to the denoiser as an object.
 - PRX: with guidance the pipeline of diffusers 0.42 runs one prompt a call, and fails with several.
-- JoyImage: with pictures to edit, it overwrites their part of x_t at every step. It has two branches and is not described yet.
 - FLUX.3: has Modular Diffusers' blocks and no pipeline.
 
 Models of video and sound, for the same reason, and U-Nets whose blocks are others than those of their class in the table:
 
 - LTX-2 and Kandinsky 6: video and sound are predicted, guided and stepped side by side; by default LTX-2 guides by four branches.
-- Cosmos: Cosmos 1 steps its scheduler twice a step; what Cosmos 2 hands to it is mixed with x_t. Cosmos 2.5 guides
-  from ω = 2 on, so that smaller ones have no target.
+- Cosmos: Cosmos 1 steps its scheduler twice a step; what Cosmos 2 hands to it is mixed with x_t, as what Cosmos 2.5 does with a
+  picture or video to begin with.
 - Wan VACE: takes one prompt and one generator a call.
 - ModelScope's text to video (UNet3DConditionModel): the frames of all videos are the batch that is handed to the scheduler.
 - ACE-Step: guidance has momentum, so that it depends on the steps before.
 - Helios: makes one chunk of the video after another, each from those before. AnyFlow: is told at each step which t comes next.
-- DeepFloyd IF and Kandinsky 2.x: a UNet2DConditionModel without the blocks of Stable Diffusion's.
-- AudioLDM 2, Stable Audio 3, LongCat-AudioDiT, Kandinsky 3 and Stable Cascade have two branches and are not described yet.
+- Kandinsky 2.x: a UNet2DConditionModel with the blocks of DeepFloyd IF, conditioned on embeddings of pictures that a prior makes;
+  not described yet.
 
 Not recognised, because nothing in their configs tells: models that were distilled to few steps and are called without guidance,
-such as SDXL-Turbo, SDXL-Lightning, FLUX.1-schnell or Z-Image-Turbo. An adapter can be attached to them, but there is no second
-forward to save.
+such as SDXL-Turbo, SDXL-Lightning, FLUX.1-schnell, Z-Image-Turbo or Stable Audio 3 but for its base checkpoints. An adapter can
+be attached to them, but there is no second forward to save.
 """
+
+
+def _specs() -> Iterator[tuple[str, DenoiserSpec]]:
+    """Every spec, by what it is of."""
+    for name, spec in SPECS.items():
+        yield f"`{name}`", spec
+        for entry, variant in VARIANTS.get(name, {}).items():
+            yield f"`{name}` with `{entry}`", variant
 
 
 def _tried() -> dict[str, list[tuple[str, TinyFamily, Any, str | None]]]:
@@ -306,7 +360,14 @@ def _rule(teacher: PipelineTeacher, step: Step, omega: float) -> str:
     )
     plain = unconditional + omega * (conditional - unconditional)
     ratio = conditional.norm(dim=-1, keepdim=True) / plain.norm(dim=-1, keepdim=True)
-    for name, expected in ((STANDARD, plain), (RESCALED, plain * ratio), (SHORTENED, plain * ratio.clamp(max=1))):
+    by_channels = conditional.norm(dim=2, keepdim=True) / plain.norm(dim=2, keepdim=True)
+    rules = (
+        (STANDARD, plain),
+        (RESCALED, plain * ratio),
+        (SHORTENED, plain * ratio.clamp(max=1)),
+        (BY_CHANNELS, plain * by_channels),
+    )
+    for name, expected in rules:
         guided = step.guided[:, : expected.shape[1]]
         if (guided - expected).abs().max() < 1e-4 * expected.abs().max():
             return name

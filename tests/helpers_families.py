@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import agd_fast as agd
-from agd_fast.attaching import attachment_of, components_of, require_attachment
+from agd_fast.attaching import attachment_of, components_of, denoiser_of, require_attachment
 from agd_fast.attaching.wrapping import is_wrapped
 from agd_fast.families import find_spec
 from agd_fast.spec import DenoiserSpec, forward_parameters
@@ -42,7 +42,7 @@ def attach_trained(pipe: Any, **config: Any) -> None:
 
 
 def spec_for(pipe: Any) -> DenoiserSpec:
-    return find_spec(getattr(pipe, "unet", None) or pipe.transformer)
+    return find_spec(denoiser_of(pipe))
 
 
 def denoisers(pipe: Any) -> dict[str, nn.Module]:

@@ -8,6 +8,7 @@ from diffusers import StableDiffusionInstructPix2PixPipeline, StableDiffusionPip
 
 import agd_fast as agd
 from agd_fast.attaching import attachment_of, components_of, share
+from helpers_families import attach_trained, run, watched
 from helpers_pipelines import SCALE, attach, forwards, no_warnings, quiet, sample
 from tiny import FAMILIES, sd15
 
@@ -74,6 +75,21 @@ def test_guidance_scale_of_one_is_the_base_without_guidance(pipe, scale):
     with forwards(pipe) as seen, no_warnings():
         assert torch.equal(sample(pipe, SD15, guidance_scale=scale), base)
     assert seen == [1] * STEPS
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_scales_by_which_a_pipeline_does_not_guide_are_none_whatever_omega_they_have(scale):
+    """Cosmos 2.5 guides for g > 1 alone, at ω = g + 1."""
+    family = FAMILIES["cosmos"]
+    pipe = family.pipeline()
+    base = run(pipe, family, guidance_scale=scale)
+    with watched(pipe) as above:
+        run(pipe, family, guidance_scale=1.001)
+    assert [len(step) for step in above.steps] == [2] * STEPS
+    attach_trained(pipe)
+    assert torch.equal(run(pipe, family, guidance_scale=scale), base)
+    mixed = run(pipe, family, guidance_scale=[scale, 4.0])
+    assert torch.equal(mixed[0], base[0]) and not torch.equal(mixed[1], base[1])
 
 
 def test_disabled_is_the_bases_own_guidance(pipe):

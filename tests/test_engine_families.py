@@ -22,6 +22,8 @@ from helpers_families import Forward, attach_trained, denoisers, exact_output, r
 from tiny import FAMILIES
 
 PLAIN = {"hidream": "values of a tensor that depends on x_t"}
+FORWARDS = {"joyimage_plus": 2}  # that are captured: x_t lies otherwise from the second step on
+NOT_AHEAD = ("cosmos",)  # whose t is none of the scheduler's timesteps, which are rounded
 CAPTURED = [name for name in FAMILIES if name not in PLAIN]
 KINDS = [(name, kind) for name in ("sd15", "dit", "pixart", "sd3") for kind in ("cross_attention", "offset")]
 
@@ -68,8 +70,8 @@ def named(denoiser: nn.Module, call: Call) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def assert_each_as_exact(pipe: Any, calls: dict[str, list[Call]], scales: list[float]) -> None:
-    """Each recorded forward again, on the engine, in a scope of the schedule."""
+def assert_each_as_exact(pipe: Any, calls: dict[str, list[Call]], scales: list[float], ahead: bool = True) -> None:
+    """Each recorded forward again, on the engine, in a scope of the schedule; ahead: whether that is known before its steps."""
     spec = spec_for(pipe)
     for index, (name, denoiser) in enumerate(denoisers(pipe).items()):
         scale = [scales[min(index, len(scales) - 1)]] * 2
@@ -77,7 +79,7 @@ def assert_each_as_exact(pipe: Any, calls: dict[str, list[Call]], scales: list[f
         exact = [exact_output(denoiser, Forward(name, named(denoiser, call), call.output, 2), omega) for call in calls[name]]
         with scoped(denoiser, pipe.scheduler.timesteps), guided(denoiser, scale), own_forwards(denoiser) as seen:
             found = [stacked(denoiser(*call.args, **call.kwargs)) for call in calls[name]]
-            assert tables(denoiser)
+            assert bool(tables(denoiser)) == ahead
         assert not seen
         plain = [call.output for call in calls[name]]
         assert_as_exact(torch.stack(found), torch.stack(plain), torch.stack(exact))
@@ -95,7 +97,8 @@ def test_a_pipeline_is_as_before_and_each_forward_as_exact(monkeypatch, name, ki
     attach_trained(pipe, kind=kind)
     plain, calls = record(pipe, family, **family.guided)
     agd.optimize(pipe)
-    for runs in (RECORDED, 0):
+    forwards = FORWARDS.get(name, 1)
+    for runs in (forwards * RECORDED, 0):
         for denoiser in denoisers(pipe).values():
             with own_forwards(denoiser) as seen:
                 found = run(pipe, family, **family.guided)
@@ -105,8 +108,8 @@ def test_a_pipeline_is_as_before_and_each_forward_as_exact(monkeypatch, name, ki
         program.body = in_pieces(program.parts.body, calls_of(program.parts.body.module.graph))
     assert torch.equal(run(pipe, family, **family.guided), found)
     assert [engine_of(denoiser).info()["plain_because"] for denoiser in denoisers(pipe).values()] == [[]] * len(denoisers(pipe))
-    assert all(engine_of(denoiser).info()["captured"] == 1 for denoiser in denoisers(pipe).values())
-    assert_each_as_exact(pipe, calls, scales_of(family))
+    assert all(engine_of(denoiser).info()["captured"] == forwards for denoiser in denoisers(pipe).values())
+    assert_each_as_exact(pipe, calls, scales_of(family), ahead=name not in NOT_AHEAD)
 
 
 @pytest.mark.parametrize(("name", "steps"), [("sd3", 28), ("qwenimage", 4), ("qwenimage", 50), ("wan", 50)])
@@ -192,6 +195,18 @@ HOISTED = [
         None,
         ["text_transformer_blocks.0.self_attention.to_key", "visual_modulation.out_layer"],
         "visual_transformer_blocks.0.self_attention.to_key",
+    ),
+    (
+        "audioldm2",
+        None,
+        ["attentions.1.transformer_blocks.0.attn2.to_k", "attentions.2.transformer_blocks.0.attn2.to_v", "time_emb_proj"],
+        "attentions.0.transformer_blocks.0.attn2.to_k",
+    ),
+    (
+        "longcat_audio",
+        None,
+        ["text_conv_layer.0.pwconv1", "adaln_global_mlp.mlp.1", "cross_attn.to_k", "norm_out.linear"],
+        "self_attn.to_k",
     ),
     ("hunyuanvideo15", None, ["token_refiner.refiner_blocks.0.attn.to_k", "norm1.linear"], "transformer_blocks.0.attn.to_k"),
 ]

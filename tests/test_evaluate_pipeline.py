@@ -265,6 +265,11 @@ def test_embeddings_of_a_negative_prompt_are_for_cfg_alone(tmp_path):
     assert contents(tmp_path / "embeddings") == contents(tmp_path / "prompts")
 
 
+def test_a_scale_by_which_the_pipeline_does_not_guide_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"guidance_scales above 1, which is no guidance; found \[4.0, 1.0\]"):
+        evaluate(with_adapter("cosmos"), tmp_path, FAMILIES["cosmos"], guidance_scales=[4.0, 1.0])
+
+
 def test_a_negative_prompt_that_an_adapter_has_not_learnt_is_said(tmp_path):
     with pytest.warns(UserWarning, match="the negative prompt is left out"):
         evaluate(with_adapter(), tmp_path, count=1, call={**SIZE, "negative_prompt": "pale lamp"})

@@ -16,10 +16,12 @@ from agd_fast.spec import config_value
 from agd_fast.teacher import State
 from conftest import assert_as_exact
 from helpers_families import attach_trained, denoisers, exact_output, run, spec_for, watched
-from tiny import FAMILIES, animatediff, sd15
+from tiny import FAMILIES, animatediff, audioldm, sd15
 
 CONFIG = agd.AdapterConfig(hidden=2)
-SIBLINGS = {**sd15.SIBLINGS, **animatediff.SIBLINGS}
+# what these bases compute depends on how far a prompt is padded
+WITH_PADDING = ("joyimage", "audioldm2", "kandinsky3", "kandinsky5", "longcat_audio")
+SIBLINGS = {**sd15.SIBLINGS, **animatediff.SIBLINGS, **audioldm.SIBLINGS}
 
 
 @pytest.fixture(params=FAMILIES)
@@ -163,6 +165,14 @@ def from_the_conditional(cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
     return cond + scale * (cond - uncond)
 
 
+def of_both_scaled(cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
+    return (scale + 1.0) * cond - scale * uncond
+
+
+def by_lerp(cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
+    return torch.lerp(uncond, cond, scale)
+
+
 def of_three_channels(cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
     return torch.cat([standard(cond[:, :3], uncond[:, :3], scale), cond[:, 3:]], dim=1)
 
@@ -172,6 +182,12 @@ def to_the_conditionals_norm(cond: Tensor, uncond: Tensor, scale: float) -> Tens
     return guided * (cond.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))
 
 
+def to_the_conditionals_norm_by_channels(cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
+    guided = standard(cond, uncond, scale)
+    norms = [torch.norm(one, dim=2, keepdim=True) for one in (cond, guided)]
+    return guided * (norms[0] / norms[1].clamp_min(1e-6))
+
+
 def to_the_conditionals_norm_at_most(cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
     guided = standard(cond, uncond, scale)
     norms = [torch.norm(one, dim=-1, keepdim=True) for one in (cond, guided)]
@@ -179,12 +195,19 @@ def to_the_conditionals_norm_at_most(cond: Tensor, uncond: Tensor, scale: float)
 
 
 RULES = {
+    "cosmos": from_the_conditional,
+    "deepfloyd_if": of_three_channels,
+    "joyimage": to_the_conditionals_norm_by_channels,
+    "joyimage_plus": to_the_conditionals_norm_by_channels,
+    "kandinsky3": of_both_scaled,
     "krea2": from_the_conditional,
     "longcat_image": to_the_conditionals_norm_at_most,
     "lumina": of_three_channels,
     "lumina2": to_the_conditionals_norm,
     "nucleusmoe_image": to_the_conditionals_norm,
     "qwenimage": to_the_conditionals_norm,
+    "stable_cascade_decoder": by_lerp,
+    "stable_cascade_prior": by_lerp,
     "zimage": from_the_conditional,
 }
 
@@ -248,7 +271,7 @@ def test_scales_of_one_batch_are_each_samples_own(family, pipe):
 def test_a_sample_of_a_batch_is_predicted_as_it_is_alone(family, pipe):
     """Whatever its neighbour's ω is, and however long the neighbour's prompt."""
     attach_trained(pipe)
-    rows = (2, 9) if family.name == "kandinsky5" else (0, 1)  # whose base itself attends to the padding: of one length
+    rows = (2, 9) if family.name in WITH_PADDING else (0, 1)  # prompts of one length
     values = [1.5, 4.0]
     with watched(pipe) as together:
         run(pipe, family, rows, **scales(family, values))
@@ -275,7 +298,7 @@ def test_an_adapter_is_loaded_into_a_fresh_pipeline_and_gives_the_same(family, p
 def test_an_adapter_of_another_family_is_refused_naming_both(family, pipe, tmp_path):
     agd.attach(pipe, CONFIG)
     agd.save(pipe, tmp_path)
-    other = FAMILIES["dit" if family.name.startswith("sd") else "sd15"].pipeline()
+    other = FAMILIES["sd15" if family.name == "dit" else "dit"].pipeline()
     here, there = (type(next(iter(denoisers(one).values()))).__name__ for one in (pipe, other))
     with pytest.raises(ValueError, match=f"an adapter for a {here}, expected one for this {there}"):
         agd.load(other, tmp_path)

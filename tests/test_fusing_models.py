@@ -5,17 +5,22 @@ from itertools import pairwise
 
 import pytest
 import torch
+from agd_fast_kernels.layouts import channels_last
 from torch import nn
 
 import agd_fast as agd
+from agd_fast import ops
 from agd_fast.attaching import attachment_of, scoped
 from agd_fast.engine import engine_of
+from agd_fast.graph.capture import value_of
 from conftest import Backbone, assert_as_exact, double, make_backbone, trained
 from helpers_engine import add_lora, assert_same, call, programs, small_pipeline, twins
 from helpers_families import attach_trained, denoisers, run
-from helpers_pipelines import attach
-from test_engine_families import CAPTURED, assert_each_as_exact, record, scales_of
+from helpers_pipelines import attach, sample
+from test_engine_families import CAPTURED, NOT_AHEAD, assert_each_as_exact, record, scales_of
 from tiny import FAMILIES
+
+NO_KERNELS = ("deepfloyd_if", "cross_attention")  # its UNet has a gelu where others have a SiLU, and no feed-forward
 
 
 @pytest.mark.parametrize("kind", [None, "cross_attention"])
@@ -29,8 +34,23 @@ def test_every_family_is_as_exact_on_kernels(name, kind):
     run(pipe, family, **family.guided)
     for denoiser in denoisers(pipe).values():
         info = engine_of(denoiser).info()
-        assert info["kernels"] and not info["plain_because"]
-    assert_each_as_exact(pipe, calls, scales_of(family))
+        assert bool(info["kernels"]) == ((name, kind) != NO_KERNELS) and not info["plain_because"]
+    assert_each_as_exact(pipe, calls, scales_of(family), ahead=name not in NOT_AHEAD)
+
+
+def test_norms_and_low_rank_terms_take_images_as_they_lie():
+    family = FAMILIES["sdxl"]
+    plain, fast = twins(family.pipeline)
+    agd.optimize(fast, agd.EngineConfig(channels_last=True, kernels="always"))
+    found, expected = (sample(pipe, family, **family.guided, num_images_per_prompt=2) for pipe in (fast, plain))
+    assert_same(found, expected)
+    info = engine_of(fast.unet).info()
+    assert info["kernels"].items() >= {"ada_group_norm": 17, "gated_lora": 16}.items() and not info["not_on_kernels"]
+    nodes = [node for program in programs(fast.unet) for node in program.graph.nodes]
+    for op, place in ((ops.ada_group_norm, 0), (ops.OPS["gated_lora"], 1)):
+        pairs = [(value_of(node), value_of(node.args[place])) for node in nodes if node.target is op.overload]
+        assert all(channels_last(found) == channels_last(image) for found, image in pairs)
+        assert sum(channels_last(image) for _, image in pairs) > len(pairs) / 2
 
 
 @pytest.mark.parametrize(

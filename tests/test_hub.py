@@ -19,6 +19,7 @@ from agd_fast.reporting.card import model_card
 from agd_fast.storage import CONFIG_NAME, WEIGHTS_NAME
 from fake_hub import TOKEN, FakeHub
 from helpers_distillation import NET_SPEC, contents, custom_teacher, small, tiny_teacher
+from tiny import FAMILIES
 
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(range(256))
 
@@ -322,6 +323,14 @@ def test_the_card_says_what_the_run_recorded(tmp_path):
     assert (
         explained == "| explained | " + " | ".join(f"{v:.3g}" for v in result["guidance_explained"]["by_scale"].values()) + " |"
     )
+
+
+@pytest.mark.parametrize("name", ["zimage", "audioldm"])  # whose condition is not called encoder_hidden_states
+def test_the_card_of_a_pipeline_that_takes_text_shows_a_prompt(name, tmp_path):
+    pipe = FAMILIES[name].pipeline()
+    agd.attach(pipe, agd.AdapterConfig(hidden=2))
+    agd.save(pipe, tmp_path)
+    assert 'pipe("a fox", guidance_scale=' in model_card([tmp_path], "me/tiny-agd")
 
 
 def test_the_card_invents_nothing(tmp_path):

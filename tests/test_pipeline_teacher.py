@@ -52,6 +52,19 @@ def test_a_bare_call_takes_the_captions_that_ship(pipe, tmp_path):
     assert plan_of(tmp_path)["guidance_range"] == [1.0, 12.0]
 
 
+def test_targets_are_of_scales_by_which_the_pipeline_guides(tmp_path):
+    """Cosmos 2.5 guides above ω = 2 alone."""
+    family = FAMILIES["cosmos"]
+    result = distill_pipe(family.pipeline(), tmp_path / "left open", family, guidance_range=None, validation=1)
+    assert list(result.explained.by_scale) == [3.0, 4.0, 6.0]
+    assert plan_of(tmp_path / "left open")["guidance_range"] == [2.0, 6.0]
+    with pytest.raises(
+        ValueError, match=r"guides above ω = 2 alone; expected a guidance_range from there on, found ω from 1.5 to"
+    ):
+        distill_pipe(family.pipeline(), tmp_path / "too low", family, guidance_range=(0.5, 5.0))
+    assert not (tmp_path / "too low").exists()
+
+
 def test_prompt_embeddings_give_the_same_states_as_their_prompts(pipe, tmp_path):
     given = prompts(2)
     embeddings, _ = pipe.encode_prompt(given, "cpu", 1, False)

@@ -62,6 +62,7 @@ def test_what_is_stored_is_all_that_the_denoiser_needs(name, tmp_path):
         ("chroma", {"img_ids", "txt_ids"}),
         ("ltx", {"num_frames", "height", "width", "rope_interpolation_scale"}),
         ("qwenimage", {"img_shapes"}),
+        ("audioldm", {"encoder_hidden_states"}),  # None, which its U-Net asks for
         ("kandinsky5", {"visual_rope_pos.0", "text_rope_pos", "scale_factor"}),
     ],
 )

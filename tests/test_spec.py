@@ -11,7 +11,7 @@ from torch import nn
 
 import agd_fast as agd
 from agd_fast.attaching import layout_for
-from agd_fast.families import SPECS, find_spec
+from agd_fast.families import SPECS, VARIANTS, find_spec
 from agd_fast.spec import Layout, config_value, find_modules, label_count, module_widths, nest, resolve_sites
 from conftest import TINY_SPEC, TinyDenoiser
 from tiny import FAMILIES, sdxl
@@ -148,6 +148,25 @@ def test_the_first_width_of_a_condition_that_is_set_counts():
         unet = family.pipeline().unet
         widths[name] = dict(layout_for(unet, agd.AdapterConfig("modulation"), find_spec(unet)).condition_widths)
     assert widths == {"kolors": {"encoder_hidden_states": 12}, "sdxl": {"encoder_hidden_states": 24}}
+
+
+def test_a_width_is_read_out_of_a_list_in_the_config():
+    unet = FAMILIES["audioldm2"].pipeline().unet
+    widths = layout_for(unet, agd.AdapterConfig("modulation"), find_spec(unet)).condition_widths
+    assert widths == {"encoder_hidden_states": 12, "encoder_hidden_states_1": 20}
+    for index in ("0.3", "0.0", "2", "first"):
+        with pytest.raises(ValueError, match=rf"the spec names config.cross_attention_dim.{index}, but .* no such entry"):
+            config_value(unet, f"config.cross_attention_dim.{index}")
+
+
+def test_a_variant_of_a_class_is_found_by_its_config(unet):
+    spec = find_spec(FAMILIES["audioldm"].pipeline().unet)
+    assert [condition.argument for condition in spec.conditions] == ["class_labels"]
+    assert spec.modulation == unet.spec.modulation
+    assert not find_spec(FAMILIES["deepfloyd_if"].pipeline().unet).feed_forward
+    assert find_spec(FAMILIES["sdxl"].pipeline().unet) is unet.spec  # whose addition_embed_type is another
+    for name, variants in VARIANTS.items():
+        assert {entry.partition("=")[0] for entry in variants} <= inspect.signature(getattr(diffusers, name)).parameters.keys()
 
 
 def test_adapted_conditions_are_those_that_adapters_see(unet):

@@ -138,6 +138,7 @@ def _scheduled(schedule: Callable[[float], Any], rows: Callable[[Any], Tensor], 
 def _rows(argument: str, spec: DenoiserSpec, batch: tuple[int | None, int], scale: Any) -> Tensor:
     """ω [B] of a guidance scale where the call tells B, else [1]."""
     omega, (prompts, repeats) = to_omega(scale, spec), batch
+    omega = omega.where((omega <= 1) | (omega > spec.guides_above), 1.0)  # as the pipeline does, which does not guide there
     if len(omega) > 1 and len(omega) != prompts:
         raise ValueError(
             f"{argument} has {len(omega)} values for {prompts if prompts else 'an unknown number of'} prompt(s); "

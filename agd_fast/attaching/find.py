@@ -11,7 +11,7 @@ from torch import nn
 
 from agd_fast.spec import DenoiserSpec
 
-_NAMES = ("denoiser", "transformer", "unet")
+_NAMES = ("denoiser", "transformer", "unet", "prior", "decoder")
 
 
 def denoiser_of(model: Any) -> nn.Module:

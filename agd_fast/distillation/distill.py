@@ -138,6 +138,9 @@ def distill(
         if adapter is None and init is None:
             config = replace(config, identity_at_one=one.gives_cond_at_one)
             config = config if guidance_range else replace(config, guidance_range=one.guidance_range)
+        if guidance_range is None:
+            low, high = config.guidance_range
+            config = replace(config, guidance_range=(max(low, one.guides_above), high))
         negative = (call or {}).get("negative_prompt")
         if init is None and isinstance(negative, str):
             config = replace(config, negative_prompt=negative)

@@ -23,7 +23,7 @@ from agd_fast.distillation.graphed import Passes
 from agd_fast.distillation.phases import Phases
 from agd_fast.distillation.preview import preview
 from agd_fast.distillation.residency import Residency
-from agd_fast.distillation.tiling import tiled
+from agd_fast.distillation.tiling import decoder_of, tiled
 from agd_fast.distillation.train import make_accelerator, train
 from agd_fast.evaluation.explained import SCALES, Explained, guidance_explained
 from agd_fast.files import differences, fingerprint, replacing, write_json
@@ -211,7 +211,7 @@ def _choice(job: Job, states: Trajectories, device: torch.device, short: bool) -
     if budget is None:
         return Choice(ways, f"{ways[0]}, for there is no card to fit")
     estimate = estimator(job.teacher, inputs, "host" if short else "adamw")
-    return choose(ways, budget, config.batch_size, estimate)
+    return choose(ways, budget, config.batch_size // PartialState().num_processes, estimate)
 
 
 def _say(job: Job, text: str) -> None:
@@ -240,11 +240,10 @@ def _states(job: Job, progress: bool) -> Trajectories:
 
 
 def _explained(job: Job) -> Explained:
-    low, high = job.config.guidance_range
     return guidance_explained(
         job.teacher,
         _cycled(job.table, job.validation),
-        scales=_scales(low, high),
+        scales=_scales(*job.config.guidance_range, job.teacher.guides_above),
         steps=_middle(job.sampling_steps),
         seed=job.seed + 1,
     )
@@ -274,7 +273,7 @@ def draw_samples(job: Job) -> None:
 def _draw(job: Job, path: Path, short: bool) -> None:
     """short: of memory."""
     omega, steps = sum(job.config.guidance_range) / 2, _middle(job.sampling_steps)
-    with tiled(getattr(job.teacher.owner, "vae", None)) if short else nullcontext():
+    with tiled(decoder_of(job.teacher.owner)) if short else nullcontext():
         picture = preview(job.teacher, job.table, omega, steps, job.seed + 1)
     if picture is not None:
         with replacing(path) as partial:
@@ -322,9 +321,9 @@ def _cycled(table: Conditions, count: int) -> dict[str, Tensor]:
     return {name: value[rows] for name, value in table.items()}
 
 
-def _scales(low: float, high: float) -> tuple[float, ...]:
-    """The scales fidelity is reported at, within the trained range."""
-    inside = tuple(omega for omega in SCALES if low <= omega <= high)
+def _scales(low: float, high: float, above: float) -> tuple[float, ...]:
+    """The scales fidelity is reported at, within the trained range and where there is guidance."""
+    inside = tuple(omega for omega in SCALES if low <= omega <= high and omega > above)
     return inside or ((low + high) / 2,)
 
 

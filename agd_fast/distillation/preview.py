@@ -9,6 +9,7 @@ from diffusers.utils.pil_utils import pt_to_pil
 from PIL import Image
 
 from agd_fast.attaching import attachment_of, components_of
+from agd_fast.distillation.tiling import DECODERS
 from agd_fast.pipelines import ARMS, Arm, PipelineTeacher
 from agd_fast.sampling import sample
 from agd_fast.teacher import Conditions, Teacher
@@ -51,7 +52,8 @@ def pictures(teacher: PipelineTeacher, arm: Arm, scale: float, steps: int, seed:
     scale: in the family's own convention.
     """
     components = components_of(teacher.pipe, teacher.spec).values()
-    if getattr(teacher.pipe, "vae", None) is None or not all(map(attachment_of, components)):
+    without_decoder = any(getattr(teacher.pipe, name, True) is None for name in DECODERS)
+    if without_decoder or not all(map(attachment_of, components)):
         return []
     found: list[Image.Image] = []
     for row in range(count):  # one by one: memory for one sample is there

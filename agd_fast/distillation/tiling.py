@@ -10,6 +10,12 @@ from agd_fast.attaching import uncompiled
 
 TILE = 512  # pixels: of larger ones
 _SET = ("use_", "tile_")  # what names of a VAE's settings begin with
+DECODERS = ("vae", "movq", "vqgan")  # of a pipeline's parts, what makes pictures of latents
+
+
+def decoder_of(pipe: Any) -> Any:
+    """None where there is no such thing."""
+    return next((part for name in DECODERS if (part := getattr(pipe, name, None)) is not None), None)
 
 
 @contextmanager

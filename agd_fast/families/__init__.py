@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import diffusers
 from torch import nn
 
 from agd_fast.families import (
     allegro,
     animatediff,
+    audioldm,
+    audioldm2,
     auraflow,
     bria,
     bria_fibo,
@@ -16,6 +20,8 @@ from agd_fast.families import (
     cogvideox,
     cogview3,
     cogview4,
+    cosmos,
+    deepfloyd_if,
     dit,
     easyanimate,
     ernie_image,
@@ -26,9 +32,12 @@ from agd_fast.families import (
     hunyuandit,
     hunyuanvideo,
     hunyuanvideo15,
+    joyimage,
+    kandinsky3,
     kandinsky5,
     krea2,
     latte,
+    longcat_audio,
     longcat_image,
     ltx,
     lumina,
@@ -44,6 +53,8 @@ from agd_fast.families import (
     sd3,
     skyreels,
     stable_audio,
+    stable_audio3,
+    stable_cascade,
     unet,
     wan,
     zimage,
@@ -51,12 +62,13 @@ from agd_fast.families import (
 from agd_fast.families.discovery import EXAMPLE, discover
 from agd_fast.spec import DenoiserSpec
 
-__all__ = ["SPECS", "discover", "find_spec"]
+__all__ = ["SPECS", "VARIANTS", "discover", "find_spec"]
 
 # by the name under which diffusers exports the class: it is imported only where it is met, and may be newer than diffusers is
 SPECS: dict[str, DenoiserSpec] = {
     **allegro.SPECS,
     **animatediff.SPECS,
+    **audioldm2.SPECS,
     **auraflow.SPECS,
     **bria.SPECS,
     **bria_fibo.SPECS,
@@ -65,6 +77,7 @@ SPECS: dict[str, DenoiserSpec] = {
     **cogvideox.SPECS,
     **cogview3.SPECS,
     **cogview4.SPECS,
+    **cosmos.SPECS,
     **dit.SPECS,
     **easyanimate.SPECS,
     **ernie_image.SPECS,
@@ -75,9 +88,12 @@ SPECS: dict[str, DenoiserSpec] = {
     **hunyuandit.SPECS,
     **hunyuanvideo.SPECS,
     **hunyuanvideo15.SPECS,
+    **joyimage.SPECS,
+    **kandinsky3.SPECS,
     **kandinsky5.SPECS,
     **krea2.SPECS,
     **latte.SPECS,
+    **longcat_audio.SPECS,
     **longcat_image.SPECS,
     **ltx.SPECS,
     **lumina.SPECS,
@@ -93,21 +109,37 @@ SPECS: dict[str, DenoiserSpec] = {
     **sd3.SPECS,
     **skyreels.SPECS,
     **stable_audio.SPECS,
+    **stable_audio3.SPECS,
+    **stable_cascade.SPECS,
     **unet.SPECS,
     **wan.SPECS,
     **zimage.SPECS,
 }
 
+# of a class, bases that are conditioned or built otherwise: by the entry that is set in their config, or has this value
+VARIANTS: dict[str, dict[str, DenoiserSpec]] = {
+    name: {**audioldm.VARIANTS[name], **deepfloyd_if.VARIANTS[name]} for name in unet.SPECS
+}
+
 
 def find_spec(denoiser: nn.Module) -> DenoiserSpec:
-    """The spec of a denoiser's class or of its nearest known base class.
+    """The spec of a denoiser's class or of its nearest known base class, or the variant of it that its config asks for.
 
     Raises: TypeError when there is none.
     """
     for cls in type(denoiser).__mro__:
         if cls.__name__ in SPECS and getattr(diffusers, cls.__name__, None) is cls:
-            return SPECS[cls.__name__]
+            variants = VARIANTS.get(cls.__name__, {}).items()
+            config = getattr(denoiser, "config", None)
+            return next((spec for entry, spec in variants if _has(config, entry)), SPECS[cls.__name__])
     raise TypeError(
         f"no DenoiserSpec is known for {type(denoiser).__name__}; known: {', '.join(SPECS)}. Describe it, as in "
         f"agd_fast.Teacher(denoiser, scheduler, spec={EXAMPLE}), or let spec=agd_fast.discover(denoiser) propose one"
     )
+
+
+def _has(config: Any, entry: str) -> bool:
+    """entry: its name, or "name=value"."""
+    name, _, value = entry.partition("=")
+    found = getattr(config, name, None)
+    return found == value if value else bool(found)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from agd_fast.attaching.find import uncompiled
 from agd_fast.attaching.steps import after_forward, around_step, before_forward
 from agd_fast.pipelines.handed import PART, Handed, shape_of
-from agd_fast.spec import DenoiserSpec, config_value, forward_parameters
+from agd_fast.spec import DenoiserSpec, config_value, forward_parameters, required_parameters
 
 _NOT_RECORDED = ("return_dict",)
 
@@ -70,6 +70,7 @@ class Recorder:
     ) -> None:
         self.pipe, self.component, self.spec, self.batch, self.visit, self.handed = pipe, component, spec, batch, visit, handed
         self.parameters = forward_parameters(uncompiled(component))
+        self.required = required_parameters(uncompiled(component))
         self.shape: tuple[int, ...] = ()
         self.calls: list[dict[str, Any]] = []
         self.done = 0  # steps
@@ -146,6 +147,8 @@ class Recorder:
             elif name == self.spec.timestep:
                 t = torch.as_tensor(value, device=_device_of(call[self.spec.sample]))
                 rows[name] = t.reshape(-1).expand(size) if t.ndim < 2 and t.numel() == 1 else t
+            elif value is None and name in self.required:
+                constants[name] = None
             elif name not in _NOT_RECORDED:
                 for path, leaf in _leaves(name, value):
                     dim = self.spec.batch_dim(path)

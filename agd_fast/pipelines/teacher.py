@@ -172,6 +172,10 @@ class PipelineTeacher(Teacher):
         return " with ".join([own, *map(name_of_guider, guiders_of(self.pipe, self.spec))])
 
     @property
+    def guides_above(self) -> float:  # type: ignore[override]
+        return self.spec.guides_above if self.guider is None else super().guides_above
+
+    @property
     def gives_cond_at_one(self) -> bool:  # type: ignore[override]
         guiders = guiders_of(self.pipe, self.spec) if self.guider is None else [self.guider]
         return all(map(gives_cond_at_one, guiders))
@@ -347,6 +351,8 @@ class PipelineTeacher(Teacher):
         seeds: of the noise, one a row, so that it is the same whatever the rows are that are made together.
         """
         spec = self.spec.pipeline
+        if not spec.pictures:
+            return []
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         arguments = {**self.call, "num_inference_steps": steps, "generator": generators, **self._rows([*rows])}
         arguments[spec.omega_arguments[0]] = spec.cfg_off_value if arm == "unguided" else scale

@@ -19,6 +19,7 @@ from agd_fast.storage import read_adapter, read_config
 NOT_RECORDED = "not recorded"
 RESULT_NAME = "distill.json"  # of `agd_fast.distill`
 TAGS = ["agd-fast", "diffusers", "adapter-guidance-distillation", "classifier-free-guidance", "guidance-distillation"]
+LABELLED = ("DiTTransformer2DModel",)  # classes whose pipelines are given class labels and no prompt
 PLAIN_CFG = "agd_fast.ops.guidance_combine"
 # of classes whose pipelines all start from text; most classes serve several tasks, which an adapter does not tell
 PIPELINE_TAGS = dict.fromkeys(("PixArtTransformer2DModel", "SD3Transformer2DModel", "SanaTransformer2DModel"), "text-to-image")
@@ -56,7 +57,7 @@ def model_card(folders: Sequence[Path], repo_id: str, *, picture: str | None = N
         denoisers=denoisers,
         snippet="pipeline" if hasattr(diffusers, first["base_class"]) else "denoiser",
         example_scale=_example_scale(first["low"] - first["omega_offset"], first["high"] - first["omega_offset"]),
-        example_input='"a fox"' if first["text"] else "class_labels=[1]",
+        example_input="class_labels=[1]" if first["base_class"] in LABELLED else '"a fox"',
     )
     return re.sub(r"\n{3,}", "\n\n", text)
 
@@ -91,7 +92,6 @@ def _facts(folder: Path, *, first: bool) -> dict[str, Any]:
         "loss": result.get("loss"),
         "training": _training(about, result),
         "pipeline_tag": about.get("pipeline_tag") or PIPELINE_TAGS.get(config["base_class"]),
-        "text": "encoder_hidden_states" in layout["condition_widths"],
     }
 
 

@@ -59,6 +59,11 @@ def collect(
     _require_positive(trajectories=trajectories, shard_size=shard_size, steps=low, keep=1 if keep is None else keep)
     if low > high:
         raise ValueError(f"steps must be (lowest, highest), found {steps}")
+    if guidance_range[0] < teacher.guides_above:
+        raise ValueError(
+            f"{teacher.name} guides above ω = {teacher.guides_above:g} alone; expected a guidance_range from there on, found "
+            f"ω from {guidance_range[0]:g} to {guidance_range[1]:g}"
+        )
     _require_source(teacher, conditions, source, data)
     teacher.require_conditional(conditions)  # a missing null condition is said before anything runs
     plan = Plan(

@@ -21,6 +21,9 @@ from transformers import (
     Qwen3Model,
     Qwen3VLTextConfig,
     Qwen3VLTextModel,
+    T5GemmaConfig,
+    T5GemmaEncoderModel,
+    T5GemmaModuleConfig,
 )
 
 CHAT = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"  # a chat template
@@ -47,6 +50,13 @@ def gemma2(width: int, layers: int = 2, seed: int = 0) -> Gemma2Model:
     torch.manual_seed(seed)
     config = Gemma2Config(hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers, head_dim=8, **_TINY)
     return Gemma2Model(config).eval()
+
+
+def t5_gemma(width: int, layers: int = 2, seed: int = 0) -> T5GemmaEncoderModel:
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": layers, "head_dim": 8, **_TINY}
+    encoder = T5GemmaModuleConfig(**sizes)
+    return T5GemmaEncoderModel(T5GemmaConfig(encoder=encoder, decoder=encoder, is_encoder_decoder=False)).eval()
 
 
 def llama(width: int, layers: int = 2, seed: int = 0) -> LlamaForCausalLM:

@@ -29,10 +29,12 @@ def lively(module: Module, seed: int = 0, gains: Mapping[str, float] | None = No
     return module.eval()
 
 
-def tiny_vae(channels: int = 4, seed: int = 0) -> AutoencoderKL:
-    """Latents [B, channels, H/2, W/2]."""
+def tiny_vae(channels: int = 4, seed: int = 0, pixels: int = 3) -> AutoencoderKL:
+    """Latents [B, channels, H/2, W/2]. pixels: channels of what is decoded."""
     torch.manual_seed(seed)
     return AutoencoderKL(
+        in_channels=pixels,
+        out_channels=pixels,
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
         block_out_channels=(4, 8),

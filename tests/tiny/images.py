@@ -15,6 +15,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     HunyuanVideo15ImageToVideoPipeline,
     HunyuanVideo15Transformer3DModel,
+    JoyImageEditPipeline,
     Kandinsky5I2VPipeline,
     LTXConditionPipeline,
     LTXImageToVideoPipeline,
@@ -44,7 +45,7 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from tiny import cogvideox, hunyuanvideo15, kandinsky5, ltx, qwenimage, sd3, sd15, sdxl, wan, zimage
+from tiny import cogvideox, hunyuanvideo15, joyimage, kandinsky5, ltx, qwenimage, sd3, sd15, sdxl, wan, zimage
 from tiny._language import TextProcessor
 from tiny._parts import lively, quiet
 from tiny.family import TinyFamily
@@ -132,6 +133,14 @@ def kandinsky5_i2v() -> Kandinsky5I2VPipeline:
     return beside(Kandinsky5I2VPipeline, kandinsky5.pipeline(), "prompt_template", "prompt_template_encode_start_idx")
 
 
+def joyimage_edit() -> JoyImageEditPipeline:
+    """With a VAE that gives the mean: the pipeline's would be drawn from torch's own generator."""
+    pipe = joyimage.edit()
+    encode = pipe.vae.encode
+    pipe.vae.encode = lambda x: SimpleNamespace(latent_dist=SimpleNamespace(sample=encode(x).latent_dist.mode))
+    return pipe
+
+
 def qwenimage_with(cls: type) -> Any:
     """With a processor that leaves the pictures out: the transformer sees them, the text encoder does not."""
     pipe = qwenimage.pipeline()
@@ -206,6 +215,13 @@ SIBLINGS = {
         ),
         TinyFamily("ltx_condition", ltx_condition, of_size(64), {**ltx.CALL, "max_sequence_length": 16}),
         TinyFamily("hunyuanvideo15_i2v", hunyuanvideo15_i2v, images, {**STEPS, "num_frames": 5}),
+        TinyFamily("joyimage_edit", joyimage_edit, of_size(32), joyimage.CALL),
+        TinyFamily(
+            "joyimage_edit_plus",
+            joyimage.edit_plus,
+            lambda count: {"prompt": prompts(count), "images": pairs(count)["image"]},
+            joyimage.CALL,
+        ),
         TinyFamily("kandinsky5_i2v", kandinsky5_i2v, of_size(32), {**kandinsky5.CALL, "num_frames": 21}),
         TinyFamily("qwenimage_edit", lambda: qwenimage_with(QwenImageEditPipeline), images, SQUARE, **TRUE),
         TinyFamily("qwenimage_edit_plus", lambda: qwenimage_with(QwenImageEditPlusPipeline), pairs, SQUARE, **TRUE),

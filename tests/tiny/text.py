@@ -15,6 +15,8 @@ from transformers import (
     T5Config,
     T5EncoderModel,
     T5TokenizerFast,
+    UMT5Config,
+    UMT5EncoderModel,
 )
 
 from tiny._parts import lively
@@ -64,6 +66,12 @@ def t5_encoder(width: int, seed: int = 0) -> T5EncoderModel:
         vocab_size=len(CHARACTERS) + 4, d_model=width, d_kv=8, d_ff=2 * width, num_layers=2, num_heads=2, dropout_rate=0.0
     )
     return lively(T5EncoderModel(config), seed)
+
+
+def umt5_encoder(width: int, seed: int = 0) -> UMT5EncoderModel:
+    torch.manual_seed(seed)
+    sizes = {"d_model": width, "d_kv": 8, "d_ff": 2 * width, "num_layers": 2, "num_heads": 2}
+    return lively(UMT5EncoderModel(UMT5Config(vocab_size=len(CHARACTERS) + 4, dropout_rate=0.0, **sizes)), seed)
 
 
 def byte_tokenizer(length: int = 16, padding_side: str = "right") -> PreTrainedTokenizerFast:

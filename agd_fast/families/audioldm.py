@@ -1,0 +1,20 @@
+"""UNet2DConditionModel as AudioLDM 1 and MusicLDM have it: one embedding of the whole text, beside that of t.
+
+All its attention is of the spectrogram to itself; the embedding, [B, D], is handed as class labels.
+"""
+
+from dataclasses import replace
+
+from agd_fast.families.unet import SPECS as UNET
+from agd_fast.spec import Condition, PipelineSpec
+
+VARIANTS = {
+    name: {
+        "class_embeddings_concat": replace(
+            spec,
+            conditions=(Condition("class_labels", width="config.projection_class_embeddings_input_dim"),),
+            pipeline=PipelineSpec(components=("unet",), pictures=False),
+        )
+    }
+    for name, spec in UNET.items()
+}
