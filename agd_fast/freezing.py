@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from torch import nn
@@ -21,3 +21,16 @@ def frozen(module: nn.Module) -> Iterator[None]:
             child.training = mode
         for parameter, flag in gradients.items():
             parameter.requires_grad_(flag)
+
+
+@contextmanager
+def restoring(modules: Iterable[nn.Module], names: Sequence[str]) -> Iterator[None]:
+    """Attributes with these names that modules have of their own are afterwards as they were, or gone where there were none."""
+    before = {module: {name: vars(module)[name] for name in names if name in vars(module)} for module in modules}
+    try:
+        yield
+    finally:
+        for module, values in before.items():
+            for name in names:
+                vars(module).pop(name, None)
+            vars(module).update(values)

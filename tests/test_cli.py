@@ -9,7 +9,8 @@ import pytest
 from PIL import Image, ImageChops, ImageStat
 from typer.testing import CliRunner
 
-from agd_fast.cli import app, parse_labels
+from agd_fast.cli import app
+from agd_fast.cli.reading import parse_labels
 from agd_fast.ops import OPS, kernels_info
 
 AGD_FAST = Path(sys.executable).with_name("agd-fast")
@@ -81,11 +82,12 @@ def test_info_describes_an_adapter(distilled):
 
 
 def test_info_says_whether_kernels_run(monkeypatch):
-    from agd_fast import cli, environment
+    from agd_fast import environment
+    from agd_fast.cli import info
 
     def shown(**changed):
         found = {**kernels_info(), "missing": "", "failed": {}, **changed}
-        monkeypatch.setattr(cli, "kernels_info", lambda: found)
+        monkeypatch.setattr(info, "kernels_info", lambda: found)
         monkeypatch.setattr(environment, "kernels_info", lambda: found)
         return CliRunner().invoke(app, "info", catch_exceptions=False, env={"COLUMNS": "300"}).stdout
 

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from agd_fast.cli import app
 from fake_hub import TOKEN, FakeHub
 from helpers_evaluation import save_clip
-from test_reference import ASSETS, make_base
+from helpers_reference import ASSETS, make_base
 from tiny import FAMILIES
 
 SHORT = ["--trajectories", "8", "--sampling-steps", "2", "3", "--steps", "4", "--batch-size", "4", "--hidden", "2", "--quiet"]

@@ -131,7 +131,7 @@ def test_student_gives_gradients_to_the_adapter_alone(tmp_path):
     states = Trajectories(tmp_path / "trajectories")
     batch = states[torch.arange(8)]
     with frozen(teacher.denoiser):
-        (prediction,) = Student(teacher)([batch])
+        prediction = Student(teacher)(batch)
         distillation_loss(prediction, batch.target, batch.omega, "l2", "uniform").backward()
     assert [name for name, p in teacher.denoiser.named_parameters() if p.grad is not None] == []
     gradients = {name: p.grad for name, p in attachment_of(teacher).adapter.named_parameters()}

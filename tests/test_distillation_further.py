@@ -1,14 +1,17 @@
 """agd_fast.distill from another adapter, on its own states, over its range and by its teacher's rule."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from diffusers import EulerDiscreteScheduler
+from torch import nn
 
 import agd_fast as agd
 from agd_fast.attaching import attachment_of
 from agd_fast.distillation import TrainConfig
 from agd_fast.distillation.loss import distillation_loss
-from agd_fast.distillation.train import batch_rows
+from agd_fast.distillation.train import _update_average, batch_rows
 from agd_fast.evaluation.explained import guidance_explained
 from agd_fast.files import fingerprint, read_json, read_tensors
 from agd_fast.trajectories import Trajectories
@@ -137,3 +140,34 @@ def test_distill_follows_the_teachers_rule_of_guidance(tmp_path):
     expected = f"guidance: expected 'agd_fast.ops.guidance_combine', found '{__name__}.conditional'"
     with pytest.raises(ValueError, match=expected):
         distill_tiny(tmp_path / "b", trajectories=states)
+
+
+def test_an_average_in_host_memory_waits_once_for_the_weights_of_a_step(monkeypatch):
+    events, average = [], nn.ParameterList([torch.zeros(2), torch.zeros(3)]).requires_grad_(False)
+
+    class Weight:
+        """On a card."""
+
+        device = torch.device("cuda", 0)
+
+        def __init__(self, size):
+            self.size = size
+
+        def detach(self):
+            return self
+
+        def to(self, device, non_blocking):
+            events.append((device.type, non_blocking))
+            return torch.full((self.size,), 3.0)
+
+    def synchronize():
+        events.append("done")
+        for one in average:
+            one.fill_(1)  # which an update before it would have moved from zero
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(synchronize=synchronize))
+    adapter = SimpleNamespace(parameters=lambda: iter([Weight(2), Weight(3)]))
+    _update_average(average, adapter, 0.9, 0)
+    assert events == [("cpu", True), ("cpu", True), "done"]
+    for one in average:
+        torch.testing.assert_close(one, torch.full_like(one, 1 + 0.9 * 2))  # a decay of 0.1 at the first step

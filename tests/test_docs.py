@@ -16,7 +16,7 @@ from huggingface_hub import constants
 import agd_fast as agd
 from agd_fast.families import SPECS
 from fake_hub import TOKEN, FakeHub
-from test_reference import ASSETS, make_base
+from helpers_reference import ASSETS, make_base
 from tiny import FAMILIES
 from tiny._parts import lively, quiet
 from tiny.images import SIBLINGS

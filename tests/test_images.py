@@ -331,7 +331,8 @@ def test_rows_that_cannot_be_read_are_named(tmp_path, text, error, message):
 
 def test_the_command_line_takes_rows_of_pictures(rows, tmp_path, monkeypatch):
     family = SIBLINGS["sdxl_img2img"]
-    monkeypatch.setattr("agd_fast.cli.load_model", lambda *_, **__: family.pipeline())
+    for command in ("distill", "sample"):
+        monkeypatch.setattr(f"agd_fast.cli.{command}.load_model", lambda *_, **__: family.pipeline())
     common = ["--model", "tiny", "--inputs", rows, "--call", '{"strength": 1.0}']
     sizes = ["--trajectories", 2, "--sampling-steps", 2, 2, "--steps", 1, "--batch-size", 1, "--hidden", 2, "--validation", 0]
     commands = [

@@ -1,8 +1,10 @@
 """AdamW whose moments lie in host memory."""
 
 import copy
+import warnings
 from contextlib import contextmanager
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -58,7 +60,7 @@ class Card:
         monkeypatch.setattr(module, "_streams", lambda device: (Stream(self, "a"), Stream(self, "b")))
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "current")
         monkeypatch.setattr(torch.cuda, "stream", self.on)
-        monkeypatch.setattr(module, "_pin", lambda row: None)
+        monkeypatch.setattr(module, "_pin", lambda row: "")
         monkeypatch.setattr(Tensor, "to", lambda tensor, *args, **kwargs: tensor.clone())
         own = AdamW.step
         monkeypatch.setattr(AdamW, "step", lambda optimizer: (self.events.append("step"), own(optimizer)))
@@ -147,3 +149,38 @@ def test_parameters_of_several_dtypes_take_their_steps():
     optimizer.step()
     assert all((parameter < 1).all() for parameter in parameters)
     assert all(optimizer.state[one]["exp_avg"].dtype == one.dtype for one in parameters)
+
+
+def test_moments_that_cannot_be_pinned_take_their_steps_from_pageable_memory(monkeypatch):
+    """It is said once an optimizer, though CUDA refuses every row, and those that are laid out anew; and CUDA's last error is
+    taken away from whoever launches next."""
+    pin, zeros, cleared = module._pin, torch.zeros, []
+    Card(monkeypatch)
+    monkeypatch.setattr(module, "_pin", pin)
+    monkeypatch.setattr(module, "CHUNK", 8 * 8)
+
+    def check(code):
+        raise torch.cuda.CudaError(f"operation not supported ({code})")
+
+    def launch(*size, device=None, **settings):
+        if device is None:
+            return zeros(*size, **settings)
+        cleared.append(device)
+        raise RuntimeError("operation not supported, of an earlier call")
+
+    runtime = SimpleNamespace(cudaHostRegister=lambda *_: 801, cudaHostUnregister=lambda _: pytest.fail("was not registered"))
+    monkeypatch.setattr(torch.cuda, "CudaError", RuntimeError)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    monkeypatch.setattr(torch.cuda, "check_error", check)
+    monkeypatch.setattr(torch, "zeros", launch)
+    with pytest.warns(UserWarning, match="pageable memory") as warned:
+        steps_of_adamw(0.1)
+    assert {str(one.message).partition(": ")[2] for one in warned} == {"operation not supported (801)"}
+    assert len(warned) == 2 and len(cleared) == 2 * 2  # optimizers, groups
+    optimizer = HostAdamW([nn.Parameter(torch.ones(3))])
+    with pytest.warns(UserWarning, match="pageable memory"):
+        optimizer.load_state_dict(optimizer.state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.load_state_dict(optimizer.state_dict())
+    assert len(cleared) == 2 * 2 + 2

@@ -178,11 +178,11 @@ class Full:
         self.count, self.failing = 0, failing
         forward = Student.forward
 
-        def counted(student, batches):
+        def counted(student, batch):
             self.count += 1
             if self.count in self.failing:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-            return forward(student, batches)
+            return forward(student, batch)
 
         monkeypatch.setattr(Student, "forward", counted)
 
@@ -244,6 +244,8 @@ def row(way):
         (50 + 240, 4, Way("exact", None, 2)),
         (50 + 239, 4, Way("exact", None, 1)),
         (50 + 5000, 4, Way("exact", None, 4)),
+        (50 + 360, 8, Way("exact", None, 2)),  # of three, which leave a rest
+        (50 + 360, 7, Way("exact", None, 3)),  # since one by one were twice as many forwards
         (50 + 119, 4, Way("8bit", None, 1)),
         (50 + 71, 4, Way("4bit", None, 1)),
         (50 + 47, 1, Way("recompute", None, 1)),

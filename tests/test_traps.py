@@ -1,7 +1,7 @@
 """Every trap of attaching to diffusers' denoisers.
 
 Shown elsewhere:
-- disabled and unloaded are the base bit for bit, copies and pickles: test_attaching
+- disabled and unloaded are the base bit for bit, copies and pickles: test_attaching, test_guided
 - torch.compile of a whole denoiser, attaching after its first call, block by block, adapters on one block: test_compile
 - DiT drops labels in train mode, so collecting, training and evaluating keep the base in eval: test_distillation, test_teacher
 - LoRA: test_lora; offloading and whole pipelines: test_composition; FSDP2: test_parallel

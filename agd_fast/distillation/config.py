@@ -32,7 +32,8 @@ class TrainConfig:
     """AdamW with linear warm-up and cosine decay.
 
     steps, batch_size: batch_size is over all processes. micro_batch_size: most states of a forward; the gradients of a batch are
-        added up over its forwards. None for all at once, or for as many as `distill(memory="auto")` finds to fit.
+        added up over its forwards. None for all at once, or for as many as `distill(memory="auto")` finds to fit, in equal parts
+        where it can. States of several shapes are forwards of their own.
     warmup: share of the steps.
     learning_rate: peak; None takes LEARNING_RATES by the adapter's kind, tuned on digits teachers and on nothing larger
         (the paper trains its kinds with 1e-4 for 5,000 steps).

@@ -3,79 +3,60 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from agd_fast.attaching.foreign import mover
 from agd_fast.distillation.config import TrainConfig
+from agd_fast.distillation.pass_graph import GraphMemory, Pass, PassGraph
 from agd_fast.memory.optimizer import WORK
 from agd_fast.warning import first_line, warn
 
-MOST = 4  # graphs that are held: each is of its own shapes
-# What the loss and the norm of a gradient may differ by in a replay, as a share of them, or of this share of the largest norm.
-# The same kernels differ by the order of atomic additions alone: a rounding of 2⁻⁹ of an element in bfloat16, less in a norm.
-# What reads memory that is another's, or misses what was added, differs by all of it.
-BOUND, NEGLIGIBLE = 1e-2, 1e-3
+# Graphs that are held, each of its own shapes. A choice: one more is one more recording, which takes several passes' time, and
+# what CUDA keeps of its nodes, which no counter of torch tells; the memory that graphs work in is that of the largest, however
+# many there are. States of one shape need two, for whole and for left-over micro-batches.
+MOST = 4
+# What the loss and the norm of a gradient may differ by in a replay, as a share of them. A three-way tolerance would be three
+# times what the pass itself loses, in bfloat16 1.1 to 3.9 % of a gradient (docs/memory.md): a graph that is let through is nearer
+# to the pass than the pass to what is exact. In float32 this tells no rounding, but what a graph that is wrong does: one that
+# reads memory of another's, or misses what was added, is off by all of it.
+BOUND = 1e-2
+# Gradients below this share of the largest norm are measured by it: they may be zero but for rounding. A choice: what differs by
+# less than BOUND of it, 1e-5 of the largest norm, is not seen.
+NEGLIGIBLE = 1e-3
 ROOM = 3  # times the gradients: what AdamW's first step takes, two moments and a square root
 
-Pass = Callable[[Any], Tensor]  # adds to the gradients of parameters and gives the loss, a scalar without history
+
+class _Trial(NamedTuple):
+    """A pass as it ran, what it was given, and the sizes of what it gave to the gradients of `used`."""
+
+    run: Pass
+    tensors: Sequence[Tensor]
+    loss: Tensor
+    used: list[Tensor]
+    expected: list[float]
 
 
-class GraphMemory:
-    """What the graphs of one training work in: they run one after another, and nothing in it outlives a replay."""
+class _Trouble(NamedTuple):
+    """Why a graph was not to be had; of_memory: for want of it."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.stream = device, torch.cuda.Stream(device)
-        self.pool = torch.cuda.graph_pool_handle()
-
-    def abandon(self) -> None:
-        """After a recording that failed: where it was invalidated, torch ends it without telling its allocator, which would
-        refuse to give memory back from then on."""
-        with suppress(RuntimeError):  # it was told
-            torch._C._cuda_endAllocateToPool(self.device.index, self.pool)
-            torch._C._cuda_releasePool(self.device.index, self.pool)
-        with suppress(RuntimeError):  # what CUDA has to say of it, before it says that to somebody else
-            torch.cuda.synchronize(self.device)
-
-
-class PassGraph:
-    """A pass recorded once, on tensors of its own and on the gradients that the parameters have then: a replay adds to those."""
-
-    def __init__(self, function: Pass, tensors: Sequence[Tensor], loss: Tensor, memory: GraphMemory) -> None:
-        self.tensors = [torch.zeros_like(tensor, device=loss.device) for tensor in tensors]
-        self.loss = torch.zeros_like(loss)
-        self._record(lambda: self.loss.copy_(function(self.tensors)), memory)
-
-    def _record(self, run: Callable[[], Any], memory: GraphMemory) -> None:
-        self.graph = torch.cuda.CUDAGraph()
-        gc.collect()  # what is left of other passes would keep nodes of autograd that belong to another stream
-        with torch.cuda.device(memory.device), torch.cuda.stream(torch.cuda.current_stream()):  # no failure leaves another one
-            try:
-                with torch.cuda.graph(self.graph, memory.pool, memory.stream, capture_error_mode="thread_local"):
-                    run()
-            except BaseException:
-                memory.abandon()
-                raise
-            torch._C._cuda_clearCublasWorkspaces()  # which lie in the pool
-
-    def __call__(self, tensors: Sequence[Tensor]) -> Tensor:
-        for place, tensor in zip(self.tensors, tensors, strict=True):
-            place.copy_(tensor, non_blocking=True)
-        self.graph.replay()
-        return self.loss.clone()
+    reason: str
+    of_memory: bool = False
 
 
 class Passes:
-    """Runs passes: at shapes that are new as they are, from the second time on as one CUDA graph. Inside of the context that it
-    is they are held, at its end released.
+    """Runs passes: at shapes that are new as they are, later as one CUDA graph. Inside of the context that it is graphs are held,
+    at its end released.
 
-    The second time a pass runs as it is once more, then as a graph: what does not give the same loss and gradients is not used,
-    nor is a graph that cannot be recorded, or that leaves no memory for the optimizer.
+    The first batch none of whose passes is new runs as it is once more, and its passes become graphs at its end: then no pass
+    needs memory beside theirs. What does not give the loss and gradients that the pass gave ends all graphs, as does a pass that
+    cannot be recorded, and the first for which there is no memory, or none left for the optimizer. A further one of those runs as
+    it is.
 
     parameters: whose gradients passes add to. trouble: why there are to be no graphs. host: whether the optimizer is `HostAdamW`.
     """
@@ -90,7 +71,8 @@ class Passes:
         self._memory: GraphMemory | None = None
         self._graphs: dict[Any, tuple[PassGraph, list[Tensor]]] = {}  # with the parameters that it has gradients of
         self._gradients: dict[Tensor, Tensor] = {}  # that graphs add to, by parameter
-        self._seen: set[Any] = set()
+        self._seen, self._new, self._refused = set[Any](), set[Any](), set[Any]()  # before this batch; in it; for want of memory
+        self._trials: dict[Any, _Trial] = {}  # of this batch
 
     @classmethod
     def of(cls, config: TrainConfig, accelerator: Accelerator, denoiser: nn.Module, adapter: nn.Module, host: bool) -> Passes:
@@ -112,11 +94,16 @@ class Passes:
 
     def release(self) -> None:
         """Give back what graphs hold. All shapes are new again: weights may lie elsewhere by then."""
+        self._give_back()
+        self._seen.clear()
+        self._new.clear()
+        self._trials.clear()
+
+    def _give_back(self) -> None:
         on_card = self._memory is not None and self.device.type == "cuda"
         if on_card:
             torch.cuda.synchronize(self.device)  # a replay may be under way
         self._graphs, self._gradients, self._memory = {}, {}, None
-        self._seen.clear()
         if on_card:
             gc.collect()
             torch.cuda.empty_cache()
@@ -129,7 +116,7 @@ class Passes:
 
     def info(self) -> dict[str, Any]:
         """Whether passes ran as graphs, and why not all did."""
-        few = "" if self.replayed else "no shapes came twice"
+        few = "" if self.replayed else "no batch came whose shapes were all known"
         return {"cuda_graph": self.replayed, "plain_because": self.trouble or self._beyond or few}
 
     def __call__(self, function: Pass, given: Any, key: Any = None) -> Tensor:
@@ -153,12 +140,12 @@ class Passes:
             self._attach(parameters)
             return graph(tensors)
         if key not in self._seen:
-            self._seen.add(key)
-        elif len(self._graphs) < MOST:
-            return self._recorded(run, tensors, key)
-        elif not self._beyond:
-            self._beyond = f"more than {MOST} shapes of passes: the further ones run as they are"
-            warn(f"{self._beyond}, not as CUDA graphs")
+            self._new.add(key)
+        elif key not in self._refused and key not in self._trials:
+            if len(self._graphs) + len(self._trials) >= MOST:
+                self._go_beyond(f"more than {MOST} shapes of passes: the further ones run as they are")
+            elif not self._new:
+                return self._tried(run, tensors, key)
         return self._plain(run, tensors)
 
     def _plain(self, run: Pass, tensors: Sequence[Tensor]) -> Tensor:
@@ -177,50 +164,83 @@ class Passes:
         if fresh:
             torch._foreach_zero_(fresh)
 
-    def _recorded(self, run: Pass, tensors: Sequence[Tensor], key: Any) -> Tensor:
-        """A pass of which a graph is made. Gradients of passes before it are in host memory meanwhile."""
-        before = [(one, one.grad.to("cpu", copy=True)) for one in self.parameters if one.grad is not None]
-        self._clear()
+    def _go_beyond(self, why: str) -> None:
+        if not self._beyond:
+            self._beyond = why
+            warn(f"{why}, not as CUDA graphs")
+
+    def _tried(self, run: Pass, tensors: Sequence[Tensor], key: Any) -> Tensor:
+        """A pass of which a graph is to be made. Gradients of passes before it are in host memory meanwhile."""
+        before = self._taken_away()
         loss = self._plain(run, tensors)
         used = [one for one in self.parameters if one.grad is not None]
         expected = _sizes(loss, used)
         if used and all(map(_finite, expected)):
-            trouble = self._try(run, tensors, key, loss, used, expected)
-            if trouble:  # out of the reach of any traceback that holds tensors
-                self.stop(trouble)
-                self._clear()
-                loss = self._plain(run, tensors)
+            self._trials[key] = _Trial(run, tensors, loss, used, expected)
         for one, gradient in before:
             gradient = gradient.to(self.device)
             one.grad = gradient if one.grad is None else one.grad.add_(gradient)
         return loss
 
-    def _try(
-        self, run: Pass, tensors: Sequence[Tensor], key: Any, loss: Tensor, used: list[Tensor], expected: list[float]
-    ) -> str:
-        """Record and replay. Empty where the graph is kept: `loss` and the gradients are what it gave then; else why not, and the
-        gradients are of no use."""
+    def _taken_away(self) -> list[tuple[Tensor, Tensor]]:
+        """The gradients so far, in host memory: parameters have none then."""
+        taken = [(one, one.grad.to("cpu", copy=True)) for one in self.parameters if one.grad is not None]
+        self._clear()
+        return taken
+
+    def end_batch(self) -> None:
+        """All passes of a batch are done: make graphs of them, if none was new."""
+        trials, new = self._trials, self._new
+        self._trials, self._new = {}, set()
+        self._seen |= new
+        if new or not trials:
+            return
+        gradients = self._taken_away()
+        for key, trial in trials.items():
+            trouble = self._try(key, trial)
+            if trouble is not None:  # out of the reach of any traceback that holds tensors
+                self._without(key, trouble)
+                break
+        self._clear()
+        for one, gradient in gradients:
+            place = self._gradients.get(one)
+            one.grad = gradient.to(self.device) if place is None else place.copy_(gradient)
+
+    def _without(self, key: Any, trouble: _Trouble) -> None:
+        """Where no graph was made. What its recording took stays with the memory of the others until that is given back: the
+        next batch makes them again."""
+        if not (trouble.of_memory and self._graphs):
+            self.stop(trouble.reason)
+            return
+        self._refused.add(key)
+        self._give_back()
+        self._go_beyond("memory ran out for a graph beside the others: passes of its shapes run as they are")
+
+    def _try(self, key: Any, trial: _Trial) -> _Trouble | None:
+        """Record, replay and keep a graph, or tell why not. Gradients are of no use afterwards."""
         try:
             self._memory = self._memory or GraphMemory(self.device)
-            for one in used:
+            for one in trial.used:
                 if one not in self._gradients:
                     self._gradients[one] = torch.empty_like(one)
-                one.grad = self._gradients[one].copy_(one.grad)  # type: ignore[arg-type]
+                one.grad = self._gradients[one]
             places = [weight.data for weight in self.weights]
-            graph = PassGraph(run, tensors, loss, self._memory)
+            graph = PassGraph(trial.run, trial.tensors, trial.loss, self._memory)
             if self._moved(places):
-                return "a pass gives the model's weights other memory"
+                return _Trouble("a pass gives the model's weights other memory")
             torch.empty(self._room, dtype=torch.uint8, device=self.device)
-            torch._foreach_zero_([self._gradients[one] for one in used])
-            loss.copy_(graph(tensors))
-            if trouble := _difference(expected, _sizes(loss, used)):
-                return trouble
+            torch._foreach_zero_([self._gradients[one] for one in trial.used])
+            found = _sizes(graph(trial.tensors), trial.used)
+            if reason := _difference(trial.expected, found):
+                return _Trouble(reason)
         except Exception as error:  # which the same pass did not raise as it is
-            first = f", after {first_line(error.__context__)}" if isinstance(error.__context__, Exception) else ""
-            return f"no graph of a pass could be made ({first_line(error) or type(error).__name__}{first})"
-        self._graphs[key] = graph, used
+            before = error.__context__
+            first = f", after {first_line(before)}" if isinstance(before, Exception) else ""
+            reason = f"no graph of a pass could be made ({first_line(error) or type(error).__name__}{first})"
+            return _Trouble(reason, any(isinstance(one, torch.OutOfMemoryError) for one in (error, before)))
+        self._graphs[key] = graph, trial.used
         self.replayed = True
-        return ""
+        return None
 
     def _moved(self, places: list[Tensor]) -> bool:
         """Whether weights lie elsewhere than before; they are brought back."""
@@ -252,15 +272,10 @@ def why_plain(config: TrainConfig, accelerator: Accelerator, denoiser: nn.Module
         return "gradients are scaled"
     if any(tensor.device.type != device.type for tensor in (*denoiser.parameters(), *denoiser.buffers())):
         return f"not all of the model is on {device}"
-    hooked = next((name for name, module in denoiser.named_modules() if _is_hooked(module)), None)
-    if hooked is not None:
-        return f"a hook of accelerate or diffusers moves or casts {hooked or 'the model'}"
+    for name, module in denoiser.named_modules():
+        if hook := mover(module):
+            return f"{hook} acts on {name or 'the model'}"
     return ""
-
-
-def _is_hooked(module: nn.Module) -> bool:
-    hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", None)
-    return getattr(module, "_hf_hook", None) is not None or bool(hooks)
 
 
 def _sizes(loss: Tensor, parameters: Sequence[Tensor]) -> list[float]:

@@ -10,16 +10,13 @@ from agd_fast.trajectories import Batch
 
 
 class Student(nn.Module):
-    """forward: batches of states, each of one shape → ε̂_agd [B, C, ...] of each in one pass. Only the adapter is trained."""
+    """forward: states of one shape → ε̂_agd [B, C, ...]. Only the adapter is trained."""
 
     def __init__(self, teacher: Teacher) -> None:
         super().__init__()
         self.denoiser, self.adapter = teacher.denoiser, require_attachment(teacher).adapter
         self._teacher = teacher
 
-    def forward(self, batches: list[Batch]) -> list[Tensor]:
-        return [self._predict(batch) for batch in batches]
-
-    def _predict(self, batch: Batch) -> Tensor:
+    def forward(self, batch: Batch) -> Tensor:
         arguments = {**batch.conditions, **batch.constants}
         return self._teacher.predict_agd(batch.sample.to(self._teacher.dtype), batch.timestep, arguments, batch.omega)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import closing, nullcontext
 from copy import deepcopy
 from datetime import timedelta
@@ -160,31 +160,28 @@ def _gradients(
     micro_batch_size: int | None,
     passes: Passes | None = None,
 ) -> Tensor:
-    """Add those of a batch to the adapter's, a micro-batch after another; the loss over all of it, a scalar without history."""
+    """Add those of a batch to the adapter's, a micro-batch after another; the loss over all of it, a scalar without history.
+
+    states: by shape.
+    """
     passes = passes or Passes([], accelerator.device, "not asked for")
     count = sum(map(len, states))
-    whole = micro_batch_size is None or micro_batch_size >= count
-    groups = [states] if whole else [[part] for batch in states for part in batch.split(micro_batch_size or count)]
+    parts = [part for batch in states for part in batch.split(micro_batch_size or count)]
     total = torch.zeros((), device=accelerator.device)
     run = partial(_pass, wrapped, config, accelerator, count)
-    for index, group in enumerate(groups):
-        with nullcontext() if index + 1 == len(groups) else accelerator.no_sync(wrapped):
-            total += passes(run, [vars(batch) for batch in group], key=count)
+    for index, part in enumerate(parts):
+        with nullcontext() if index + 1 == len(parts) else accelerator.no_sync(wrapped):
+            total += passes(run, vars(part), key=count)
+    passes.end_batch()
     return total
 
 
-def _pass(
-    wrapped: nn.Module, config: TrainConfig, accelerator: Accelerator, count: int, group: Sequence[Mapping[str, Any]]
-) -> Tensor:
-    """Forward, loss and backward; its share of the loss over `count` states. group: the fields of batches, on the device."""
-    batches = [Batch(**fields) for fields in group]
+def _pass(wrapped: nn.Module, config: TrainConfig, accelerator: Accelerator, count: int, fields: Mapping[str, Any]) -> Tensor:
+    """Forward, loss and backward; its share of the loss over `count` states. fields: of a Batch, on the device."""
+    batch = Batch(**fields)
     with accelerator.autocast():
-        predictions = wrapped(batches)
-    losses = [
-        distillation_loss(prediction, batch.target, batch.omega, config.loss, config.weighting) * len(batch) / count
-        for prediction, batch in zip(predictions, batches, strict=True)
-    ]
-    loss = torch.stack(losses).sum()
+        prediction = wrapped(batch)
+    loss = distillation_loss(prediction, batch.target, batch.omega, config.loss, config.weighting) * len(batch) / count
     accelerator.backward(loss)
     return loss.detach()
 
@@ -237,8 +234,11 @@ def _leave_packed_weights(student: Student) -> None:
 def _update_average(average: nn.Module, adapter: nn.Module, decay: float, step: int) -> None:
     """Exponential moving average; a shorter one over the first steps, so that the zero start is forgotten."""
     update = get_ema_multi_avg_fn(min(decay, (1 + step) / (10 + step)))
-    device = next(average.parameters()).device
-    update(list(average.parameters()), [parameter.detach().to(device) for parameter in adapter.parameters()], step)
+    device, there = next(average.parameters()).device, next(adapter.parameters()).device
+    weights = [parameter.detach().to(device, non_blocking=True) for parameter in adapter.parameters()]
+    if device.type == "cpu" and there.type == "cuda":
+        torch.cuda.current_stream(there).synchronize()  # once for all, which came into memory that torch pinned
+    update(list(average.parameters()), weights, step)
 
 
 class _Meter:

@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from agd_fast.attaching.attachment import ROOT, SITES
+from agd_fast.attaching.foreign import mover
 from agd_fast.attaching.hooks import change_argument, change_output, finish_forward, prepare_forward
 from agd_fast.attaching.scope import SCOPE
 
@@ -93,10 +94,8 @@ def obstacle(root: nn.Module) -> str:
     """Why this model's forward cannot be a graph, as far as its modules tell; empty where they do not."""
     for name, module in root.named_modules():
         where = f"{name or 'the denoiser'} ({type(module).__name__})"
-        if getattr(module, "_hf_hook", None) is not None:
-            return f"accelerate's {type(module._hf_hook).__name__} moves {where} in and out: switch its offloading off"
-        if found := getattr(getattr(module, "_diffusers_hook", None), "hooks", None):
-            return f"diffusers' hook {next(iter(found))!r} (offloading, caching, casting) acts on {where}"
+        if hook := mover(module):
+            return f"{hook} acts on {where}: switch its offloading, caching or casting off"
         if module is not root and module._compiled_call_impl is not None:
             return f"{where} is compiled by itself"
         hooks = [hook for kind in _HOOKS for hook in getattr(module, kind).values() if hook not in _OUR_HOOKS]

@@ -10,6 +10,8 @@ from typing import Any
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from agd_fast.freezing import restoring
+
 _SET = ("gradient_checkpointing", "_gradient_checkpointing_func")  # on every module that can
 
 
@@ -26,15 +28,10 @@ def checkpointing(denoiser: nn.Module) -> Iterator[None]:
     be part of a CUDA graph.
     """
     modules = [module for module in denoiser.modules() if hasattr(module, _SET[0])]
-    before = [{name: vars(module)[name] for name in _SET if name in vars(module)} for module in modules]
-    denoiser.enable_gradient_checkpointing(_Again(draws=any(one.training for one in denoiser.modules())))  # type: ignore[operator]
-    try:
+    draws = any(module.training for module in denoiser.modules())
+    with restoring(modules, _SET):
+        denoiser.enable_gradient_checkpointing(_Again(draws))  # type: ignore[operator]
         yield
-    finally:
-        for module, values in zip(modules, before, strict=True):
-            for name in _SET:
-                vars(module).pop(name, None)
-            vars(module).update(values)
 
 
 def makes_all_again(function: Callable[..., Any]) -> bool:

@@ -88,18 +88,19 @@ def choose(
     batch_size: int,
     estimate: Callable[[Way], MemoryRow],
 ) -> Choice:
-    """The first way of which one state a forward fits, with as many states a forward as fit, up to the batch; behind it the next
-    one that takes clearly less.
+    """The first way of which one state a forward fits, with as many states a forward as fit, up to the batch and without a rest
+    where that takes no more than twice the forwards; behind it the next one that takes clearly less.
 
-    budget: bytes for weights, adapters, gradients, optimizer, activations and working memory. estimate: of a way at one state.
+    budget: bytes for weights, adapters, gradients, optimizer, activations and working memory. batch_size: of one process.
+    estimate: of a way at one state.
     Where nothing fits, the last way with one state a forward.
     """
     usable = int(budget * USABLE)
     needs: list[str] = []
     for index, way in enumerate(ways):
         row = estimate(way)
-        most = _states_that_fit(row, usable) if way.micro_batch_size is None else way.micro_batch_size
-        states = min(most, batch_size)
+        fitting = _evenly(batch_size, _states_that_fit(row, usable))
+        states = min(way.micro_batch_size or fitting, batch_size)
         if states and _at(row, states) <= usable:
             less = LESS * _at(row, states)
             after = next((left for left in ways[index + 1 :] if _at(estimate(left), states) <= less), None)
@@ -118,6 +119,13 @@ def _at(row: MemoryRow, states: int) -> int:
 
 def _states_that_fit(row: MemoryRow, usable: int) -> int:
     return max(0, 1 + (usable - row.total) // max(1, row.activations + row.working))
+
+
+def _evenly(batch: int, most: int) -> int:
+    """The largest size up to `most` that divides the batch, so that all forwards are of one shape; `most` where that is less than
+    half of it."""
+    size = next((size for size in range(min(most, batch), 0, -1) if batch % size == 0), 0)
+    return size if 2 * size >= min(most, batch) else most
 
 
 def estimator(model: Any, inputs: Mapping[str, Any], optimizer: str) -> Callable[[Way], MemoryRow]:

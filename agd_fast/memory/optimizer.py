@@ -9,7 +9,7 @@ from __future__ import annotations
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import cycle
 from typing import Any, NamedTuple
 
@@ -17,8 +17,13 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW
 
+from agd_fast.warning import first_line, warn
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
-CHUNK = 2**25  # bytes of moments, of which two are on a card at a time
+# Bytes of moments, of which two are on a card at a time. A choice: smaller ones leave more of the card to passes, but each is a
+# step of AdamW and four copies for the host, which has 1.3 ms for it before a bus of 25 GB/s waits for it. Others are not
+# measured yet.
+CHUNK = 2**25
 WORK = 4 * CHUNK  # bytes of a card that a step takes, at most: as much again for what AdamW makes of two chunks
 
 
@@ -30,6 +35,7 @@ class HostAdamW(AdamW):
     """
 
     _rows: list[_Row] | None = None
+    _pageable = False  # whether it was said that moments are not pinned
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -71,6 +77,10 @@ class HostAdamW(AdamW):
                     kinds.setdefault((parameter.device, parameter.dtype), []).append(parameter)
                 rows += [_Row(number, parameters, self.state) for parameters in kinds.values()]
             self._rows = rows
+            refused = next((row.refused for row in rows if row.refused), "")
+            if refused and not self._pageable:
+                self._pageable = True
+                warn(f"the optimizer's moments lie in pageable memory, from which they take longer to a card: {refused}")
         return self._rows
 
 
@@ -97,7 +107,8 @@ def cut(parameters: Sequence[Tensor], most: int) -> list[Chunk]:
 
 
 class _Row:
-    """Parameters of one group, device and dtype, and their moments in host memory, pinned where a card reads them."""
+    """Parameters of one group, device and dtype, and their moments in host memory, pinned where a card reads them and CUDA does
+    not refuse it."""
 
     def __init__(self, group: int, parameters: list[Tensor], state: Any) -> None:
         self.group, self.parameters = group, parameters
@@ -106,8 +117,7 @@ class _Row:
         self.overlaps = self.streams[0] is not None
         self.chunks = cut(parameters, CHUNK // len(MOMENTS) // first.element_size() if self.overlaps else sum(sizes))
         self.moments = {name: torch.zeros(sum(sizes), dtype=first.dtype) for name in MOMENTS}
-        if self.overlaps:
-            _pin(self)
+        self.refused = _pin(self) if self.overlaps else ""
         by_name = [moment.split(sizes) for moment in self.moments.values()]
         self.own = [
             {name: one.as_strided(parameter.shape, parameter.stride()) for name, one in zip(MOMENTS, found, strict=True)}
@@ -172,9 +182,16 @@ def _joined(streams: Sequence[torch.cuda.Stream | None]) -> Iterator[None]:
             stream.synchronize()
 
 
-def _pin(row: _Row) -> None:
-    """Its moments as they are: memory that torch pins by itself is of a power of two of bytes."""
+def _pin(row: _Row) -> str:
+    """Its moments as they are: memory that torch pins by itself is of a power of two of bytes. What CUDA says where it refuses:
+    the host then waits for copies, which give the same."""
     runtime = torch.cuda.cudart()
     for moment in filter(Tensor.numel, row.moments.values()):
-        torch.cuda.check_error(int(runtime.cudaHostRegister(moment.data_ptr(), moment.nbytes, 1)))
+        try:
+            torch.cuda.check_error(int(runtime.cudaHostRegister(moment.data_ptr(), moment.nbytes, 1)))
+        except torch.cuda.CudaError as error:
+            with suppress(RuntimeError):  # CUDA keeps its last error for whoever launches next
+                torch.zeros(1, device=row.device)
+            return first_line(error)
         weakref.finalize(row, runtime.cudaHostUnregister, moment.data_ptr())
+    return ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from itertools import product
 
 import torch
@@ -12,6 +12,7 @@ from diffusers.hooks import HookRegistry, apply_group_offloading
 from torch import nn
 
 from agd_fast.attaching.find import uncompiled
+from agd_fast.freezing import restoring
 
 HOST = torch.device("cpu")
 _HOOKS = ("group_offloading", "layer_execution_tracker", "lazy_prefetch_group_offloading")  # of diffusers
@@ -58,18 +59,9 @@ def streamed(modules: Sequence[nn.Module], device: torch.device) -> Iterator[Non
                 HookRegistry.check_if_exists_or_initialize(module).remove_hook(name)
 
 
-@contextmanager
-def unhooked_after(modules: Sequence[nn.Module]) -> Iterator[None]:
+def unhooked_after(modules: Sequence[nn.Module]) -> AbstractContextManager[None]:
     """What is set on a module for hooks around its forward, and left there when they go, is as it was afterwards."""
-    parts = [part for module in modules for part in module.modules()]
-    before = [{name: vars(part)[name] for name in _SET if name in vars(part)} for part in parts]
-    try:
-        yield
-    finally:
-        for part, values in zip(parts, before, strict=True):
-            for name in _SET:
-                vars(part).pop(name, None)
-            vars(part).update(values)
+    return restoring([part for module in modules for part in module.modules()], _SET)
 
 
 def unpin(modules: Iterable[nn.Module]) -> None:

@@ -44,7 +44,7 @@ FIGURES = (
     "saved_bytes",
     "budget_bytes",  # of these, on paper
     "by_op",
-    "peak_bytes",  # of all that is allocated
+    "peak_bytes",  # of all that is allocated; of graphs while they are made, and asked for the room of the optimizer's step
     "reserved_bytes",
     "phases",  # of a whole distillation: the most that each allocated, and whether weights were streamed while states were made
     "flops",  # of a forward and backward

@@ -31,6 +31,7 @@ from speed.hardware import quiet
 from speed.measure import kernels as kernels_of
 
 IMAGES = 32  # a step of the optimizer, as presets have it
+NEARLY = 0.95  # of what is left of a card that a batch may be thought to fill
 
 
 class Training:
@@ -45,7 +46,9 @@ class Training:
         parameters = list(self.attachment.adapter.parameters())
         self.optimizer: torch.optim.Optimizer = (HostAdamW if host else torch.optim.AdamW)(parameters, lr=1e-4, weight_decay=0.0)
         self.graphs = Passes(parameters, device, host=host) if row.get("graphed") else None
-        self.recording_bytes = 0  # the most that was allocated while a graph was made: of what is in use in it no counter tells
+        # The most that was allocated while a graph was made: of what is in use in it no counter tells. The room that it was asked
+        # to leave the optimizer's step counts, too.
+        self.recording_bytes = 0
         self.call: Any = torch.compile(self.denoiser, dynamic=False) if self.mode == MINCUT else self.denoiser
 
     @contextmanager
@@ -75,20 +78,22 @@ class Training:
             loss.backward()
             return loss.detach()
 
-        return run if self.graphs is None or not graphed else partial(self._graphed, self.graphs, run, batch)
+        return run if self.graphs is None or not graphed else partial(self.graphs, lambda _: run(), [], key=batch)
 
-    def _graphed(self, graphs: Passes, run: Callable[[], Tensor], batch: int) -> Tensor:
+    def step(self) -> None:
+        if self.graphs is not None:
+            self._end_batch(self.graphs)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def _end_batch(self, graphs: Passes) -> None:
+        """Where a graph is made."""
         counted = self.device.type == "cuda" and not graphs.held
         if counted:
             torch.cuda.reset_peak_memory_stats(self.device)
-        loss = graphs(lambda _: run(), [], key=batch)
-        if counted:
+        graphs.end_batch()
+        if counted and graphs.held:
             self.recording_bytes = torch.cuda.max_memory_allocated(self.device)
-        return loss
-
-    def step(self) -> None:
-        self.optimizer.step()
-        self.optimizer.zero_grad()
 
 
 def train_row(
@@ -103,12 +108,12 @@ def train_row(
         training = Training(architecture or find_architecture(row["model"]), row, device)
         found["parameters"] = count_parameters(training.attachment.adapter)
         with training.scope():
-            batch = _largest(training, row["batch"]) if row["search"] else row["batch"]
+            batch = _largest(training, row["cap_bytes"]) if row["search"] else row["batch"]
             found |= {"batch": batch, **_measure(training, batch, seconds, images, lock)}
             if training.graphs is not None:
                 if found["peak_bytes"] is not None:
                     found["peak_bytes"] = max(found["peak_bytes"], training.recording_bytes)
-                found["note"] = training.graphs.trouble or None
+                found["note"] = training.graphs.info()["plain_because"] or None
     except torch.OutOfMemoryError as error:
         found["note"] = f"out of memory: {str(error).splitlines()[0]}"[:200]
     return found
@@ -152,35 +157,45 @@ def _measure(training: Training, batch: int, seconds: float, images: int, lock: 
     }
 
 
-def _largest(training: Training, start: int) -> int:
-    """The largest batch that two steps of the optimizer fit with: doubled until memory runs out, then halved in between.
+def _largest(training: Training, size: int) -> int:
+    """The largest batch, but for a sixteenth, that two steps of the optimizer fit with into so many bytes: after 1 and 2 the one
+    that should fit, then others near it.
 
     Raises: torch.OutOfMemoryError where not even one sample fits.
     """
-    most, least = None, 0
-    batch = start
+    one = _peak(training, 1)
+    if one is None:
+        raise torch.OutOfMemoryError("not even a batch of 1 fits")
+    two = _peak(training, 2)
+    if two is None:
+        return 1
+    least, most = 2, None
+    batch = max(3, 2 + int(NEARLY * (size - two) / max(two - one, 1)))
     while most is None or most - least > max(1, least // 16):
-        if _fits(training, batch):
-            least = batch
-        elif batch == 1:
-            raise torch.OutOfMemoryError("not even a batch of 1 fits")
-        else:
+        if _peak(training, batch) is None:
             most = batch
-        batch = 2 * least if most is None else (least + most) // 2
+            batch = max(least + 1, most - max(1, most // 16))
+        else:
+            least = batch
+            batch = least + max(1, least // 16)
     return least
 
 
-def _fits(training: Training, batch: int) -> bool:
+def _peak(training: Training, batch: int) -> int | None:
+    """The most that is allocated; None where it does not fit."""
+    cuda = training.device.type == "cuda"
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(training.device)
     try:
         _steps(training, batch)
-        found = True
+        found = torch.cuda.max_memory_allocated(training.device) if cuda else 0
     except torch.OutOfMemoryError:
-        found = False
+        found = None
     training.optimizer.zero_grad()
     gc.collect()
     if training.device.type == "cuda":
         torch.cuda.empty_cache()
-    print(f"  batch {batch} {'fits' if found else 'does not fit'}", file=sys.stderr, flush=True)
+    print(f"  batch {batch} {'does not fit' if found is None else 'fits'}", file=sys.stderr, flush=True)
     return found
 
 

@@ -1,0 +1,5 @@
+"""Where commands print to."""
+
+from rich.console import Console
+
+console = Console(soft_wrap=True)

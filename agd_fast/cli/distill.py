@@ -1,0 +1,118 @@
+"""agd-fast distill: guidance of a model into an adapter."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import agd_fast as agd
+from agd_fast.cli.console import console
+from agd_fast.cli.options import DtypeOption, InputsOption, LabelsOption, ModelOption, OutputOption, QuietOption, SeedOption
+from agd_fast.cli.reading import given, load_model, parse_call, parse_labels
+from agd_fast.datasets import read_inputs
+from agd_fast.distillation.presets import PRESETS, find_preset
+
+
+def distill(
+    output: OutputOption = Path("runs/distill"),
+    model: ModelOption = "digits",
+    labels: LabelsOption = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="Text file with one prompt a line.", show_default="captions that ship, for a text pipeline"),
+    ] = None,
+    inputs: InputsOption = None,
+    call: Annotated[
+        str | None,
+        typer.Option(help='Further arguments of the pipeline\'s call as JSON, e.g. \'{"height": 768, "width": 768}\'.'),
+    ] = None,
+    dtype: DtypeOption = "float32",
+    preset: Annotated[str | None, typer.Option(help=f"Settings that go together: {', '.join(PRESETS)}.")] = None,
+    kind: Annotated[
+        str | None,
+        typer.Option(
+            help="modulation, gated_lora, cross_attention or offset; several joined by '+'.", show_default="the backbone's"
+        ),
+    ] = None,
+    hidden: Annotated[int | None, typer.Option(help="Width of the adapter; default: the largest within --max-fraction.")] = None,
+    max_fraction: Annotated[
+        float | None, typer.Option(help="Most parameters, as a share of the base's.", show_default="0.05")
+    ] = None,
+    guidance: Annotated[
+        tuple[float, float] | None, typer.Option(help="Lowest and highest guidance scale.", show_default="1 6")
+    ] = None,
+    init: Annotated[str | None, typer.Option(help="Folder or Hub repo of a trained adapter to start from.")] = None,
+    source: Annotated[str, typer.Option(help="Whose states to train on: trajectories (guided), or student (of --init).")] = (
+        "trajectories"
+    ),
+    trajectories: Annotated[int | None, typer.Option(min=1, help="Trajectories to collect.", show_default="400")] = None,
+    sampling_steps: Annotated[
+        tuple[int, int] | None, typer.Option(help="Lowest and highest number of their steps.", show_default="20 30")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Training steps.", show_default="800")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="States a training step.", show_default="128")] = None,
+    micro_batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Most states a forward.", show_default="the batch, or what fits with --memory auto")
+    ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(help="What is kept for backward: exact, 8bit, 4bit, recompute, blocks, or auto: the first that fits."),
+    ] = None,
+    base_weights: Annotated[str | None, typer.Option(help="Keep the frozen weights as int8 or nf4 while training.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate; default: by kind.")] = None,
+    ema: Annotated[float | None, typer.Option(help="Decay of an average of the weights, e.g. 0.999.")] = None,
+    mixed_precision: Annotated[str | None, typer.Option(help="no, fp16 or bf16.", show_default="no")] = None,
+    validation: Annotated[
+        int | None, typer.Option(min=0, help="Held-out trajectories a scale; 0 for none.", show_default="50, or 8 of a pipeline")
+    ] = None,
+    validate_every: Annotated[int | None, typer.Option(min=1, help="Also measure and draw after every so many steps.")] = None,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also write TensorBoard events.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Train anew instead of continuing what OUTPUT holds.")] = False,
+    seed: SeedOption = 0,
+    quiet: QuietOption = False,
+) -> None:
+    """Distil guidance of a model into an adapter. Continues an interrupted run."""
+    settings = find_preset(preset)
+    of_training = {
+        "steps": steps,
+        "batch_size": batch_size,
+        "micro_batch_size": micro_batch_size,
+        "learning_rate": learning_rate,
+        "ema": ema,
+        "mixed_precision": mixed_precision,
+    }
+    of_adapter = {"kind": kind, "hidden": hidden, "max_fraction": max_fraction}
+    chosen = given(of_adapter)
+    result = agd.distill(
+        load_model(model, dtype, place=memory is None),
+        class_labels=None if labels is None else parse_labels(labels),
+        prompts=prompts,
+        inputs=None if inputs is None else read_inputs(inputs),
+        call=None if call is None else parse_call(call),
+        guidance_range=guidance,
+        preset=preset,
+        adapter=replace(settings.adapter, **chosen) if chosen else None,
+        init=init,
+        source=source,  # type: ignore[arg-type]
+        train_config=replace(settings.train, **given(of_training)),
+        trajectories=trajectories,
+        sampling_steps=sampling_steps,
+        output_dir=output,
+        validation=validation,
+        validate_every=validate_every,
+        memory=memory,  # type: ignore[arg-type]
+        base_weights=base_weights,  # type: ignore[arg-type]
+        seed=seed,
+        resume=not fresh,
+        tensorboard=tensorboard,
+        progress=not quiet,
+    )
+    for found in (result, *result.others.values()):
+        explained = "" if found.explained is None else f" explain {found.explained.mean:.1%} of the guidance"
+        console.print(
+            f"{found.parameters:,} parameters ({found.fraction:.1%} of the base){explained}; written to {found.output_dir}",
+            markup=False,
+        )

@@ -1,0 +1,97 @@
+"""agd-fast sample: a picture with one forward a step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+import agd_fast as agd
+from agd_fast.cli.console import console
+from agd_fast.cli.options import (
+    AdapterArgument,
+    DtypeOption,
+    InputsOption,
+    LabelsOption,
+    ModelOption,
+    QuietOption,
+    SeedOption,
+    StepsOption,
+)
+from agd_fast.cli.reading import load_model, parse_call, parse_labels
+from agd_fast.datasets import read_inputs
+from agd_fast.teacher import as_teacher
+
+
+def sample(
+    adapter: AdapterArgument,
+    output: Annotated[Path, typer.Option(help="PNG to write.")] = Path("samples.png"),
+    model: ModelOption = "digits",
+    labels: LabelsOption = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="Prompt, for a text pipeline; give it again for several.")] = None,
+    inputs: InputsOption = None,
+    call: Annotated[str | None, typer.Option(help="Further arguments of the pipeline's call as JSON.")] = None,
+    dtype: DtypeOption = "float32",
+    guidance: Annotated[float, typer.Option(help="Guidance scale.")] = 4.0,
+    steps: StepsOption = 25,
+    compare: Annotated[bool, typer.Option("--compare", help="Also show unguided and two-pass CFG from the same noise.")] = False,
+    optimize: Annotated[bool, typer.Option("--optimize", help="Sample with the engine.")] = False,
+    seed: SeedOption = 0,
+    quiet: QuietOption = False,
+) -> None:
+    """Sample with one forward a step and write a picture."""
+    from agd_fast.evaluation.evaluate import arm_sampler
+    from agd_fast.pipelines import ARMS
+    from agd_fast.reporting.pictures import NAMES, save_grid
+
+    if output.suffix != ".png":
+        raise typer.BadParameter(f"expected a file name that ends in .png, found {output}")
+    pipeline = load_model(model, dtype)
+    if optimize:
+        agd.optimize(pipeline)
+    arms = ARMS if compare else ("agd",)
+    if prompt and inputs:
+        raise typer.BadParameter("expected --prompt or --inputs, found both")
+    if prompt or inputs:
+        given = {"prompt": prompt} if inputs is None else read_inputs(inputs)
+        count = _sample_inputs(agd.load(pipeline, adapter), given, parse_call(call or "{}"), guidance, steps, seed, arms, output)
+    else:
+        teacher = agd.load(as_teacher(pipeline), adapter)
+        classes = torch.tensor(parse_labels(labels or "0-9"))
+        noise = torch.randn(len(classes), *teacher.sample_shape, generator=torch.Generator().manual_seed(seed))
+        omega = guidance + teacher.spec.omega_offset
+        rows = {}
+        for arm in arms:
+            run = arm_sampler(teacher, arm, classes, noise, omega, steps, batch_size=64, progress=not quiet)
+            rows[NAMES[arm]] = _to_images(pipeline, run())
+        save_grid(output, rows, [str(label) for label in classes.tolist()])
+        count = len(classes)
+    console.print(f"{count} samples at guidance scale {guidance:g} in {steps} steps: {output}", markup=False)
+
+
+def _sample_inputs(
+    pipe: Any, inputs: Any, call: dict[str, Any], guidance: float, steps: int, seed: int, arms: Any, output: Path
+) -> int:
+    """One row an arm, one column a row of the inputs."""
+    from agd_fast.distillation.preview import grid_of, pictures
+    from agd_fast.files import replacing
+    from agd_fast.pipelines import PipelineTeacher
+
+    teacher = PipelineTeacher.of(pipe, inputs=inputs, call=call)
+    rows = [pictures(teacher, arm, guidance, steps, seed, len(teacher)) for arm in arms]
+    if not all(rows):
+        raise ValueError(f"expected a pipeline that makes pictures, found a {type(pipe).__name__} whose output is none")
+    with replacing(output) as partial:
+        grid_of(rows).save(partial, "PNG")
+    return len(teacher)
+
+
+def _to_images(pipeline: Any, samples: torch.Tensor) -> torch.Tensor:
+    """Samples in [−1, 1], through the pipeline's VAE where it has one."""
+    vae = getattr(pipeline, "vae", None)
+    if vae is None:
+        return samples
+    with torch.inference_mode():
+        return vae.decode(samples / vae.config.scaling_factor).sample
