@@ -23,11 +23,14 @@ from nfe_speed import commit
 from speed.architectures import find_architecture
 from speed.arms import Workbench, randomise_zeros, shared_copy
 
-PLAIN = agd.EngineConfig(compile=False, graph=False, hoist=False, fold=False, absorb=False, kernels="never", max_table_bytes=0)
+PLAIN = agd.EngineConfig(
+    compile=False, graph=False, hoist=False, fold=False, absorb=False, merge=False, kernels="never", max_table_bytes=0
+)
 ONCE = replace(PLAIN, hoist=True)
 TABLE = replace(ONCE, max_table_bytes=2**40)
 ABSORBED = replace(TABLE, absorb=True)
 FOLDED = replace(ABSORBED, fold=True)
+MERGED = replace(FOLDED, merge=True)
 KERNELS = "Triton kernels"
 IDEAS: dict[str, agd.EngineConfig | None] = {
     "adapter, not optimized": None,
@@ -36,8 +39,9 @@ IDEAS: dict[str, agd.EngineConfig | None] = {
     "what the step moves, in a table": TABLE,
     "absorption": ABSORBED,
     "norms take rows, no operations that change nothing": FOLDED,
-    "torch.compile": replace(FOLDED, compile=True),
-    KERNELS: replace(FOLDED, kernels="always"),  # which are counted, and run on a GPU alone
+    "low-rank terms in the convolutions' weights": MERGED,
+    "torch.compile": replace(MERGED, compile=True),
+    KERNELS: replace(MERGED, kernels="always"),  # which are counted, and run on a GPU alone
 }
 MODELS = ("sdxl-1024", "sd21-768", "dit-xl2-256")
 STEPS, BATCHES = 30, (1, 64)

@@ -5,7 +5,8 @@
 #
 # OUT: folder for gpu.tar.gz, which always holds all results so far, and session.log. MINUTES: from now to the end; default 9.
 # OPTION: of bench/on_gpu.py. The same command on the same machine goes on; on another one it goes on with what is in
-# bench/results/gpu, after `tar xzf OUT/gpu.tar.gz -C bench/results/gpu`.
+# bench/results/gpu, after `tar xzf OUT/gpu.tar.gz -C bench/results/gpu`. In 15 minutes: 6.5, then at once 4.5, then 2.5, as
+# bench/on_gpu.py says.
 #
 # Packages that the machine lacks are taken as wheels from .whl/, or the folder in WHEELS:
 #   python -m pip download --no-deps -d .whl diffusers==0.42.1 importlib_metadata

@@ -12,18 +12,21 @@ from __future__ import annotations
 import argparse
 import math
 import subprocess
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from agd_fast.environment import environment
-from agd_fast.files import read_json, write_json
+from agd_fast.files import read_json
 from agd_fast.ops import default_policy
 from quality.teachers import TEACHERS, load_teacher
 from speed.architectures import ARCHITECTURES, find_architecture
 from speed.arms import ARMS, require_arms
 from speed.digits import measure_teacher
 from speed.hardware import gpu_state
+from speed.kept import Kept
 from speed.measure import Row
 from speed.models import LATE, Settings, measure_model
 from speed.reference import ReferenceAdapters
@@ -42,15 +45,25 @@ def main() -> None:
             find_architecture(name)
     except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
-    if names:
-        rows = [row for name in names for row in measure_model(name, args.batch or [1], settings)]
-    else:
-        rows = _digits(args.teacher, args.batch or [1, 16, 64], settings)
+    kept = Kept(args.json, partial(_about, settings))
+    rows: list[Row] = []
+
+    def keep(own: list[Row]) -> None:
+        kept([*rows, *own])
+
+    for name in names:
+        rows += measure_model(name, args.batch or [1], settings, keep=keep)
+    if not names:
+        bench = load_teacher(args.teacher, device=settings.device)
+        bench.teacher.denoiser.to(settings.dtype)
+        for batch in args.batch or [1, 16, 64]:
+            rows += measure_teacher(bench.teacher, bench.table, batch, settings, keep)
     _report(rows, settings, args)
+    kept(rows, not any(LATE in (row["note"] or "") for row in rows))
 
 
 def _parser() -> argparse.ArgumentParser:
-    arms = "; ".join(f"{name}: {what}" for name, what in ARMS.items())
+    arms = "; ".join(f"{name}: {kind.what}" for name, kind in ARMS.items())
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", nargs="+", metavar="MODEL", help=f"one or several of {', '.join(ARCHITECTURES)}")
     parser.add_argument("--teacher", type=Path, default=TEACHERS / "digits-dit", help="folder of a finished teacher")
@@ -72,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--profile", action="store_true", help="of a model's arms on CUDA: print what takes longest")
     parser.add_argument("--no-compile", action="store_true", help="record the engine's steps as they are, which takes seconds")
     parser.add_argument("--lock", type=Path, help="see on_gpu.py: others on the card stand still while times are taken")
-    parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    parser.add_argument("--json", type=Path, help="also write the rows to this file, with every round")
     parser.add_argument("--plot", type=Path, help="of a picture; default: beside the JSON")
     return parser
 
@@ -104,17 +117,17 @@ def _settings(args: argparse.Namespace) -> Settings:
     )
 
 
-def _digits(directory: Path, batches: list[int], settings: Settings) -> list[Row]:
-    bench = load_teacher(directory, device=settings.device)
-    bench.teacher.denoiser.to(settings.dtype)
-    return [row for batch in batches for row in measure_teacher(bench.teacher, bench.table, batch, settings)]
+def _about(settings: Settings) -> dict[str, Any]:
+    """What stands beside the rows. rounds: that are timed; a row with times tells those that it has."""
+    where = {**environment(), **({"device": "meta"} if settings.device.type == "meta" else gpu_state())}
+    where["kernels"] = f"{where['kernels']}; {default_policy()}"
+    return {"environment": where, "commit": commit(), "compiled": settings.compiled, "rounds": settings.rounds}
 
 
 def _report(rows: list[Row], settings: Settings, args: argparse.Namespace) -> None:
     from speed.report import print_rows, save_bars  # needs matplotlib
 
-    where = {**environment(), **({"device": "meta"} if settings.device.type == "meta" else gpu_state())}
-    device = "counted" if settings.device.type == "meta" else f"{settings.rounds} interleaved rounds, {where['device']}"
+    device = "counted" if settings.device.type == "meta" else f"{settings.rounds} interleaved rounds, {environment()['device']}"
     for model in dict.fromkeys(row["model"] for row in rows):
         own = [row for row in rows if row["model"] == model]
         kinds = [f"{row['adapter']['kind']} adapter" for row in own if row["adapter"] and row["arm"] != "agd_naive"]
@@ -124,11 +137,6 @@ def _report(rows: list[Row], settings: Settings, args: argparse.Namespace) -> No
         path = args.plot or (args.json.with_suffix(".png") if args.json else None)
         if path:
             save_bars(path if len(rows) == len(own) else path.with_stem(f"{path.stem}-{model}"), own, title)
-    where["kernels"] = f"{where['kernels']}; {default_policy()}"
-    if args.json:
-        complete = not any(LATE in (row["note"] or "") for row in rows)
-        found = {"environment": where, "commit": commit(), "compiled": settings.compiled, "complete": complete}
-        write_json(args.json, {**found, "rows": rows})
 
 
 def commit() -> str:

@@ -11,11 +11,22 @@ measures is to be taken again: move its JSON out of the way.
 
 First what the library is for, SDXL's and DiT's steps, then distillation in little memory, bandwidth, kernels, other models.
 Checks (kernels in every configuration and three dtypes, compute-sanitizer, tiny denoisers compiled and as one CUDA graph a step)
-are against float64: off by no more than twice what PyTorch is in that dtype. They run beside what depends on them; until they
-are green its figures lie in `unchecked/`, and where one is red they stay there, and the exit code is 1.
+are against float64: off by no more than twice what PyTorch is in that dtype; those of training with passes as CUDA graphs are
+against training without. They run beside what depends on them; until they are green its figures lie in `unchecked/`, and where
+one is red they stay there, and the exit code is 1.
 
 Tasks run at the same time, since most of each is compilation. While one of them takes times, the processes of all others are
-stopped. At the end of the minutes all that runs is killed; what was written by then is whole.
+stopped. At the end of the minutes all that runs is killed; what was written by then is whole. JSON that says it is not complete
+holds what there was: rows with times tell of how many rounds. Its task is taken again, and leaves it until there is as much.
+
+In 15 minutes of an H200 with 16 CPUs, 35 seconds of which are gone before it runs anything, by commands of at most 10 minutes:
+
+    bash bench/gpu_session.sh OUT 6.5    # SDXL at 1 and 16, DiT at 1, checks of the engine and of graphed passes
+    bash bench/gpu_session.sh OUT 4.5    # at once: DiT at 16 and 4, SDXL at 4, distillation in 4 and 8 bits, images a second
+    bash bench/gpu_session.sh OUT 2.5    # bandwidth, DiT with the kernels that win; what is left comes first another time
+
+With 17 processes at once DiT's arms were made in 2 minutes and SDXL's in 4; SDXL then took 35 seconds of times a batch. What the
+end of a command kills goes on in the next with what was compiled.
 """
 
 from __future__ import annotations

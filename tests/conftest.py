@@ -50,6 +50,14 @@ def wrapped(pipe):
     return pipe
 
 
+@pytest.fixture
+def recorded(monkeypatch):
+    """The CUDA graphs of passes that are made, where there is no CUDA."""
+    from helpers_graphed import record_on_host
+
+    return record_on_host(monkeypatch)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("trajectories")

@@ -20,7 +20,7 @@ def as_list(found):
     return list(found) if isinstance(found, tuple) else [found]
 
 
-def rewritten(function, *inputs, policy="always"):
+def rewritten(function, *inputs, policy="always", **options):
     """What a rewritten graph of `function` gives, and what became of it; parameters among the inputs do not move."""
     captured = capture(lambda *tensors: as_list(function(*tensors)), inputs)
     graph = captured.graph
@@ -28,7 +28,7 @@ def rewritten(function, *inputs, policy="always"):
         node: Level.STATIC if isinstance(one, nn.Parameter) else Level.MOVING
         for node, one in zip(captured.inputs, inputs, strict=True)
     }
-    done = rewrite(graph, levels, policy, lambda pieces: _joined(graph, pieces))
+    done = rewrite(graph, levels, policy, lambda pieces: _joined(graph, pieces), **options)
     graph.lint()
     return fx.GraphModule({}, graph)(*inputs, *captured.constants.values()), done
 

@@ -44,7 +44,8 @@ def outputs(found: Any) -> tuple[Tensor, ...]:
 
 
 def assert_kernel(op_name: str, *args: Any, config: Mapping[str, int] | None = None) -> None:
-    """Off the float64 reference by at most twice what the reference in its own dtype is, and a rounding; arguments stay."""
+    """Off the float64 reference by at most twice what the reference in its own dtype is, and a rounding, lying in memory as the
+    operator says; arguments stay."""
     from agd_fast.ops import OPS  # not needed by what compiles ahead of time, and slow to import
     from agd_fast.ops.exactness import off
 
@@ -53,8 +54,20 @@ def assert_kernel(op_name: str, *args: Any, config: Mapping[str, int] | None = N
     found, plain, exact = interpreted(op_name, *args, config=config), op.reference(*args), op.reference(*op.in_double(args))
     assert not off(found, plain, exact), f"{op_name}, config {config}: {off(found, plain, exact)}"
     assert all(torch.isfinite(one).all() for one in outputs(found)), f"{op_name}, config {config}"
+    assert lying(found) == lying(op(*args)), f"{op_name}, config {config}"
     for name, was, arg in zip(op.signature.parameters, before, args, strict=False):
         assert not isinstance(arg, Tensor) or torch.equal(was, arg), f"{op_name}: {name} was changed"
+
+
+def lying(found: Any) -> list[list[int]]:
+    """The strides of all that there is more than one of."""
+    each = [zip(one.shape, one.stride(), strict=True) for one in outputs(found) if one.numel()]
+    return [[step for size, step in dimensions if size > 1] for dimensions in each]
+
+
+def channels_last(image: Tensor) -> Tensor:
+    """[B, C, ...] with its channels side by side."""
+    return image.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
 def made(layout: str, *shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
@@ -144,7 +157,12 @@ def residual_norm_cases(dtype: torch.dtype) -> list[Case]:
 
 def ada_group_norm_cases(dtype: torch.dtype) -> list[Case]:
     x, row = torch.randn(2, 64, 16, 16, dtype=dtype), torch.randn(2, 64, dtype=dtype)
-    return [(x, 32, row, row, 1e-5, True)]
+    first = (x, 32, row, row, 1e-5, True)
+    if dtype == torch.float16:
+        return [first]
+    C = {torch.bfloat16: 320, torch.float32: 2560}[dtype]
+    wide, rows = channels_last(torch.randn(1, C, 32, 32, dtype=dtype)), torch.randn(1, C, dtype=dtype)
+    return [first, (wide, 32, rows, rows, 1e-5, True)]
 
 
 def guidance_combine_cases(dtype: torch.dtype) -> list[Case]:
@@ -180,7 +198,19 @@ def gated_lora_cases(dtype: torch.dtype) -> list[Case]:
     down, up = torch.randn(64, 640, dtype=dtype), torch.randn(320, 64, dtype=dtype)
     last, first = (hidden, output, down, up, gates), (hidden.mT.contiguous(), output.mT.contiguous(), down, up, gates, True)
     few = (*first[:2], down[:4], up[:, :4], None, True)
-    return {torch.bfloat16: [last], torch.float16: [first], torch.float32: [few]}[dtype]
+    mixed = (first[0], channels_last(first[1]), down[:16], up[:, :16], None, True)  # as a UNet has them behind PyTorch's norm
+    return {torch.bfloat16: [last, mixed], torch.float16: [first], torch.float32: [few]}[dtype]
+
+
+def write_merged_cases(dtype: torch.dtype) -> list[Case]:
+    shapes, rank = ((320, 640), (40, 36)), 16 if dtype == torch.bfloat16 else 64
+    weights = [torch.randn(C, K, 3, 3, dtype=dtype) for C, K in shapes]
+    weights = [channels_last(one) for one in weights] if dtype == torch.bfloat16 else weights
+    low = [(torch.randn(C, rank, dtype=dtype), torch.randn(rank, K, dtype=dtype)) for C, K in shapes]
+    centres = [one[:, :, 1, 1] for one in weights]
+    return [
+        ([one.clone() for one in centres] if dtype == torch.float16 else centres, centres, *map(list, zip(*low, strict=True)))
+    ]
 
 
 # op → arguments of a dtype: a few that differ in what the kernel is specialised for
@@ -196,4 +226,5 @@ CASES: dict[str, Callable[[torch.dtype], list[Case]]] = {
     "projection_mix": projection_mix_cases,
     "activated_linear": activated_linear_cases,
     "gated_lora": gated_lora_cases,
+    "write_merged": write_merged_cases,
 }

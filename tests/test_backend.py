@@ -248,7 +248,7 @@ def test_weights_that_are_cast_where_they_are_used_are_joined_too():
 
 @torch.no_grad()
 def test_a_rewrite_that_fails_costs_no_model(monkeypatch):
-    def fails(*_):
+    def fails(*_, **__):
         raise KeyError("nothing there")
 
     monkeypatch.setattr("agd_fast.backend.compile.rewrite", fails)

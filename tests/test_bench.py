@@ -27,6 +27,7 @@ def test_nfe_speed(tmp_path):
     assert flops["cfg"] == 2 * flops["unguided"] and flops["unguided"] < flops["agd"] < 1.05 * flops["unguided"]
     timed = [row for row in content["rows"] if row["arm"] != "agd_kernels"]
     assert all(row["ms_per_image"] > 0 and row["note"] is None for row in timed) and content["commit"]
+    assert content["complete"] and content["rounds"] == 2 and all(row["seconds"]["rounds"] == 2 for row in timed)
     assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
 
 

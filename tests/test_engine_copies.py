@@ -1,10 +1,13 @@
 """Weights that an optimized forward reads in other forms: joined projections, convolutions with channels side by side."""
 
+import gc
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import agd_fast as agd
 from agd_fast.attaching import scoped
@@ -16,6 +19,22 @@ from tiny import FAMILIES
 
 OTHER = agd.EngineConfig(join_projections=True, channels_last=True)
 FAST = {"unet": "sd15", "dit": "dit", "joint": "sd3", "long skips": "sdxl"}
+
+
+@pytest.fixture
+def turned(monkeypatch):
+    """What is made of each weight in channels-last order, without keeping it; no garbage is collected by the way."""
+    found, own = [], Copies.channels_last
+
+    def channels_last(copies, weight):
+        made = own(copies, weight)
+        found.append(StorageWeakRef(made.untyped_storage()))
+        return made
+
+    monkeypatch.setattr(Copies, "channels_last", channels_last)
+    gc.disable()
+    yield found
+    gc.enable()
 
 
 def engine(pipe):
@@ -57,7 +76,7 @@ def test_outputs_lie_as_the_models_own_do(unets):
 
 def test_copies_are_made_once_for_all_shapes():
     _, fast = twins()
-    agd.optimize(fast, OTHER)
+    agd.optimize(fast, replace(OTHER, merge=False))
     call(fast)
     once = engine(fast)["copied_bytes"]
     call(fast, num_images_per_prompt=2)
@@ -116,7 +135,8 @@ def test_pieces_that_are_joined_from_the_same_are_the_same():
     copies, a, b = Copies(), torch.ones(2), torch.full((1,), 3.0)
     joined = copies.joined([a, 2, b])
     assert joined.tolist() == [1, 1, 0, 0, 3]
-    assert copies.joined([a, 2, b]) is joined and copies.joined([a, 3, b]) is not joined
+    other = copies.joined([a, 3, b])
+    assert copies.joined([a, 2, b]) is joined is not other
     assert copies.bytes == 4 * (5 + 6)
 
 
@@ -156,11 +176,90 @@ def test_code_that_asks_how_images_lie_is_captured_as_it_is():
     for output in outputs:
         assert_same(output, expected)
     assert engine(model)["captured"] == 1 and not engine(model)["plain_because"]
+    assert "channels-last" in engine(model)["slower_because"][0]
+
+
+class FlatFor(Flat):
+    """Asks it of batches of some sizes alone."""
+
+    def __init__(self, batches):
+        super().__init__()
+        self.batches = batches
+
+    def forward(self, sample, timestep):
+        return super().forward(sample, timestep) if len(sample) in self.batches else self.convolutions(sample)
+
+
+@pytest.mark.parametrize(("batches", "read"), [((1, 2, 3), False), ((2,), True)], ids=["from the first", "once copies are read"])
+@torch.no_grad()
+def test_what_does_not_take_channels_last_is_not_tried_again(batches, read, turned):
+    model, t = FlatFor(batches).eval(), torch.tensor([3])
+    agd.optimize(model, OTHER, spec=agd.DenoiserSpec())
+
+    def assert_right(size):
+        x = torch.randn(size, 2, 4, 4)
+        for _ in range(2):
+            with scoped(model, t):
+                assert_same(model(x, t), model._call_impl(x, t))
+
+    for size in (1, 2, 3):
+        assert_right(size)
+    tries = len(turned) / len(model.convolutions)
+    assert tries == (2 if read else 1) and engine(model)["captured"] == 3
+    assert bool(engine(model)["copied_bytes"]) == read and all(one.expired() != read for one in turned)
+    model.convolutions[0].weight.data.mul_(-2)
+    assert_right(1)
+
+
+class Deciding(FlatFor):
+    """By values, in batches of one."""
+
+    def forward(self, sample, timestep):
+        return super().forward(sample, timestep) if len(sample) > 1 or sample.sum() > 0 else sample
+
+
+@torch.no_grad()
+def test_what_cannot_be_captured_at_all_says_nothing_of_channels_last():
+    model, t = Deciding(()).eval(), torch.tensor([3])
+    agd.optimize(model, OTHER, spec=agd.DenoiserSpec())
+    with scoped(model, t), pytest.warns(UserWarning, match="cannot be recorded"):
+        model(torch.randn(1, 2, 4, 4), t)
+    assert engine(model)["copied_bytes"] == 0 and not engine(model)["slower_because"]
+    with scoped(model, t):
+        model(torch.randn(2, 2, 4, 4), t)
+    assert engine(model)["copied_bytes"] and engine(model)["captured"] == 1
+
+
+@torch.no_grad()
+def test_copies_go_with_the_engine(turned):
+    model, t = FlatFor(()).eval(), torch.tensor([3])
+    agd.optimize(model, OTHER, spec=agd.DenoiserSpec())
+    with scoped(model, t):
+        model(torch.randn(1, 2, 4, 4), t)
+    gc.collect()  # what the recording left
+    assert engine(model)["copied_bytes"] and turned and not any(one.expired() for one in turned)
+    agd.optimize(model, None, spec=agd.DenoiserSpec())
+    assert all(one.expired() for one in turned)
+
+
+def test_what_nobody_reads_goes_and_the_rest_follows():
+    copies, weight = Copies(), torch.ones(2, 2, 3, 3)
+    joined, turned = copies.joined([weight, weight]), copies.channels_last(weight)
+    twin, middle = copies.twin(turned, turned.stride()), copies.centre(turned)
+    assert twin.stride() == turned.stride() and copies.own(turned) is weight and copies.own(twin) is twin
+    assert copies.channels_last(weight) is turned and copies.centre(weight) is middle
+    assert copies.bytes == sum(one.nbytes for one in (joined, turned, twin, middle))
+    weight.fill_(5)
+    copies.renew()
+    assert all((one == 5).all() for one in (joined, turned, twin, middle))
+    del turned
+    assert copies.bytes == sum(one.nbytes for one in (joined, twin, middle))
+    copies.renew()
 
 
 def test_weights_that_lie_so_already_are_not_copied():
     _, fast = twins()
     fast.unet.to(memory_format=torch.channels_last)
-    agd.optimize(fast, agd.EngineConfig(channels_last=True))
+    agd.optimize(fast, agd.EngineConfig(channels_last=True, merge=False))
     call(fast)
     assert engine(fast)["captured"] == 1 and engine(fast)["copied_bytes"] == 0

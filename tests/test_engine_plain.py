@@ -68,7 +68,7 @@ def compile_blocks(pipe):
 
 OBSTACLES = {
     "offloaded by accelerate": (offload, "accelerate's"),
-    "hook of accelerate": (put_hook, "accelerate's AlignDevicesHook moves conv_in"),
+    "hook of accelerate": (put_hook, "accelerate's AlignDevicesHook acts on conv_in"),
     "offloaded by groups": (offload_groups, "diffusers' hook 'group_offloading'"),
     "cast by layers": (cast_layers, "diffusers' hook 'layerwise_casting'"),
     "foreign hook": (put_foreign_hook, "conv_out (Conv2d) has a hook that is not ours"),

@@ -1,5 +1,7 @@
 """Patterns at their edges: what looks like one and is none, what is written in place, layouts, and weights that are not plain."""
 
+from itertools import product
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -8,9 +10,11 @@ from agd_fast import ops
 from agd_fast.engine.config import EngineConfig
 from agd_fast.engine.program import Program
 from agd_fast.graph.capture import capture
+from agd_fast.graph.fusing import ELSEWHERE
 from agd_fast.graph.levels import Level
 from helpers_engine import assert_same
 from helpers_fusing import B, C, T, as_list, check, norm, parameter, rewritten, row, x, y, z
+from helpers_kernels import channels_last
 
 # what is written in place: nothing that is read of it moves to where it holds something else
 
@@ -166,6 +170,81 @@ def test_a_result_keeps_the_layout_that_is_viewed(function):
         torch.testing.assert_close(one, plain)
 
 
+def normed(image, gamma, beta, weight):
+    return F.silu(F.group_norm(image, 2) * (1 + gamma) + beta)
+
+
+def convolved(*inputs):
+    return F.conv2d(normed(*inputs), inputs[-1])
+
+
+def in_rows(*inputs):
+    """Which there is a view for where channels lie side by side."""
+    return normed(*inputs).movedim(1, -1).view(len(inputs[0]), -1)
+
+
+def in_planes(*inputs):
+    """And here where they do not."""
+    return normed(*inputs).view(len(inputs[0]), -1)
+
+
+def to_be_normed(samples):
+    image, rows = channels_last(torch.randn(samples, 8, 4, 6)), torch.randn(2, samples, 8, 1, 1)
+    return image, *rows, channels_last(torch.randn(5, 8, 3, 3))
+
+
+@pytest.mark.parametrize("samples", [1, B])
+@pytest.mark.parametrize("function", [normed, convolved, in_rows])
+def test_group_norms_of_channels_side_by_side(function, samples):
+    inputs = to_be_normed(samples)
+    check(function, *inputs, kernels={"ada_group_norm": 1})
+    assert rewritten(function, *inputs)[0][0].stride() == function(*inputs).stride()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("samples", [1, B])
+@pytest.mark.parametrize(("function", "fits"), [(convolved, True), (normed, False), (in_planes, False)])
+def test_group_norms_that_torch_turns_round(function, fits, samples):
+    """Contiguous of channels side by side, as on CUDA and here on the meta device: convolutions take either."""
+    inputs = [one.to("meta") for one in to_be_normed(samples)]
+    assert F.group_norm(inputs[0], 2).is_contiguous()
+    found = rewritten(function, *inputs)[1].kernels
+    put, left = {"ada_group_norm": 1}, {f"ada_group_norm: {ELSEWHERE}": 1}
+    assert (found["kernels"], found["not_on_kernels"]) == ((put, {}) if fits else ({}, left))
+
+
+def test_group_norms_of_some_channels_are_left_where_their_layout_is_asked_for():
+    image, *rest = to_be_normed(B)
+    inputs = torch.cat([image, image], dim=1)[:, 3:11], *rest
+    check(convolved, *inputs, kernels={"ada_group_norm": 1})
+    done = check(in_rows, *inputs, kernels={})
+    assert done.kernels["not_on_kernels"] == {f"ada_group_norm: {ELSEWHERE}": 1}
+
+
+@pytest.mark.parametrize("lasts", [*product([False, True], repeat=2)])
+def test_low_rank_terms_of_images_of_any_layouts(lasts):
+    images = [channels_last(one) if last else one for one, last in zip(torch.randn(2, B, 6, 4, 5), lasts, strict=True)]
+    inputs = *images, torch.randn(2, 6), torch.randn(6, 2), torch.randn(B, 2)
+
+    def function(hidden, output, down, up, gates):
+        summed = ops.gated_lora(hidden, output, down, up, gates, True)
+        return (summed.movedim(1, -1) if lasts[1] else summed).view(B, -1)
+
+    check(function, *inputs, kernels={"gated_lora": 1})
+
+
+def test_low_rank_terms_of_some_channels_are_left_where_their_layout_is_asked_for():
+    whole = channels_last(torch.randn(B, 8, 4, 5))
+    inputs = whole[:, 2:], whole[:, :6], torch.randn(2, 6), torch.randn(6, 2), channels_last(torch.randn(5, 6, 3, 3))
+
+    def function(hidden, output, down, up, weight):
+        return ops.gated_lora(hidden, output, down, up, None, True)
+
+    check(lambda *given: F.conv2d(function(*given), given[-1]), *inputs, kernels={"gated_lora": 1})
+    done = check(lambda *given: function(*given).movedim(1, -1).view(B, -1), *inputs, kernels={})
+    assert done.kernels["not_on_kernels"] == {f"gated_lora: {ELSEWHERE}": 1}
+
+
 # weights
 
 
@@ -288,7 +367,7 @@ def test_what_moves_with_the_step_alone_is_not_put_on_kernels():
     c, t = torch.randn(B, T, C), torch.full((B, 1, C), 0.5)
     found = capture(lambda *given: [function(*given)], [c, t, x])
     program = Program(found, [Level.STATIC, Level.STEP, Level.MOVING], 1, EngineConfig(kernels="always"))
-    assert program.kernels == {"kernels": {"activated_linear": 1}, "not_on_kernels": {}}
+    assert program.rewritten.kernels == {"kernels": {"activated_linear": 1}, "not_on_kernels": {}}
     for part in (program.parts.once, program.parts.step):
         assert not any("agd_fast_kernels" in str(node.target) for node in part.module.graph.nodes)
     for value in (0.5, 0.2):

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -22,23 +23,26 @@ from memory import training
 from session import alone, judged
 from session.tasks import all_stages, photographs
 from speed import models
-from speed.measure import Measured
+from speed.arms import ARMS, engine_config
+from speed.kept import Kept
+from speed.measure import Kernels, Measured
 
 BENCH = Path(__file__).parents[1] / "bench"
 
 
 ORDER = [
-    [
-        "checks/engine_sdxl",
-        "checks/engine_dit",
-        *(f"nfe_speed/{one}" for one in ("sdxl-1024_1", "dit-xl2-256_*", "dit-xl2-256_*")),
-    ],
+    ["checks/engine_sdxl", "checks/engine_dit", "nfe_speed/sdxl-1024_1", "nfe_speed/sdxl-1024_16", "nfe_speed/dit-xl2-256_1"],
+    ["checks/graphed_passes"],
+    ["distill_memory/graphed_packed_cap8", "nfe_speed/sdxl-1024_4", "nfe_speed/dit-xl2-256_16", "nfe_speed/dit-xl2-256_4"],
+    ["distill_memory/images_at_24_graphed"],
+    ["packing_kernels"],
+    ["checks/kernel_activated_linear_*", "checks/kernel_gated_lora_float32"],
+    ["nfe_speed_kernels/dit-xl2-256_1"],
+    ["distill_memory/images_at_24"],
     ["distill_memory/cap8"],
     ["distill_memory/int8_cap6"],
-    ["distill_memory/uncapped"],
-    ["distill_memory/images_at_24"],
-    ["packing_kernels"],
-    ["checks/kernel_activated_linear_*", "checks/kernel_gated_lora_float32", "kernels/activated_linear"],
+    ["kernels/activated_linear"],
+    ["nfe_speed_kernels/sdxl-1024_1"],
     ["checks/engine_sd15", "checks/sanitizer_*"],
     ["nfe_speed/sd21-768_1", "nfe_speed/qwen-image_1"],
 ]
@@ -63,6 +67,10 @@ def test_tasks_are_of_every_op_and_model():
     assert kernels < needs < set(names) and all(name.startswith("checks/") for name in needs)
     of = {task.name: task.needs for task in tasks}
     assert of["nfe_speed/dit-xl2-256_4"] == ["checks/engine_dit"] and of["distill_memory/cap8"] == ["checks/packing"]
+    graphed = [name for name in names if name.startswith("distill_memory/") and "graphed" in name]
+    assert len(graphed) == 4 and all(of[name] == ["checks/packing", "checks/graphed_passes"] for name in graphed)
+    processes = {task.name: task.processes for task in tasks}
+    assert processes["nfe_speed/sdxl-1024_1"] == 5 and processes["nfe_speed/sdxl-1024_16"] == 4  # CFG in the engine is at 1 alone
     for task in tasks:
         assert task.times == ("{lock}" in task.command) == (not task.is_check and "--whole" not in task.command), task.name
 
@@ -163,20 +171,115 @@ class Late:
         pass
 
 
-def test_what_is_late_leaves_the_others_their_times(monkeypatch, tmp_path):
-    monkeypatch.setattr(models, "workers", lambda make: nullcontext({group: Late(one.args[0]) for group, one in make.items()}))
+def settings_of(arms, **changed):
     counted = {"adapter": None, "arm": "none", "model": "none", "batch": 1, "steps": 1, "dtype": "none"}
-    arms, cpu = ["unguided", "agd", "agd_engine"], torch.device("cpu")
-    made = models.Settings(arms, 2, 2, torch.float32, cpu, 4.0, counts=[counted], processes=True, patience=5.0)
-    rows = models.measure_model("dit-xl2-256", [1], made)
+    made = models.Settings(arms, 2, 2, torch.float32, torch.device("cpu"), 4.0, counts=[counted], processes=True, patience=5.0)
+    return replace(made, **changed)
+
+
+def with_workers(monkeypatch, kind):
+    monkeypatch.setattr(models, "workers", lambda make: nullcontext({group: kind(one.args[0]) for group, one in make.items()}))
+
+
+def test_what_is_late_leaves_the_others_their_times(monkeypatch, tmp_path):
+    with_workers(monkeypatch, Late)
+    rows = models.measure_model("dit-xl2-256", [1], settings_of(["unguided", "agd", "agd_engine"]))
     assert [(row["arm"], row["ms_per_step"] is None, row["note"]) for row in rows] == [
         ("unguided", False, None),
         ("agd", False, None),
         ("agd_engine", True, models.LATE),
     ]
     for some, complete in ((rows, False), (rows[:2], True)):
-        nfe_speed._report(some, made, argparse.Namespace(json=tmp_path / "a.json", plot=None))
-        assert read_json(tmp_path / "a.json")["complete"] is complete
+        monkeypatch.setattr(nfe_speed, "measure_model", lambda *_, some=some, **__: some)
+        monkeypatch.setattr(sys, "argv", ["nfe_speed.py", "--model", "dit-xl2-256", "--json", str(tmp_path / "a.json")])
+        nfe_speed.main()
+        found = read_json(tmp_path / "a.json")
+        assert found["complete"] is complete and found["rounds"] == 10 and found["commit"]
+
+
+class Ended(Late):
+    """The second of its arms' rounds that are timed ends all."""
+
+    def run(self, arm):
+        runs.append(arm)
+        if runs.count(arm) == 3:
+            raise SystemExit
+
+    def output(self, arm):
+        assert not runs
+        return torch.ones(2)
+
+
+runs = []
+
+
+def test_who_is_ended_leaves_the_rounds_that_there_were(monkeypatch, tmp_path):
+    runs.clear()
+    with_workers(monkeypatch, Ended)
+    seen, kept = [], Kept(tmp_path / "a.json", lambda: {"commit": "0"})
+
+    def keep(rows):
+        kept(rows)
+        seen.append([row["seconds"] and row["seconds"]["rounds"] for row in read_json(tmp_path / "a.json")["rows"]])
+
+    with pytest.raises(SystemExit):
+        models.measure_model("dit-xl2-256", [1], settings_of(["unguided", "cfg_compiled"]), keep=keep)
+    assert seen == [[None, None], [None, None], [1, 1]]  # two workers that have made their arms, and a round
+    found = read_json(tmp_path / "a.json")
+    assert found["complete"] is False and found["commit"] == "0" and all(row["ms_per_step"] is not None for row in found["rows"])
+
+
+def test_less_than_was_kept_takes_no_place(tmp_path):
+    def rows(*rounds):
+        return [{"seconds": count and {"rounds": count}} for count in rounds]
+
+    def kept_after(own, complete=False):
+        Kept(tmp_path / "a.json", dict)(own, complete)
+        found = read_json(tmp_path / "a.json")
+        return found["rows"], found["complete"]
+
+    assert kept_after(rows(None, None)) == (rows(None, None), False)
+    assert kept_after(rows(3, 3)) == (rows(3, 3), False)
+    assert kept_after(rows(3, 2)) == (rows(3, 3), False)
+    assert kept_after(rows(4, 3)) == (rows(4, 3), False)
+    assert kept_after(rows(1, None), True) == (rows(1, None), True)
+
+
+class OnCard(Late):
+    """Whether the lock is held where kernels are looked at."""
+
+    lock = None
+
+    def kernels(self, arm):
+        locked.append(subprocess.run([sys.executable, "-c", LOCKS, self.lock], capture_output=True).returncode == 1)
+        return Kernels(6, 0.25, [("gemm", 6, 0.25)])
+
+
+locked = []
+
+
+def test_kernels_are_profiled_under_the_lock(monkeypatch, tmp_path, capsys):
+    locked.clear()
+    with_workers(monkeypatch, OnCard)
+    monkeypatch.setattr(OnCard, "lock", tmp_path / "lock")
+    OnCard.lock.touch()
+    measured = {"unguided": Measured(), "cfg": Measured(timed_steps=1)}
+    made = settings_of([*measured], device=torch.device("cuda"), lock=tmp_path / "lock", profile=True)
+    models._time_processes("dit-xl2-256", 1, measured, made, lambda: None)
+    assert locked == [True, True] and [one.device_seconds for one in measured.values()] == [0.25, 0.5]
+    assert "cfg: 6 kernels, 250.00 ms" in capsys.readouterr().out
+
+
+def test_arms_are_what_their_table_says():
+    compiled = {"cfg_compiled", "unguided_engine", "cfg_engine", "agd_engine", "agd_engine_whole", "agd_kernels"}
+    assert {name for name, kind in ARMS.items() if kind.compiled} == compiled
+    assert {kind.plain for kind in ARMS.values()} == {None, "unguided", "cfg", "agd"}
+    assert all(ARMS[kind.plain].method == kind.method and ARMS[kind.plain].engine is None for kind in ARMS.values() if kind.plain)
+    for kind in ARMS.values():
+        if kind.engine is not None:
+            counted = engine_config(kind.engine, counted=True)
+            assert counted.graph is counted.compile is engine_config(kind.engine, compiled=False).compile is False
+            assert counted.kernels == (kind.engine.kernels or "never") and engine_config(kind.engine) == kind.engine
 
 
 @pytest.mark.parametrize(("errors", "code", "ok"), [(0, 0, True), (3, 1, False), (None, 0, False)])

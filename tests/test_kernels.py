@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agd_fast.ops import OPS
-from helpers_kernels import arguments, assert_kernel, configs, interpreted, made, outputs
+from helpers_kernels import arguments, assert_kernel, channels_last, configs, interpreted, made, outputs
 
 NAMES = (
     "ada_layer_norm",
@@ -93,6 +93,7 @@ def test_ada_group_norm(data):
     groups, channels = data.draw(st.sampled_from([1, 3, 4])), data.draw(st.sampled_from([2, 3, 10]))
     C, silu = groups * channels, data.draw(st.booleans())
     x, gamma, beta = draw.tensor(B, C, *places), draw.row(B, C), draw.row(B, C)
+    x = channels_last(x) if data.draw(st.booleans()) else x
     assert_kernel("ada_group_norm", x, groups, gamma, beta, 1e-4, silu, config=draw.config("ada_group_norm"))
 
 
@@ -136,8 +137,10 @@ def test_norms_of_one_element_are_beta():
 def test_norms_keep_the_digits_of_a_large_mean(name):
     """100 standard deviations away from 0, where E[x²] − mean² has none left in float32."""
     x, *others = arguments(name, T=5, C=1000)
+    layouts = (torch.Tensor.contiguous, channels_last) if name == "ada_group_norm" else (torch.Tensor.contiguous,)
     for config in configs(name):
-        assert_kernel(name, 100 + x, *others, config=config)
+        for layout in layouts:
+            assert_kernel(name, layout(100 + x), *others, config=config)
 
 
 def test_ada_group_norm_of_many_pieces():
@@ -146,11 +149,28 @@ def test_ada_group_norm_of_many_pieces():
     assert_kernel("ada_group_norm", x.view(1, 2, -1), 2, None, torch.randn(1, 2), config={"BLOCK": 1024, "num_warps": 4})
 
 
-def test_ada_group_norm_of_channels_last_and_of_some_channels():
-    x = torch.randn(2, 12, 5, 7)
+def test_ada_group_norm_of_some_channels_and_of_some_samples():
+    x = torch.randn(3, 12, 5, 7)
     rows = torch.randn(2, 2, 8)
-    assert_kernel("ada_group_norm", x[:, 2:10], 4, *rows, 1e-5, True)
-    assert_kernel("ada_group_norm", x[:, 2:10].to(memory_format=torch.channels_last), 4, *rows, 1e-5, True)
+    for image in (x, channels_last(x)):
+        assert_kernel("ada_group_norm", image[1:, 2:10], 4, *rows, 1e-5, True)
+        assert_kernel("ada_group_norm", image[1:], 4, None, None)
+
+
+@pytest.mark.parametrize(
+    ("groups", "size"), [(33, 1), (65, 2), (5, 5), (33, 10), (5, 20), (5, 30), (3, 40), (3, 60), (2, 80), (2, 150)]
+)
+def test_ada_group_norm_of_groups_side_by_side(groups, size):
+    """Several whole groups a program, of any number of channels; the last program has fewer."""
+    x = channels_last((torch.rand(groups * size) * torch.randn(1, 5, 7, groups * size)).movedim(-1, 1)).half()
+    rows = torch.randn(2, 1, groups * size).half()
+    assert_kernel("ada_group_norm", x, groups, *rows, 1e-5, True, config=configs("ada_group_norm")[size % 3])
+
+
+def test_ada_group_norm_of_many_pieces_side_by_side():
+    """More places than there are tiles for in one round, so that a program takes several; the last piece is short."""
+    x = channels_last(100 + (1 + torch.arange(160)).view(1, -1, 1, 1) * torch.randn(1, 160, 40, 41))
+    assert_kernel("ada_group_norm", x, 2, None, torch.randn(1, 160), config={"BLOCK": 1024, "num_warps": 4})
 
 
 def test_ada_group_norm_of_values_far_below_zero():

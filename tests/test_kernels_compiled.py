@@ -10,7 +10,7 @@ import pytest
 from agd_fast.ops import OPS
 
 
-@pytest.mark.parametrize("op_name", OPS)
+@pytest.mark.parametrize("op_name", [*OPS, "write_merged"])
 def test_compiles_ahead_of_time(op_name):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, Path(__file__).with_name("compile_kernels.py"), op_name]

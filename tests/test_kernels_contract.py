@@ -3,12 +3,14 @@
 import inspect
 import subprocess
 import sys
+from itertools import product
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from agd_fast.ops import OPS
-from helpers_kernels import arguments, interpreted, outputs
+from helpers_kernels import arguments, channels_last, interpreted, outputs
 
 ERRORS = {
     "ada_layer_norm": [({"gamma": torch.zeros(3, 8)}, "gamma must be"), ({"beta": torch.zeros(2, 8).half()}, "beta must be")],
@@ -117,3 +119,45 @@ def test_gradients_are_the_references(name):
 
     for found, expected in zip(gradients(OPS[name]), gradients(OPS[name].reference), strict=True):
         assert torch.equal(found, expected)
+
+
+def images(name, *lasts):
+    """Arguments with images [B, C, H, W], those of a true `lasts` with their channels side by side."""
+    if name == "ada_group_norm":
+        x, *others = arguments(name, T=15)
+        shaped, others = [x.unflatten(-1, (3, 5))], others
+    else:
+        hidden, output, *others = arguments(name, T=15)
+        shaped, others = [one.mT.unflatten(-1, (3, 5)).contiguous() for one in (hidden, output)], [*others, True]
+    shaped = [channels_last(image) if last else image for image, last in zip(shaped, lasts, strict=True)]
+    return *shaped, *others
+
+
+IMAGES = [("ada_group_norm", True), *(("gated_lora", *lasts) for lasts in product([False, True], repeat=2))]
+
+
+@pytest.mark.parametrize(("name", "lasts"), [(name, lasts) for name, *lasts in IMAGES], ids=str)
+def test_operators_of_images_lie_as_they_say(name, lasts):
+    """With the layout of the last image among the arguments, the operator's fake too; gradients have the right numbers."""
+    given = images(name, *lasts)
+    found = OPS[name](*given)
+    assert found.is_contiguous() != lasts[-1] and found.is_contiguous(memory_format=torch.channels_last) == lasts[-1]
+    torch.library.opcheck(OPS[name].overload, given)
+    tensors = [one.requires_grad_() for one in given if isinstance(one, torch.Tensor)]
+    gradients = [torch.autograd.grad(function(*given).cos().sum(), tensors) for function in (OPS[name], OPS[name].reference)]
+    assert all(map(torch.equal, *gradients))
+
+
+def test_references_of_images_side_by_side_copy_none():
+    """And give the same layout, so that nothing is turned round to be raced against a kernel."""
+
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            assert ("copy" not in func.name() and "clone" not in func.name()) or args[0].ndim < 3, func
+            return func(*args, **(kwargs or {}))
+
+    given = images("gated_lora", True, True)
+    with Copies():
+        found = OPS["gated_lora"].reference(*given)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    assert OPS["ada_group_norm"].reference(*images("ada_group_norm", True)).is_contiguous(memory_format=torch.channels_last)

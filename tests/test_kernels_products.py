@@ -1,13 +1,14 @@
 """Kernels of the products, interpreted: at the borders of tiles, of views, with every optional argument and configuration."""
 
 import math
+from itertools import product
 
 import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from helpers_kernels import arguments, assert_kernel, configs, interpreted, made, outputs
+from helpers_kernels import arguments, assert_kernel, channels_last, configs, interpreted, made, outputs
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # of which the reciprocal is taken, as it should be
 NAMES = ("projection_scores", "projection_mix", "activated_linear", "gated_lora")
@@ -81,6 +82,8 @@ def test_gated_lora(data):
     r = data.draw(st.sampled_from([1, 4, 15, 16, 17, 64]))
     shapes = ((B, K, *T), (B, C, *T)) if first else ((B, *T, K), (B, *T, C))
     hidden, output, down, up = (made(data.draw(LAYOUTS), *shape, dtype=dtype) for shape in (*shapes, (r, K), (C, r)))
+    if first:
+        hidden, output = (channels_last(image) if data.draw(st.booleans()) else image for image in (hidden, output))
     gates = data.draw(st.sampled_from([None, (1, r), (B, r)]))
     gates = None if gates is None else made(data.draw(LAYOUTS), *gates, dtype=dtype)
     assert_kernel("gated_lora", hidden, output, down, up, gates, first, config=data.draw(a_config("gated_lora")))
@@ -114,9 +117,11 @@ def test_empty(name, sizes, shape):
     assert [one.shape for one in outputs(found)] == [(*shape, channels) for channels in last]
 
 
-def test_gated_lora_channels_first_as_channels_last():
-    hidden, output = (torch.randn(2, width, 5, 7).to(memory_format=torch.channels_last) for width in (6, 8))
-    assert_kernel("gated_lora", hidden, output, torch.randn(4, 6), torch.randn(8, 4), torch.randn(2, 4), True)
+@pytest.mark.parametrize("places", [(35,), (5, 7), (2, 3, 5)])
+def test_gated_lora_of_images_of_any_layouts(places):
+    images = [torch.randn(3, width, *places) for width in (6, 8)]
+    for hidden, output in product(*((image[1:], channels_last(image)[1:]) for image in images)):
+        assert_kernel("gated_lora", hidden, output, torch.randn(4, 6), torch.randn(8, 4), torch.randn(2, 4), True)
 
 
 def test_projection_scores_leave_masked_tokens_out():

@@ -57,13 +57,14 @@ def agd_fast(
             except Exception as error:  # it costs no model: no memory for joined weights, perhaps
                 reason = f"it could not be rewritten ({described(error)})"
                 warn(f"a graph goes to {compiler} as it is: {reason}")
-    _graphs.append({"kernels": {}, "not_on_kernels": {}, "joined": 0, "untouched_because": reason})
+    _graphs.append(_told(Rewritten(), reason))
     return compile_with(compiler, gm, example_inputs, options)
 
 
 def graphs_info() -> list[dict[str, Any]]:
     """What became of the last graphs, for a reader. kernels, not_on_kernels: pieces by op, and by op and reason. joined: thin
-    projections that ride along with others. untouched_because: why a graph went to the compiler as it was, or empty."""
+    projections that ride along with others. gelu_epilogues: those that end with their gelu. untouched_because: why a graph went
+    to the compiler as it was, or empty."""
     return list(_graphs)
 
 
@@ -88,19 +89,25 @@ def _compiled(
         raise _UntouchedError(str(error)) from error
     graph = captured.graph
     levels = {node: Level.STATIC if is_weight(one) else Level.MOVING for node, one in zip(captured.inputs, inputs, strict=True)}
-    rewritten = rewrite(graph, levels, policy, lambda pieces: _joined(graph, pieces))
+    gelu: Kernels = "auto" if policy == "auto" else "never"  # kernels have a gelu of their own
+    rewritten = rewrite(graph, levels, policy, lambda pieces: _joined(graph, pieces), gelu_epilogue=gelu)
     _require_changed(rewritten)
     views = frozenset(node for node in graph.nodes if node.op == "call_function" and is_view(node))  # free where they are
     parts = partition(graph, levels, rewritten.kept | views)
     compiled = _assembled(captured, parts.once, parts.body, inputs, compiler, options)
-    _graphs.append({**rewritten.kernels, "joined": rewritten.joined, "untouched_because": ""})
+    _graphs.append(_told(rewritten, ""))
     return compiled
 
 
 def _require_changed(rewritten: Rewritten) -> None:
-    if not rewritten.kernels["kernels"] and not rewritten.joined:
+    if not rewritten.kernels["kernels"] and not rewritten.joined and not rewritten.gelu_epilogues:
         refused = ", ".join(rewritten.kernels["not_on_kernels"])
         raise _UntouchedError(f"no kernel of ours is to run in it{f' ({refused})' if refused else ''}")
+
+
+def _told(done: Rewritten, untouched_because: str) -> dict[str, Any]:
+    counts = {"joined": done.joined, "gelu_epilogues": done.gelu_epilogues}
+    return {**done.kernels, **counts, "untouched_because": untouched_because}
 
 
 def _assembled(

@@ -19,9 +19,13 @@ class EngineConfig:
         None does it where that saves more than half of the operations, and many.
     hoist: compute what does not move with x_t before the first step. fold: leave out operations that change nothing, and let
         norms take scales and shifts that do not move with x_t. absorb: put the projections of cross-attention adapters into their
-        keys and values where that is cheaper. These three can be switched off to measure what each gives.
+        keys and values where that is cheaper. merge: make low-rank terms beside convolutions, where they are the same for all
+        samples, as in a batch of one, parts of the convolutions' weights, in a copy of these. The four can be switched off to
+        measure what each gives.
     join_projections: compute those of the same tokens, as queries, keys and values, in one product, of a copy of their weights
         one below the other; None does it on CUDA where one alone leaves much of the card idle.
+    gelu_epilogue: let products end with the gelu (its approximation by tanh, on CUDA) behind them, as cuBLAS can; None does it
+        where that was measured to be faster on the card that is there.
     channels_last: convolve with copies of the weights whose channels lie side by side; None does it where a step is compiled on
         CUDA and the model is a UNet, so that they are not turned round at every step.
     kernels: "auto" puts pieces of the forward on Triton kernels where these were measured to beat PyTorch on the card that is
@@ -38,7 +42,9 @@ class EngineConfig:
     hoist: bool = True
     fold: bool = True
     absorb: bool = True
+    merge: bool = True
     join_projections: bool | None = None
+    gelu_epilogue: bool | None = None
     channels_last: bool | None = None
     kernels: Kernels | None = None
     max_table_bytes: int = 2**30

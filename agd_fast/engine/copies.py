@@ -2,42 +2,83 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from threading import RLock
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
-SEVERAL = 8  # convolutions of images: fewer are not what a model spends its time in
+from agd_fast.ops import centre
+
+SEVERAL = 8  # convolutions of images, a choice: transformers have two at most, to cut patches, and SDXL's UNet 40
 _SWAPPING = RLock()  # who would find another's weights in a model would leave them there
 
 
+Parts = Callable[[Tensor], Sequence[Tensor]]  # of a copy → of it what each weight is copied to
+
+
 class Copies:
-    """Valid as long as a model's weights are where they were; `renew` takes over what was written to them since."""
+    """Those that somebody reads, each of which is made once. Valid as long as a model's weights are where they were; `renew`
+    takes over what was written to them since."""
 
     def __init__(self) -> None:
-        self._made: dict[Any, Tensor] = {}
-        self._joined: list[tuple[Tensor, Tensor]] = []  # each copy, and what it is of
-        self._turned: list[tuple[Tensor, Tensor]] = []
+        self._made: WeakValueDictionary[Any, Tensor] = WeakValueDictionary()
+        self._of: dict[Any, tuple[Parts, Sequence[Tensor]]] = {}  # by key: the parts of a copy, and what each is of
+        self._own = WeakIdKeyDictionary()  # the model's own, by copies in its place
+
+    def _once(
+        self, key: Any, make: Callable[[], Tensor], weights: Sequence[Tensor], parts: Parts = lambda made: [made]
+    ) -> Tensor:
+        if (found := self._made.get(key)) is None:
+            self._made[key] = found = make()
+            self._of[key] = parts, weights
+        return found
 
     def joined(self, weights: Sequence[Tensor | int]) -> Tensor:
         """Weights and zeros of a length, one behind the other along their first dimension."""
-        key = "joined", *(one if isinstance(one, int) else ("weight", id(one)) for one in weights)
-        if key not in self._made:
-            self._made[key] = made = cat(weights)
-            places = made.split([one if isinstance(one, int) else len(one) for one in weights])
-            self._joined += [(place, one) for place, one in zip(places, weights, strict=True) if isinstance(one, Tensor)]
-        return self._made[key]
+        lengths = [one if isinstance(one, int) else len(one) for one in weights]
+        there = [index for index, one in enumerate(weights) if isinstance(one, Tensor)]
 
-    def channels_last(self, weight: Tensor) -> Tensor:
-        """[C_out, C_in, H, W], its channels side by side in memory."""
-        key = "channels last", id(weight)
-        if key not in self._made:
-            self._made[key] = made = weight.detach().contiguous(memory_format=torch.channels_last)
-            self._turned.append((made, weight))
-        return self._made[key]
+        def parts(made: Tensor) -> list[Tensor]:
+            places = made.split(lengths)
+            return [places[index] for index in there]
+
+        key = "joined", *(one if isinstance(one, int) else ("weight", id(one)) for one in weights)
+        return self._once(key, lambda: cat(weights), [weights[index] for index in there], parts)  # type: ignore[misc]
+
+    def channels_last(self, weight: Tensor) -> nn.Parameter:
+        """[C_out, C_in, H, W], its channels side by side in memory; to stand in the weight's place."""
+
+        def make() -> nn.Parameter:
+            turned = weight.detach().contiguous(memory_format=torch.channels_last)
+            return nn.Parameter(turned, requires_grad=False)
+
+        found = self._once(("channels last", id(weight)), make, [weight])
+        self._own[found] = weight
+        return found  # type: ignore[return-value]
+
+    def own(self, weight: Tensor) -> Tensor:
+        """What stood there before."""
+        return self._own.get(weight, weight)
+
+    def twin(self, weight: Tensor, strides: Sequence[int]) -> Tensor:
+        """One that lies as is said, for steps to write to what they read of it next."""
+        own = self.own(weight)
+
+        def make() -> Tensor:
+            return torch.empty_strided(own.shape, strides, dtype=own.dtype, device=own.device).copy_(own.detach())
+
+        return self._once(("twin", id(own), tuple(strides)), make, [own])
+
+    def centre(self, weight: Tensor) -> Tensor:
+        """[C, K], of a weight [C, K, ...] with odd sizes."""
+        own = self.own(weight)
+        return self._once(("centre", id(own)), lambda: centre(own.detach()).contiguous(), [centre(own)])
 
     @property
     def bytes(self) -> int:
@@ -45,9 +86,12 @@ class Copies:
 
     def renew(self) -> None:
         """Writes through `tensor.data` leave no trace, so that nobody can tell whether there were any."""
-        for pairs in (self._joined, self._turned):
-            if pairs:
-                torch._foreach_copy_([place for place, _ in pairs], [weight for _, weight in pairs])
+        pairs: dict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+        for key, made in self._made.items():
+            parts, weights = self._of[key]
+            pairs[key[0]] += zip(parts(made), weights, strict=True)
+        for each in pairs.values():
+            torch._foreach_copy_([place for place, _ in each], [weight for _, weight in each])
 
 
 def cat(weights: Sequence[Tensor | int], into: Tensor | None = None) -> Tensor:
@@ -70,7 +114,7 @@ def in_channels_last(denoiser: nn.Module, copies: Copies) -> Iterator[None]:
         own = [(module, module.weight) for module in _convolutions(denoiser)]
         try:
             for module, weight in own:
-                module._parameters["weight"] = nn.Parameter(copies.channels_last(weight), requires_grad=False)
+                module._parameters["weight"] = copies.channels_last(weight)
             yield
         finally:
             for module, weight in own:

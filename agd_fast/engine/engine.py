@@ -6,6 +6,7 @@ it always did and is captured; from then on the captured program runs. Where it 
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from agd_fast.engine.program import Prepared, Program
 from agd_fast.engine.request import Request
 from agd_fast.graph.capture import NotCapturableError, capture
 from agd_fast.graph.levels import Level
+from agd_fast.graph.rewriting import Rewritten
 from agd_fast.spec import DenoiserSpec, argument_of, device_of, forward_parameters
 from agd_fast.warning import described, warn
 
@@ -67,6 +69,7 @@ class Engine:
         self.refused: dict[Any, str] = {}  # why calls with a key, or with these values at one, are plain
         self.obstacle = ""  # why all calls are, for the model as it is
         self.copies = Copies()
+        self.unturned = ""  # why convolutions keep the order in which their weights lie
         self.met: dict[Any, None] = {}  # values that no program was made for when they came, the oldest first
         self.ahead_bytes = 0  # of the last scope
         self._model: Fingerprint | None = None
@@ -99,13 +102,15 @@ class Engine:
         return pytree.tree_unflatten(results, found.output)
 
     def info(self) -> dict[str, Any]:
-        """For a reader. plain_because: why calls take the plain path, if any do. slower_because: why steps are not compiled, or
-        no CUDA graph. Of the last captured forward: repeated_blocks: how many distinct pieces were compiled and how often a step
-        calls them, empty where it was compiled as a whole, or not; joined: projections that became parts of others; kernels,
-        not_on_kernels: how many pieces run on a kernel of ours, by op, and how many do not, by op and reason. ahead_bytes: of
-        what was computed ahead, in the last scope; copied_bytes: of weights in other forms, see `EngineConfig`."""
+        """For a reader. plain_because: why calls take the plain path, if any do. slower_because: why steps are not compiled, no
+        CUDA graph, or not in channels-last order. Of the last captured forward: repeated_blocks: how many distinct pieces were
+        compiled and how often a step calls them, empty where it was compiled as a whole, or not; joined: projections that became
+        parts of others; gelu_epilogues: those that end with their gelu; merged: low-rank terms that became parts of weights;
+        kernels, not_on_kernels: how many pieces run on a kernel of ours, by op, and how many do not, by op and reason.
+        ahead_bytes: of what was computed ahead, in the last scope; copied_bytes: of weights in other forms (`EngineConfig`)."""
         device = device_of(self.denoiser)
         programs = self._programs
+        rewritten = programs[-1].rewritten if programs else Rewritten()
         troubles = [trouble for program in programs for trouble in (program.trouble, program.recorded.trouble)]
         return {
             "compile": self.config.compiles(device),
@@ -114,9 +119,11 @@ class Engine:
             "ahead_bytes": self.ahead_bytes,
             "copied_bytes": self.copies.bytes,
             "repeated_blocks": programs[-1].pieces if programs else {},
-            "joined": programs[-1].joined if programs else 0,
-            **(programs[-1].kernels if programs else {"kernels": {}, "not_on_kernels": {}}),
-            "slower_because": list(dict.fromkeys(filter(None, troubles))),
+            "joined": rewritten.joined,
+            "gelu_epilogues": rewritten.gelu_epilogues,
+            "merged": rewritten.merged,
+            **rewritten.kernels,
+            "slower_because": list(dict.fromkeys(filter(None, [self.unturned, *troubles]))),
             "plain_because": list(dict.fromkeys([*filter(None, [self.obstacle]), *self.refused.values()])),
         }
 
@@ -143,7 +150,7 @@ class Engine:
             self._model = Fingerprint(roots)
             self.captured.clear()
             self.refused.clear()
-            self.copies = Copies()
+            self.copies, self.unturned = Copies(), ""
             scope.store.clear()
             self.obstacle = obstacle(self.denoiser)
             if self.obstacle:
@@ -172,21 +179,30 @@ class Engine:
         try:
             if not all(isinstance(leaf, Tensor) for leaf in leaves):
                 raise NotCapturableError(f"its output holds more than tensors: {[type(leaf).__name__ for leaf in leaves]}")
-            try:
-                program, asked = self._program(request, leaves, turned=self._has_channels_last)
-            except NotCapturableError:
-                if not self._has_channels_last:
-                    raise
-                program, asked = self._program(request, leaves)
+            program, asked = self._turned_or_not(request, leaves)
+            gc.collect()  # recording leaves circles that refer to copies which nobody reads
         except NotCapturableError as error:
             self._refuse(key, str(error))
             return output
         self._keep(request, Captured(program, tree, asked))
         return output
 
+    def _turned_or_not(self, request: Request, expected: Sequence[Tensor]) -> tuple[Program, Asked]:
+        """With convolutions in channels-last order where that is wanted, and as they are where code does not take it, as where it
+        asks how images lie. Raises: NotCapturableError."""
+        if self.unturned or not self._has_channels_last:
+            return self._program(request, expected)
+        try:
+            return self._program(request, expected, turned=True)
+        except NotCapturableError as error:
+            reason = f"its convolutions are not in channels-last order: {error}"
+        found = self._program(request, expected)
+        self.unturned = reason
+        return found
+
     def _program(self, request: Request, expected: Sequence[Tensor], turned: bool = False) -> tuple[Program, Asked]:
-        """One that gives what is expected, and lies as that does. turned: with convolutions in channels-last order, which code
-        that asks how images lie may not take. Raises: NotCapturableError."""
+        """One that gives what is expected, and lies as that does. turned: with convolutions in channels-last order. Raises:
+        NotCapturableError."""
         asking = Asking(request.inputs, request.levels)
 
         def function(*tensors: Tensor) -> list[Tensor]:

@@ -16,12 +16,13 @@ from agd_fast.engine.graphs import GraphedStep, Recorded
 from agd_fast.engine.pieces import Pieces, by_inductor
 from agd_fast.engine.tables import RowLayout, Rows, Table, fill_rows, index_of
 from agd_fast.graph.capture import Captured, value_of
-from agd_fast.graph.levels import Level, leading_to
+from agd_fast.graph.levels import Level, leading_to, levels_of
+from agd_fast.graph.merging import CENTRED
 from agd_fast.graph.partition import Part, part_of, partition
 from agd_fast.graph.projections import leaves_card_idle
 from agd_fast.graph.repeats import calls_of, operations
 from agd_fast.graph.rewriting import rewrite
-from agd_fast.ops import default_policy
+from agd_fast.ops import Kernels, WriteMerged, centre, default_policy
 from agd_fast.warning import described, first_line
 
 MANY = 200  # operations: what they take to compile is noticed, and calls of so few pieces are not
@@ -71,23 +72,36 @@ class Program:
         self.compiles, self.graphs = config.compiles(self.device), config.graphs(self.device)
         self.repeated_blocks = config.repeated_blocks
         policy = self.config.kernels or default_policy()
+        self.write_merged = WriteMerged(policy)
         join = {None: leaves_card_idle, True: lambda x, rows: True, False: None}[config.join_projections]
-        rewritten = rewrite(self.graph, dict(self._leveled), policy, self._constant, fold=config.fold, join=join)
-        self.kept, self.kernels, self.joined = rewritten.kept, rewritten.kernels, rewritten.joined
+        own: Kernels = "never" if policy == "always" else "auto"  # kernels have a gelu of their own
+        gelu = {None: own, True: "always", False: "never"}[config.gelu_epilogue]
+        self.rewritten = rewrite(
+            self.graph,
+            dict(self._leveled),
+            policy,
+            self._constant,
+            fold=config.fold,
+            merge=config.merge and config.hoist,
+            join=join,
+            gelu_epilogue=gelu,
+        )
+        self.kept = self.rewritten.kept
         if not config.hoist:
             self.kept = frozenset(self.graph.nodes)
         self._cut()
 
     def _cut(self) -> None:
         self.cuts += 1
-        self.parts = parts = partition(self.graph, dict(self._leveled), self.kept)
+        self.twins = self._twins()
+        self.parts = parts = partition(self.graph, dict(self._leveled), self.kept, frozenset(self.twins))
         values = [node.meta["val"] for node in parts.step.results]
         self.layout = RowLayout(tuple(tuple(value.shape) for value in values), tuple(value.dtype for value in values))
         self.rows = self.layout.empty_rows(self.device)
         self.places = self.layout.views(self.rows)
         stored = dict(zip(parts.step.results, self.places, strict=True))
         row_values: Values = {**stored, **dict(zip(parts.views.results, parts.views(stored), strict=True))}
-        known = {**self.constants, **row_values}  # the same tensors at every step
+        self.known = known = {**self.constants, **row_values, **self.twins}  # the same tensors at every step
         self.wired = [(node, known.get(node)) for node in parts.body.arguments]
         self.in_rows = [node in row_values for node in parts.body.results]  # where the next step writes
         self.body: Callable[..., Any] = parts.body.module.forward
@@ -116,6 +130,19 @@ class Program:
         node.meta["val"] = value_of(next(iter(self.constants))).fake_mode.from_tensor(joined)
         self.constants[node] = joined
         return node
+
+    def _twins(self) -> Values:
+        """Weights with low-rank terms in them that are another at every step: their centres are written to a copy. Of the weight
+        itself, where nothing else reads it, no copy is needed then."""
+        level = levels_of(self.graph, dict(self._leveled))
+        nodes = self.graph.find_nodes(op="call_function", target=CENTRED)
+        found = [node for node in nodes if level[node] == Level.STEP and node not in self.kept and node.args[0] in self.constants]
+        twins = {node: self.copies.twin(self.constants[node.args[0]], value_of(node).stride()) for node in found}
+        self.centres = [self.copies.centre(self.constants[node.args[0]]) for node in found]
+        for node in found:
+            if twins.keys() >= node.args[0].users.keys():
+                self.constants[node.args[0]] = self.copies.own(self.constants[node.args[0]])
+        return twins
 
     def renew(self) -> None:
         """What is made of the model's tensors alone, of what these are now."""
@@ -242,8 +269,15 @@ class Program:
         elif self.places:
             for place, found in zip(self.places, self.parts.step({**self.constants, **given}), strict=True):
                 place.copy_(found)
+        self._write_twins(given)
         results = self.body(*[given[node] if known is None else known for node, known in self.wired])
         return [result.clone() if in_rows else result for result, in_rows in zip(results, self.in_rows, strict=True)]
+
+    def _write_twins(self, given: Values) -> None:
+        """The terms of this step."""
+        low = [[given[one] if one in given else self.known[one] for one in node.all_input_nodes[1:]] for node in self.twins]
+        outs = [centre(twin) for twin in self.twins.values()]
+        self.write_merged(outs, self.centres, [up for up, _ in low], [down for _, down in low])
 
     def _static(self, prepared: Prepared) -> Values:
         """What does not move, but for what is borrowed."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +29,13 @@ def time_interleaved(
     progress: bool = False,
 ) -> dict[str, Timing]:
     """Time every arm once a round, so that a machine that drifts drifts for all."""
+    return [*interleaved_rounds(arms, rounds=rounds, warmup=warmup, device=device, progress=progress)][-1]
+
+
+def interleaved_rounds(
+    arms: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int, device: torch.device | str, progress: bool
+) -> Iterator[dict[str, Timing]]:
+    """As `time_interleaved`: after every round, over those so far."""
     names = list(arms)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for turn in tqdm(range(-warmup, rounds), desc="timing", disable=not progress, leave=False):
@@ -40,7 +47,8 @@ def time_interleaved(
             _synchronize(device)
             if turn >= 0:
                 seconds[name].append(time.perf_counter() - start)
-    return {name: _timing(values) for name, values in seconds.items()}
+        if turn >= 0:
+            yield {name: _timing(values) for name, values in seconds.items()}
 
 
 def _timing(values: list[float]) -> Timing:

@@ -10,7 +10,7 @@ from torch import fx
 
 from agd_fast import ops
 from agd_fast.graph.capture import arguments_of, value_of
-from agd_fast.graph.fusing import ELSEWHERE, Fusing, is_plain_linear, linear_arguments, only_user, row_and_rest
+from agd_fast.graph.fusing import Fusing, is_plain_linear, linear_arguments, only_user, row_and_rest
 from agd_fast.graph.residuals import is_layer_norm, rows_of_norm, sum_of
 
 _gated_lora = ops.OPS["gated_lora"]
@@ -19,12 +19,8 @@ _gated_lora = ops.OPS["gated_lora"]
 def fuse_adapters(fusing: Fusing) -> None:
     for node in fusing.nodes:
         if node.target is torch.ops.agd_fast.gated_lora.default:
-            if not value_of(node).is_contiguous():
-                fusing.left[_gated_lora.name, ELSEWHERE] += 1
-                continue
-            if not fusing.takes(_gated_lora, *node.args):
-                continue
-            node.replace_all_uses_with(fusing.put(_gated_lora, *node.args, before=node)[0])
+            if fusing.takes(_gated_lora, *node.args):
+                fusing.replaces(_gated_lora, node, fusing.put(_gated_lora, *node.args, before=node)[0])
         elif node.target is torch.ops.agd_fast.absorbed_attention.default:
             _fuse_attention(fusing, node)
 

@@ -50,6 +50,7 @@ def capture(function: Callable[..., list[Tensor]], inputs: Iterable[Tensor]) -> 
     _drop_modes(graph)
     _cast_by_dtype(graph)
     constants = _constants_as_inputs(graph, module)
+    graph.owning_module = None  # which would keep them for as long as there is the graph
     graph.eliminate_dead_code()
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     return Captured(graph, tuple(placeholders[: len(inputs)]), constants)
@@ -73,16 +74,19 @@ def arguments_of(node: fx.Node, *defaults: Any) -> list[Any]:
 
 def kind_of(node: fx.Node) -> Any:
     """dtype, device, shape and strides of a tensor."""
-    value = value_of(node)
+    return kind_of_value(value_of(node))
+
+
+def kind_of_value(value: Any) -> Any:
     return (value.dtype, value.device, value.shape, value.stride()) if isinstance(value, Tensor) else value
 
 
-def add_call(graph: fx.Graph, target: Any, *args: Any) -> fx.Node:
-    """A further call of an operator at the graph's insertion point; lists of nodes may be among `args`."""
-    node = graph.call_function(target, args)
+def add_call(graph: fx.Graph, target: Any, *args: Any, **flags: Any) -> fx.Node:
+    """A further call of an operator at the graph's insertion point; lists of nodes may be among `args`, none among `flags`."""
+    node = graph.call_function(target, args, flags)
     values = fx.node.map_arg(args, value_of)
     with fake_mode_of(values):
-        node.meta["val"] = target(*values)
+        node.meta["val"] = target(*values, **flags)
     return node
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from agd_fast.graph.capture import schema_name, value_of
 from agd_fast.graph.levels import writes
 
-_PRODUCTS = ("linear", "mm", "addmm", "bmm", "baddbmm", "matmul")
+_PRODUCTS = ("linear", "mm", "addmm", "_addmm_activation", "bmm", "baddbmm", "matmul")
 _LIBRARIES = (*(f"aten::{name}" for name in _PRODUCTS), "aten::scaled_dot_product_attention")
 _OURS = "agd_fast_kernels::"
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import operator
 
+import torch
 from torch import fx
 
 from agd_fast import ops
-from agd_fast.graph.capture import arguments_of, schema_name, value_of
+from agd_fast.graph.capture import add_call, arguments_of, kind_of, schema_name, value_of
 from agd_fast.graph.fusing import Fusing, is_plain_linear, linear_arguments, only_user
+
+aten = torch.ops.aten
 
 _GELUS = {"none": "gelu", "tanh": "gelu_tanh"}
 
@@ -23,6 +26,41 @@ def fuse_feed_forward(fusing: Fusing) -> None:
         args = (*linear_arguments(linear), activation)
         if fusing.takes(ops.activated_linear, *args):
             node.replace_all_uses_with(fusing.put(ops.activated_linear, *args, before=node)[0])
+
+
+def end_products_with_gelu(fusing: Fusing, policy: ops.Kernels) -> int:
+    """A projection and its gelu as the one product of libraries that ends with it; how many."""
+    count = 0
+    for node in fusing.nodes:
+        found = _gelu(node)
+        if found is not None and _is_read_as_it_is(fusing, found[0]):
+            count += _ends_with_gelu(fusing, node, found[0], policy)
+    return count
+
+
+def _is_read_as_it_is(fusing: Fusing, linear: fx.Node) -> bool:
+    """Whether nothing is written to between the projection and the gelu."""
+    return fusing.written.isdisjoint([linear, *linear.all_input_nodes])
+
+
+def _ends_with_gelu(fusing: Fusing, node: fx.Node, linear: fx.Node, policy: ops.Kernels) -> bool:
+    graph, (x, weight, bias) = fusing.graph, linear_arguments(linear)
+    if bias is None or value_of(bias).ndim != 1:
+        return False
+    with graph.inserting_before(node):
+        rows = add_call(graph, aten.reshape.default, x, [-1, value_of(x).shape[-1]])
+        approximate = str(node.kwargs.get("approximate", "none"))
+        if reason := ops.refusal_of_epilogue(value_of(rows), value_of(weight), value_of(bias), approximate, policy):
+            if policy != "never" and value_of(x).is_cuda:
+                fusing.left["gelu_epilogue", reason] += 1
+            return False
+        columns = add_call(graph, aten.t.default, weight)
+        product = add_call(graph, aten._addmm_activation.default, bias, rows, columns, use_gelu=True)
+        result = add_call(graph, aten.view.default, product, list(value_of(node).shape))
+    if kind_of(result) != kind_of(node):  # what follows may be a view of that layout
+        return False
+    node.replace_all_uses_with(result)
+    return True
 
 
 def _gelu(node: fx.Node) -> tuple[fx.Node, str] | None:

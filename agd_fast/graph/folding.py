@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from agd_fast import ops
 from agd_fast.graph.capture import add_call, arguments_of, kind_of, schema_name, value_of
-from agd_fast.graph.fusing import ELSEWHERE, Fusing, only_user
+from agd_fast.graph.fusing import Fusing, only_user
 from agd_fast.graph.levels import Level, in_place_groups, is_random
 
 aten = torch.ops.aten
@@ -89,19 +89,20 @@ class _Norm:
         self.operations: list[tuple[str, fx.Node]] = []
 
     def fold(self) -> None:
-        alone = len(self.value) == 1  # so that samples are not to be told apart
-        if self.grouped and not alone and not value_of(self.node.args[0]).is_contiguous():  # type: ignore[arg-type]
-            return
         while self._takes(list(self.end.users)):
             pass
         if self.end in self.written:  # what takes its place would be, too
             return
         if self._on_kernel():
             return
-        if not self.grouped and self.batched:  # PyTorch has no such norm
-            return
-        if self.operations:
+        if self.operations and self._in_torch():
             self._replace()
+
+    def _in_torch(self) -> bool:
+        """Whether PyTorch's own norm can take the rows."""
+        if not self.grouped:
+            return not self.batched
+        return len(self.value) == 1 or bool(value_of(self.node.args[0]).is_contiguous())  # type: ignore[arg-type]
 
     @property
     def channels(self) -> tuple[int, ...]:
@@ -119,9 +120,6 @@ class _Norm:
         silu = self.grouped and after is not None and schema_name(after) == "aten::silu" and after not in self.written
         if self.fusing is None or not (silu or (not self.grouped and self.batched and len(self.channels) == 1)):
             return False
-        if not self.value.is_contiguous():
-            self.fusing.left["ada_group_norm" if self.grouped else "ada_layer_norm", ELSEWHERE] += 1
-            return False
         end = after if silu else self.end
         assert end is not None
         x, groups, weight, bias, eps = arguments_of(self.node, None, None, None, None, 1e-5)[:5]
@@ -131,8 +129,7 @@ class _Norm:
         args: tuple[Any, ...] = (x, groups, gamma, beta, eps, True) if self.grouped else (x, gamma, beta, eps)
         if not self.fusing.takes(op, *args):
             return False
-        end.replace_all_uses_with(self.fusing.put(op, *args, before=end)[0])
-        return True
+        return self.fusing.replaces(op, end, self.fusing.put(op, *args, before=end)[0])
 
     def _as_rows(self, row: Any) -> Any:
         """γ or β as [B or 1, C]."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from agd_fast.graph.capture import add_call, fake_mode_of, schema_name, value_of
+from agd_fast.graph.capture import add_call, fake_mode_of, kind_of, kind_of_value, schema_name, value_of
 from agd_fast.graph.levels import Level, in_place_groups, is_view
 from agd_fast.ops import OPS, Kernels, Op, refusal
 from agd_fast.warning import first_line
@@ -54,6 +54,16 @@ class Fusing:
                 return (node,)
             return tuple(add_call(self.graph, operator.getitem, node, index) for index in range(len(found)))
 
+    def replaces(self, op: Op, node: fx.Node, found: fx.Node) -> bool:
+        """Whether an op's output takes the place of a node: where it lies as that did, or all that take it do not mind."""
+        fits = kind_of(found) == kind_of(node) or all(_gives_the_same(user, node, found) for user in node.users)
+        if fits:
+            node.replace_all_uses_with(found)
+        else:
+            self.graph.erase_node(found)
+            self.left[op.name, ELSEWHERE] += 1
+        return fits
+
     def row(self, node: Any, before: fx.Node) -> Any:
         """A row of channels, whatever its dimensions, as [B or 1, C]; None stays None."""
         if node is None:
@@ -78,6 +88,18 @@ def unfit(op: Op, values: tuple[Any, ...]) -> str:
     except (ValueError, RuntimeError) as error:
         return first_line(error)
     return ""
+
+
+def _gives_the_same(user: fx.Node, node: fx.Node, found: fx.Node) -> bool:
+    """Whether what a user makes of a node lies as before when it is made of what is found in its place."""
+    if user.op != "call_function":
+        return False
+    args, kwargs = fx.node.map_arg((user.args, user.kwargs), lambda one: value_of(found if one is node else one))
+    try:
+        with fake_mode_of((args, kwargs)):
+            return bool(kind_of_value(user.target(*args, **kwargs)) == kind_of(user))  # type: ignore[operator]
+    except (RuntimeError, ValueError):  # a view that there is none of
+        return False
 
 
 def only_user(node: fx.Node) -> fx.Node | None:

@@ -39,10 +39,16 @@ class Parts:
     body: Part
 
 
-def partition(graph: fx.Graph, placeholders: Mapping[fx.Node, Level], kept: frozenset[fx.Node] = frozenset()) -> Parts:
-    """placeholders: the levels of the inputs. kept: nodes that stay in the body, whatever they depend on."""
+def partition(
+    graph: fx.Graph,
+    placeholders: Mapping[fx.Node, Level],
+    kept: frozenset[fx.Node] = frozenset(),
+    elsewhere: frozenset[fx.Node] = frozenset(),
+) -> Parts:
+    """placeholders: the levels of the inputs. kept: nodes that stay in the body, whatever they depend on. elsewhere: those that
+    no part computes; the body takes them, and what they are made of is among the results of the other parts."""
     level = levels_of(graph, placeholders)
-    for node in kept:
+    for node in kept | elsewhere:
         level[node] = Level.MOVING
     for node in graph.nodes:  # and what comes of them
         level[node] = max([level[node], *(level[one] for one in node.all_input_nodes)])
@@ -66,7 +72,7 @@ def partition(graph: fx.Graph, placeholders: Mapping[fx.Node, Level], kept: froz
         once=part_of(at(Level.STATIC), static),
         step=part_of(at(Level.STEP), stored),
         views=part_of(chain, aliases),
-        body=part_of(at(Level.MOVING), list(output.args[0])),
+        body=part_of([node for node in at(Level.MOVING) if node not in elsewhere], list(output.args[0])),
     )
 
 

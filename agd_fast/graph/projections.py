@@ -17,7 +17,10 @@ from agd_fast.ops import refusal_of_join
 aten = torch.ops.aten
 
 ALIGNMENT = 16  # bytes
-TILE, WAVES = 128 * 128, 2  # elements of a product that one multiprocessor works on at a time; how often it does
+TILE = 128 * 128  # elements of a product that one multiprocessor works on at a time
+# How often it does: a choice. Three products of w times each take ⌈w⌉ of them, as one ⌈3w⌉ / 3: the larger w, the less is won for
+# copies of weights that are as large as ever.
+WAVES = 2
 
 # weights, and zeros of a length, joined along their first dimension, once; None where that cannot be
 Concatenate = Callable[[Sequence[fx.Node | int]], fx.Node | None]

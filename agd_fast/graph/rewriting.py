@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import fx
 
 from agd_fast.graph.adapters import fuse_adapters
-from agd_fast.graph.feed_forward import fuse_feed_forward
+from agd_fast.graph.feed_forward import end_products_with_gelu, fuse_feed_forward
 from agd_fast.graph.folding import drop_identities, fold_into_norms, share_equals
 from agd_fast.graph.fusing import Fusing
 from agd_fast.graph.joining import join_equal_cats
 from agd_fast.graph.levels import Level, levels_of
+from agd_fast.graph.merging import merge_low_rank
 from agd_fast.graph.projections import Concatenate, Wanted, join_projections, join_thin_projections
 from agd_fast.graph.residuals import fuse_residuals
 from agd_fast.ops import Kernels
@@ -22,11 +23,13 @@ from agd_fast.ops import Kernels
 @dataclass(frozen=True)
 class Rewritten:
     """kept: nodes that belong into the step, whatever they depend on. joined: how many projections became parts of others.
-    kernels: for a reader."""
+    merged: low-rank terms that became parts of weights. gelu_epilogues: how many end with their gelu. kernels: for a reader."""
 
-    kept: frozenset[fx.Node]
-    joined: int
-    kernels: dict[str, Any]
+    kept: frozenset[fx.Node] = frozenset()
+    joined: int = 0
+    merged: int = 0
+    gelu_epilogues: int = 0
+    kernels: dict[str, Any] = field(default_factory=lambda: {"kernels": {}, "not_on_kernels": {}})
 
 
 def rewrite(
@@ -36,15 +39,21 @@ def rewrite(
     concatenate: Concatenate,
     *,
     fold: bool = True,
+    merge: bool = False,
     join: Wanted | None = None,
+    gelu_epilogue: Kernels = "never",
 ) -> Rewritten:
-    """placeholders: the levels of the inputs. fold: leave out what changes nothing, and let norms take rows. join: where
-    projections of the same tokens become one; None for nowhere."""
+    """placeholders: the levels of the inputs. fold: leave out what changes nothing, and let norms take rows. merge: low-rank
+    terms into weights. join: where projections of the same tokens become one; None for nowhere. gelu_epilogue: where products end
+    with their gelu."""
     fusing, joined = Fusing(graph, {}, policy), 0
     if fold:
         drop_identities(graph)
         share_equals(graph)
         fold_into_norms(graph, levels_of(graph, placeholders), fusing if policy != "never" else None)
+    fusing.level = levels_of(graph, placeholders)
+    merged = merge_low_rank(fusing) if merge else 0
+    gelu_epilogues = end_products_with_gelu(fusing, gelu_epilogue)
     if policy != "never":
         for fuse in (fuse_adapters, fuse_residuals, fuse_feed_forward):
             fusing.level = levels_of(graph, placeholders)
@@ -58,4 +67,4 @@ def rewrite(
         joined += join_projections(fusing, concatenate, join)
     kept = join_equal_cats(graph, levels_of(graph, placeholders))
     graph.eliminate_dead_code()
-    return Rewritten(kept, joined, fusing.info())
+    return Rewritten(kept, joined, merged, gelu_epilogues, fusing.info())

@@ -4,7 +4,16 @@ from agd_fast.ops.absorbed_attention import absorbed_attention
 from agd_fast.ops.activated_linear import activated_linear
 from agd_fast.ops.ada_group_norm import ada_group_norm
 from agd_fast.ops.ada_layer_norm import ada_layer_norm
-from agd_fast.ops.choice import Kernels, checked_policy, default_policy, kernels_info, refusal, refusal_of_join
+from agd_fast.ops.centred import centre, centred
+from agd_fast.ops.choice import (
+    Kernels,
+    checked_policy,
+    default_policy,
+    kernels_info,
+    refusal,
+    refusal_of_epilogue,
+    refusal_of_join,
+)
 from agd_fast.ops.gated_lora import gated_lora
 from agd_fast.ops.gated_residual import gated_residual
 from agd_fast.ops.guidance_combine import guidance_combine
@@ -14,15 +23,19 @@ from agd_fast.ops.projection_mix import projection_mix
 from agd_fast.ops.projection_scores import projection_scores
 from agd_fast.ops.registry import OPS, Op
 from agd_fast.ops.residual_norm import residual_norm
+from agd_fast.ops.write_merged import WriteMerged
 
 __all__ = [
     "OPS",
     "Kernels",
     "Op",
+    "WriteMerged",
     "absorbed_attention",
     "activated_linear",
     "ada_group_norm",
     "ada_layer_norm",
+    "centre",
+    "centred",
     "checked_policy",
     "default_policy",
     "gated_lora",
@@ -34,6 +47,7 @@ __all__ = [
     "projection_mix",
     "projection_scores",
     "refusal",
+    "refusal_of_epilogue",
     "refusal_of_join",
     "residual_norm",
 ]

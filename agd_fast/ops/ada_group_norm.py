@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from agd_fast_kernels.layouts import laid_like
 from agd_fast_kernels.shapes import require
 from torch import Tensor
 from torch.nn import functional as F
@@ -14,7 +15,8 @@ def ada_group_norm_ref(
 ) -> Tensor:
     """act((x − mean)/√(var + ε)·γ + β), mean and var over a group's channels and all places; act is SiLU or nothing.
 
-    x: [B, C, ...]; gamma, beta: [B or 1, C], or None for 1 and 0 → [B, C, ...].
+    x: [B, C, ...]; gamma, beta: [B or 1, C], or None for 1 and 0 → like x, its channels side by side where those of x are, else
+    contiguous.
     Raises: ValueError naming the argument whose shape, dtype or device is another.
     """
     require("ada_group_norm", x=x, gamma=gamma, beta=beta)
@@ -23,7 +25,7 @@ def ada_group_norm_ref(
     normed = F.group_norm(x.contiguous(), groups, eps=eps)
     normed = normed if gamma is None else normed * row(gamma, x, 1)
     normed = normed if beta is None else normed + row(beta, x, 1)
-    return F.silu(normed) if silu else normed
+    return laid_like(F.silu(normed) if silu else normed, x)
 
 
-ada_group_norm = define(ada_group_norm_ref, launches=2)  # a group is too much for one block: sums, then the norm
+ada_group_norm = define(ada_group_norm_ref, launches=2, like="x")  # a group is too much for one block: sums, then the norm

@@ -15,12 +15,13 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from agd_fast.ops.measuring import Verdicts, key_of, measure, measure_join
+from agd_fast.ops.measuring import Verdicts, key_of, measure, measure_epilogue, measure_join
 from agd_fast.ops.registry import NAMESPACE, OPS, Op, tensors_of
 from agd_fast.warning import described, warn
 
 Kernels = Literal["auto", "always", "never"]
 VARIABLE = "AGD_FAST_KERNELS"
+EPILOGUE = {"cuda": "tanh", "cpu": "none"}  # the gelu that torch._addmm_activation gives there
 OLDEST = (8, 0)  # compute capability that they are compiled for
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _failed: dict[str, str] = {}  # ops whose kernel did not run in this process, and why
@@ -87,6 +88,24 @@ def refusal_of_join(x: Tensor, thin: Tensor, wide: Tensor, policy: Kernels) -> s
         return _lost(_verdict(key, race))
 
 
+def refusal_of_epilogue(x: Tensor, weight: Tensor, bias: Tensor, approximate: str, policy: Kernels) -> str:
+    """Why the gelu of x·weightᵀ + bias stays a pass of its own; empty where the library's product is to end with it.
+
+    x: [T, K]; weight: [N, K]; bias: [N].
+    """
+    if EPILOGUE.get(x.device.type) != approximate:
+        return f"products on {x.device.type} do not end with a gelu of approximate={approximate!r}"
+    if policy != "auto":
+        return "" if policy == "always" else "it is switched off"
+    if x.device.type != "cuda":
+        return f"tensors on {x.device.type}"
+    if reason := missing():
+        return reason
+    with torch.cuda.device(x.device):
+        key = key_of("gelu_epilogue", (x, weight, bias))
+        return _lost(_verdict(key, functools.partial(measure_epilogue, x, weight, bias, approximate)))
+
+
 def _verdict(key: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """What was measured on this card, now or before; empty where nothing can be measured now."""
     verdicts = Verdicts.of_this_card()
@@ -127,17 +146,28 @@ def run(op: Op, args: tuple[Any, ...]) -> Any:
 
 
 def launched(op: Op, args: tuple[Any, ...]) -> Any:
-    """The kernel's result. One that does not compile or start is done without from then on."""
+    """The kernel's result."""
+
+    def kernel() -> Any:
+        config = Verdicts.of_this_card().get(key_of(op.name, args), {}).get("config")
+        return op.kernel()(*args, config=config)
+
+    return or_reference(op.name, kernel, lambda: op.reference(*args), tensors_of(args)[0])
+
+
+def or_reference(name: str, kernel: Callable[[], Any], reference: Callable[[], Any], like: Tensor) -> Any:
+    """A kernel's result, on the device of `like`. One that does not compile or start is done without from then on."""
+    if name in _failed:
+        return reference()
     try:
-        with torch.cuda.device_of(tensors_of(args)[0]):  # Triton launches on the current device
-            config = Verdicts.of_this_card().get(key_of(op.name, args), {}).get("config")
-            return op.kernel()(*args, config=config)
+        with torch.cuda.device_of(like):  # Triton launches on the current device
+            return kernel()
     except (ValueError, torch.OutOfMemoryError):  # wrong arguments, which the reference says too, or no memory now
-        return op.reference(*args)
+        return reference()
     except Exception as error:
-        _failed[op.name] = f"its kernel failed ({described(error)})"
-        warn(f"{op.name} runs in torch: {_failed[op.name]}")
-        return op.reference(*args)
+        _failed[name] = f"its kernel failed ({described(error)})"
+        warn(f"{name} runs in torch: {_failed[name]}")
+        return reference()
 
 
 def kernels_info() -> dict[str, Any]:

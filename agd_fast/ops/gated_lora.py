@@ -16,7 +16,7 @@ def gated_lora_ref(
     """output + up·(gates ⊙ down·hidden) at every token.
 
     hidden: [B, ..., K]; output: [B, ..., C]; with channels_first [B, K, ...] and [B, C, ...]; down: [r, K]; up: [C, r];
-    gates: [B or 1, r], or None for 1 → like output.
+    gates: [B or 1, r], or None for 1 → like output, its channels side by side where those of output are, else contiguous.
     Raises: ValueError naming the argument whose shape, dtype or device is another.
     """
     name = "gated_lora_channels_first" if channels_first else "gated_lora"
@@ -39,5 +39,5 @@ def _limit(hidden: Tensor, output: Tensor, down: Tensor, *_: object) -> str:
     return "" if len(down) <= MAX_RANK else f"a rank of {len(down)}, more than {MAX_RANK}"
 
 
-define(gated_lora_ref, flops=_flops, limit=_limit)
+define(gated_lora_ref, flops=_flops, limit=_limit, like="output")
 gated_lora = define_composite(gated_lora_ref)

@@ -17,6 +17,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+from agd_fast_kernels.layouts import laid_like
 from agd_fast_kernels.shapes import FLOAT32, MAX_SCORES
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
@@ -70,21 +71,29 @@ def define(
     flops: Callable[..., int] | None = None,
     launches: int = 1,
     limit: Callable[..., str] = lambda *_: "",
+    like: str = "",
 ) -> Op:
     """Register the operator of a reference `<name>_ref`, and keep it in OPS.
 
-    flops: of these arguments; None where there are no products.
+    flops: of these arguments; None where there are no products. like: the argument that the result lies like, as
+    `layouts.laid_like` has it; contiguous without one.
     """
     name = reference.__name__.removesuffix("_ref")
     schema = torch.library.infer_schema(reference, mutates_args=())
+    signature = inspect.signature(reference)
 
     def implementation(*args: Any) -> Any:
         from agd_fast.ops.choice import run  # which asks this module what there is
 
-        return _contiguous(run(op, op.complete(args)))
+        return laid(run(op, op.complete(args)), args)
+
+    def laid(found: Any, args: tuple[Any, ...]) -> Any:
+        """As the kernel lays it, whatever the layout of what else it took."""
+        its = dict(zip(signature.parameters, args, strict=False)).get(like)
+        return pytree.tree_map(Tensor.contiguous, found) if its is None else laid_like(found, its)
 
     custom = torch.library.custom_op(f"{NAMESPACE}::{name}", implementation, mutates_args=(), schema=schema)
-    custom.register_fake(lambda *args: _contiguous(reference(*args)))
+    custom.register_fake(lambda *args: laid(reference(*args), args))
 
     def keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         tensors = [leaf if isinstance(leaf, Tensor) else None for leaf in inputs]
@@ -116,7 +125,7 @@ def define(
         return 0 if flops is None else flops(*op.complete(args, kwargs))
 
     register_flop_formula(getattr(getattr(torch.ops, NAMESPACE), name), get_raw=True)(formula)
-    op = Op(name, reference, inspect.signature(reference), overload, launches, limit)
+    op = Op(name, reference, signature, overload, launches, limit)
     OPS[name] = op
     return op
 
@@ -138,11 +147,6 @@ def define_composite(reference: Callable[..., Any]) -> Callable[..., Any]:
         return overload(*args, **kwargs) if recorded else reference(*args, **kwargs)
 
     return call
-
-
-def _contiguous(found: Any) -> Any:
-    """As kernels give it, whatever the layout of what they took."""
-    return pytree.tree_map(Tensor.contiguous, found)
 
 
 def tensors_of(args: Any) -> list[Tensor]:

@@ -8,17 +8,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from agd_fast.ops import OPS
+from memory.graph_checks import WAYS
+from speed.arms import ARMS
 from speed.engine_checks import FAMILIES, SETTINGS
 
 RESULTS = Path(__file__).parents[1] / "results"
 COUNTS = sorted(map(str, RESULTS.glob("nfe_speed_meta*.json")))
-SHORT = ("--steps", "30", "--eager-steps", "8", "--rounds", "6", "--profile")  # an eager step of SDXL takes a host 0.1 s
-SHORTER = {  # where a step takes a card long
+SHORT = ("--steps", "30", "--eager-steps", "8", "--rounds", "6")
+SHORTER = {  # where a step takes a card long, or a host that is not rid of its work
+    ("sdxl-1024", 1): ("--steps", "30", "--eager-steps", "4", "--rounds", "6"),
     ("sdxl-1024", 4): ("--steps", "10", "--eager-steps", "3", "--rounds", "4"),
     ("sdxl-1024", 16): ("--steps", "6", "--eager-steps", "2", "--rounds", "3"),
 }
-NAIVE, COMPILED = ("agd_naive",), ("cfg_compiled", "unguided_engine", "agd_engine")
-ARMS = ("unguided", "cfg", "agd", *COMPILED)
+NFE = ("unguided", "cfg", "agd", "cfg_compiled", "unguided_engine", "agd_engine")
+AT_ONE = ("agd_naive", "cfg_engine")  # at batch 1 alone
+CHOSEN = ("unguided", "agd", "unguided_engine", "agd_engine")
 MODELS = {  # family of the tiny denoiser that the engine is checked on
     "sdxl-1024": "sdxl",
     "dit-xl2-256": "dit",
@@ -28,8 +32,9 @@ MODELS = {  # family of the tiny denoiser that the engine is checked on
     "wan-1.3b": "wan",
     "qwen-image": "qwenimage",
 }
-FIRST = (("sdxl-1024", 1), ("dit-xl2-256", 1), ("dit-xl2-256", 16), ("dit-xl2-256", 4))
-LAST = (("sdxl-1024", 4), ("sdxl-1024", 16), *((model, 1) for model in MODELS if model not in ("sdxl-1024", "dit-xl2-256")))
+FIRST = (("sdxl-1024", 1), ("sdxl-1024", 16), ("dit-xl2-256", 1))
+SECOND = (("dit-xl2-256", 16), ("dit-xl2-256", 4), ("sdxl-1024", 4))
+LAST = tuple((model, 1) for model in MODELS if model not in ("sdxl-1024", "dit-xl2-256"))
 OURS = ("recompute", "blocks", "4bit", "8bit", "exact")
 MEMORY = {  # of distilling SDXL at 1024²
     "cap8": ("--cap", "8GiB", "--modes", *OURS),
@@ -37,6 +42,7 @@ MEMORY = {  # of distilling SDXL at 1024²
     "whole_cap8": ("--cap", "8GiB", "--whole", "--modes", "blocks"),
     "whole_int8_cap6": ("--cap", "6GiB", "--base", "int8", "--whole", "--modes", "blocks"),
     "uncapped": ("--modes", "eager", "checkpointing"),
+    "graphed_packed_cap8": ("--cap", "8GiB", "--graphed", "--modes", "4bit", "8bit"),
     "graphed_cap8": ("--cap", "8GiB", "--graphed", "--modes", "recompute", "4bit", "blocks"),
     "graphed": ("--graphed", "--modes", "eager", "checkpointing"),
     "images_at_24": ("--images-per-second", "--budget", "24GiB"),
@@ -44,7 +50,7 @@ MEMORY = {  # of distilling SDXL at 1024²
 }
 DTYPES = ("bfloat16", "float16", "float32")
 UNSEEN = ("activated_linear", "projection_mix", "projection_scores", "residual_norm", "gated_lora")  # on a card, by themselves
-PACKING = "checks/packing"
+PACKING, GRAPHED = "checks/packing", "checks/graphed_passes"
 
 
 @dataclass(frozen=True)
@@ -77,13 +83,14 @@ Stage = list[Task]  # whose times are taken before those of the next one
 def all_stages() -> list[Stage]:
     products = [name for name in sorted(OPS) if name not in UNSEEN]
     return [
-        [of_engine("sdxl"), of_engine("dit"), *(speed(*one) for one in FIRST)],
-        [packing_check(), memory("cap8"), memory("int8_cap6"), memory("whole_int8_cap6"), memory("whole_cap8")],
-        [memory("uncapped"), memory("graphed_cap8"), memory("graphed"), memory("images_at_24_graphed"), memory("images_at_24")],
+        [of_engine("sdxl"), of_engine("dit"), *(speed(*one) for one in FIRST), graphed_passes()],
+        [packing_check(), memory("graphed_packed_cap8"), *(speed(*one) for one in SECOND), memory("images_at_24_graphed")],
         [Task("packing_kernels", alone("packing_kernels.py"), times=True)],
+        [*(check for op in (*UNSEEN, *products) for check in of_kernel(op)), chosen_kernels("dit-xl2-256")],
+        [memory(name) for name in ("graphed_cap8", "graphed", "images_at_24", "cap8", "int8_cap6", "uncapped")],
+        [kernel_speed(op) for op in (*UNSEEN, *products)],
+        [chosen_kernels("sdxl-1024"), memory("whole_int8_cap6"), memory("whole_cap8")],
         [*(memory(name, "cross_attention") for name in ("cap8", "int8_cap6", "uncapped")), memory("uncapped", "reference")],
-        [*(check for op in (*UNSEEN, *products) for check in of_kernel(op)), *(kernel_speed(op) for op in (*UNSEEN, *products))],
-        [chosen_kernels(model) for model in ("dit-xl2-256", "sdxl-1024")],
         [of_engine("sd15"), *sanitizer(), *(of_engine(name) for name in FAMILIES if name not in ("sdxl", "dit", "sd15"))],
         *([speed(*one)] for one in LAST),
     ]
@@ -115,9 +122,9 @@ def kernel_speed(op: str) -> Task:
 
 def speed(model: str, batch: int) -> Task:
     """Without our kernels: whether they win can only be measured on a card that is otherwise idle."""
-    arms = [*ARMS, *(NAIVE if batch == 1 else ())]
+    arms = [*NFE, *(AT_ONE if batch == 1 else ())]
     command = [*nfe(model, batch), *arms, "--lock", "{lock}"]
-    processes = len(COMPILED) + 1
+    processes = sum(ARMS[arm].compiled for arm in arms) + 1
     if model == "qwen-image":  # no card holds it four times
         processes = 1
     else:
@@ -128,11 +135,10 @@ def speed(model: str, batch: int) -> Task:
 
 
 def chosen_kernels(model: str) -> Task:
-    """With those that win here, measured in the run, and with all of them."""
-    arms = ("unguided", "agd", "unguided_engine", "agd_engine", "agd_kernels")
+    """With those that win here, measured in the run."""
     needs = [engine_of(model), *(task.name for op in sorted(OPS) for task in of_kernel(op))]
     own = {"AGD_FAST_KERNELS": "auto", "TORCHINDUCTOR_COMPILE_THREADS": "8"}
-    return Task(f"nfe_speed_kernels/{model}_1", alone(*nfe(model, 1), *arms), needs, True, least=90, settings=own)
+    return Task(f"nfe_speed_kernels/{model}_1", alone(*nfe(model, 1), *CHOSEN), needs, True, least=90, settings=own)
 
 
 def nfe(model: str, batch: int) -> list[str]:
@@ -145,6 +151,7 @@ def nfe(model: str, batch: int) -> list[str]:
         "--dtype",
         "bf16",
         *SHORTER.get((model, batch), SHORT),
+        "--profile",
         "--counts",
         *COUNTS,
     ]
@@ -157,6 +164,7 @@ def engine_of(model: str) -> str:
 
 def memory(name: str, adapter: str = "default") -> Task:
     """The optimizer's step is taken after 8 images, not 32, where only one at a time fits; its share in a time is then larger."""
+    needs = [PACKING, *([GRAPHED] if "--graphed" in MEMORY[name] else [])]
     times = "--whole" not in MEMORY[name]  # of which only what it takes of the card counts
     own = [
         "distill_memory.py",
@@ -169,7 +177,11 @@ def memory(name: str, adapter: str = "default") -> Task:
     ]
     images = () if name.startswith("images_at") else ("--images", "8", "--adapter", adapter)
     full = f"distill_memory/{name}" + ("" if adapter == "default" else f"_{adapter}")
-    return Task(full, [*own, *images, "--minutes", "{minutes}"], [PACKING], times=times, least=45)
+    return Task(full, [*own, *images, "--minutes", "{minutes}"], needs, times=times, least=45)
+
+
+def graphed_passes() -> Task:
+    return Task(GRAPHED, ["-m", "memory.graph_checks", "--json", "{json}"], processes=len(WAYS), least=40)
 
 
 def packing_check() -> Task:

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,22 +23,46 @@ from speed.architectures import Architecture, build
 from speed.counting import Counts, counting
 from speed.reference import ReferenceAdapters
 
-ARMS = {
-    "unguided": "the base in one pass, eager diffusers",
-    "cfg": "the base in a doubled batch, eager diffusers",
-    "cfg_compiled": "the same through torch.compile(fullgraph=True) and, on CUDA, a CUDA graph of the whole step",
-    "unguided_engine": "the base in one pass, optimized",
-    "cfg_engine": "the base in a doubled batch, optimized",
-    "agd_naive": "the reference's adapters: embedders at every block, all of it in every step",
-    "agd": "our adapter, not optimized",
-    "agd_hoisted": "our adapter, optimized, with neither compilation nor CUDA graph",
-    "agd_engine": "our adapter, optimized",
-    "agd_engine_whole": "the same, the step compiled as a whole and not by blocks that repeat",
-    "agd_kernels": "our adapter, optimized, with every Triton kernel, not only those that win; timed on CUDA alone",
-}
 UNFUSED = agd.EngineConfig(compile=False, graph=False, kernels="never")  # runs operation by operation: what can be counted
-KERNELS = agd.EngineConfig(kernels="always")
-AS_ENGINE = ("agd_hoisted", "agd_engine", "agd_engine_whole", "agd_kernels")
+OPTIMIZED = agd.EngineConfig()
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What an arm is one of.
+
+    plain: the arm that gives the same, as it is. engine: how it is optimized; None where it is not. torch_compiled: whether the
+    denoiser goes through torch.compile instead.
+    """
+
+    what: str
+    method: Literal["unguided", "cfg", "agd"]
+    plain: str | None = None
+    engine: agd.EngineConfig | None = None
+    torch_compiled: bool = False
+
+    @property
+    def compiled(self) -> bool:
+        """Whether making it takes a compiler long."""
+        return self.torch_compiled or (self.engine is not None and self.engine.compile is not False)
+
+
+_COMPILED = "the same through torch.compile(fullgraph=True) and, on CUDA, a CUDA graph of the whole step"
+_WHOLE = "the same, the step compiled as a whole and not by blocks that repeat"
+_KERNELS = "our adapter, optimized, with every Triton kernel, not only those that win; timed on CUDA alone"
+ARMS = {
+    "unguided": Kind("the base in one pass, eager diffusers", "unguided"),
+    "cfg": Kind("the base in a doubled batch, eager diffusers", "cfg"),
+    "cfg_compiled": Kind(_COMPILED, "cfg", "cfg", torch_compiled=True),
+    "unguided_engine": Kind("the base in one pass, optimized", "unguided", "unguided", OPTIMIZED),
+    "cfg_engine": Kind("the base in a doubled batch, optimized", "cfg", "cfg", OPTIMIZED),
+    "agd_naive": Kind("the reference's adapters: embedders at every block, all of it in every step", "agd"),
+    "agd": Kind("our adapter, not optimized", "agd"),
+    "agd_hoisted": Kind("our adapter, optimized, with neither compilation nor CUDA graph", "agd", "agd", UNFUSED),
+    "agd_engine": Kind("our adapter, optimized", "agd", "agd", OPTIMIZED),
+    "agd_engine_whole": Kind(_WHOLE, "agd", "agd", replace(OPTIMIZED, repeated_blocks=False)),
+    "agd_kernels": Kind(_KERNELS, "agd", "agd", replace(OPTIMIZED, kernels="always")),
+}
 
 Step = Callable[[Tensor, Tensor], Tensor]  # x_t [B, ...], t [1] → prediction [B, ...]
 
@@ -97,19 +121,19 @@ class Workbench:
     def arm(self, name: str) -> Arm:
         """Raises: ValueError for an arm that there is not."""
         require_arms([name])
-        denoiser = shared_copy(self.denoiser)
-        if name.startswith("agd"):
+        kind, denoiser = ARMS[name], shared_copy(self.denoiser)
+        if kind.method == "agd":
             return self._adapted(name, denoiser)
-        passes = 2 if name.startswith("cfg") else 1
+        passes = 2 if kind.method == "cfg" else 1
         scope: Callable[[], AbstractContextManager[Any]] = nullcontext
-        if name.endswith("_engine"):
-            agd.optimize(denoiser, engine_config(name, counted=self.counted, compiled=self.compiled))
+        if kind.engine is not None:
+            agd.optimize(denoiser, engine_config(kind.engine, counted=self.counted, compiled=self.compiled))
             scope = self._scope(denoiser)
         call: Any = denoiser
-        if name == "cfg_compiled" and not self.counted:
+        if kind.torch_compiled and not self.counted:
             call = torch.compile(denoiser, fullgraph=True, dynamic=False)
         step = self._cfg(call) if passes == 2 else self._plain(call)
-        if name == "cfg_compiled" and self.device.type == "cuda":
+        if kind.torch_compiled and self.device.type == "cuda":
             step = _graphed(step, self.x, self.times[0])
         return Arm(denoiser, step, passes, weight_bytes(denoiser), scope)
 
@@ -146,8 +170,8 @@ class Workbench:
         randomise_zeros(adapter)
         if name == "agd_naive":
             adapter.to(self.dtype)  # as its code has it
-        if name in AS_ENGINE:
-            agd.optimize(denoiser, engine_config(name, counted=self.counted, compiled=self.compiled))
+        if (engine := ARMS[name].engine) is not None:
+            agd.optimize(denoiser, engine_config(engine, counted=self.counted, compiled=self.compiled))
         size = weight_bytes(denoiser) + weight_bytes(adapter)
         return Arm(denoiser, self._plain(denoiser), 1, size, self._scope(denoiser, armed=True), adapter.config)
 
@@ -200,22 +224,17 @@ def require_arms(names: Iterable[str]) -> None:
         raise ValueError(f"expected arms of {', '.join(ARMS)}; found {', '.join(map(repr, unknown))}")
 
 
-def engine_config(name: str, *, counted: bool = False, compiled: bool = True) -> agd.EngineConfig:
+def engine_config(engine: agd.EngineConfig, *, counted: bool = False, compiled: bool = True) -> agd.EngineConfig:
     """Of an optimized arm. Without a GPU nobody can say which kernels would win, so that none is counted, or every one."""
-    if name == "agd_kernels":
-        return replace(UNFUSED, kernels="always") if counted else replace(KERNELS, compile=None if compiled else False)
-    if counted or name == "agd_hoisted":
-        return UNFUSED
-    return agd.EngineConfig(compile=None if compiled else False, repeated_blocks=False if name == "agd_engine_whole" else None)
-
-
-def is_compiled(name: str) -> bool:
-    return name.endswith(("_compiled", "_engine", "_whole", "_kernels"))
+    if counted:
+        return replace(UNFUSED, kernels="always" if engine.kernels == "always" else "never")
+    return engine if compiled else replace(engine, compile=False)
 
 
 def untimed(name: str, device: torch.device) -> str:
     """Why an arm has no times on this device; empty where it has."""
-    if name != "agd_kernels":
+    engine = ARMS[name].engine
+    if engine is None or engine.kernels != "always":
         return ""
     missing = kernels_info()["missing"] or ("" if device.type == "cuda" else f"tensors on {device.type}")
     return f"not timed: its kernels do not run ({missing})" if missing else ""

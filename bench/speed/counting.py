@@ -23,7 +23,7 @@ from agd_fast.memory.counting import FusedAttention
 from agd_fast.ops import OPS
 
 _COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
-_LAUNCHES = {op.overload: op.launches for op in OPS.values()}
+_LAUNCHES = {op.overload: op.launches for op in OPS.values()} | {torch.ops.agd_fast_kernels.write_merged.default: 1}
 _NO_KERNEL = {
     f"aten::{name}"
     for name in (
@@ -89,6 +89,8 @@ def _is_composite(func: Any) -> bool:
 
 
 def _is_launch(func: Any, output: Any, device: str) -> bool:
+    if output is None and func in _LAUNCHES:  # it writes
+        return True
     if func.is_view or func._schema.name in _NO_KERNEL:
         return False
     outputs = output if isinstance(output, (tuple, list)) else (output,)

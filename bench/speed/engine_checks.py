@@ -75,7 +75,7 @@ def compare(family: Any, kind: str | None, policy: Kernels, device: torch.device
 
     exact = run(torch.device("cpu"), torch.float64)
     plain = run(device, dtype)
-    agd.optimize(component, agd.EngineConfig(kernels=policy), spec=spec)
+    agd.optimize(component, agd.EngineConfig(kernels=policy, gelu_epilogue=policy != "always"), spec=spec)
     run(device, dtype)  # where it captures, compiles and records
     found = run(device, dtype)
     engine = engine_of(component)

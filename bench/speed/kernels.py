@@ -66,8 +66,9 @@ def _residual_norm(new: Random, B: int, T: int, C: int, gated: bool = True) -> A
     return new(B, T, C), new(B, T, C), new(B, C) if gated else None, new(B, C), new(B, C)
 
 
-def _ada_group_norm(new: Random, B: int, C: int, H: int, W: int, groups: int = 32) -> Arguments:
-    return new(B, C, H, W), groups, new(B, C), new(B, C), 1e-5, True
+def _ada_group_norm(new: Random, B: int, C: int, H: int, W: int, groups: int = 32, channels_last: bool = False) -> Arguments:
+    x = new(B, H, W, C).movedim(-1, 1) if channels_last else new(B, C, H, W)
+    return x, groups, new(B, C), new(B, C), 1e-5, True
 
 
 def _projection_scores(new: Random, B: int, T: int, C: int, N: int, S: int, biased: bool = False) -> Arguments:
@@ -84,8 +85,17 @@ def _activated_linear(new: Random, B: int, T: int, C: int, N: int, activation: s
     return new(B, T, C), new.weight(N, C), new(B, N) if per_sample else new(N), activation
 
 
-def _gated_lora(new: Random, B: int, T: int, K: int, C: int, r: int, channels_first: bool = False) -> Arguments:
-    hidden, output = (new(B, width, T) if channels_first else new(B, T, width) for width in (K, C))
+def _gated_lora(
+    new: Random, B: int, T: int, K: int, C: int, r: int, channels_first: bool = False, channels_last: str = ""
+) -> Arguments:
+    """channels_last: "hidden output", or one of them: which images of channels_first lie so."""
+
+    def image(name: str, width: int) -> Tensor:
+        if not channels_first:
+            return new(B, T, width)
+        return new(B, T, width).mT if name in channels_last.split() else new(B, width, T)
+
+    hidden, output = image("hidden", K), image("output", C)
     return hidden, output, new.weight(r, K), new.weight(C, r), new(B, r), channels_first
 
 
@@ -143,6 +153,7 @@ SDXL, SD21 = (
 )
 DIT, SD3 = {"T": 256, "C": 1152}, {"T": 4096, "C": 1536}
 CONVOLUTIONS = {"sdxl-1024": ((320, 128), (640, 64), (1280, 32)), "sd21-768": ((320, 96), (640, 48), (1280, 24))}
+JOINED = ((2560, 32), (1920, 64), (960, 128))  # with what skips to there, of SDXL
 LATENTS = {"sdxl-1024": (4, 128), "sd21-768": (4, 96), "dit-xl2-256": (4, 32), "sd3-medium-1024": (16, 128)}
 PROMPT, LABEL, RANK = 79, 3, 16
 _UNETS = [("sdxl-1024", block) for block in SDXL] + [("sd21-768", block) for block in SD21]
@@ -150,7 +161,10 @@ _TRANSFORMERS = [("dit-xl2-256", DIT), ("sd3-medium-1024", SD3)]
 _IMAGES: list[tuple[str, Mapping[str, Any]]] = [(model, _image(*latent)) for model, latent in LATENTS.items()]
 
 SHAPES: dict[str, list[tuple[str, Mapping[str, Any]]]] = {
-    "ada_group_norm": [(model, _image(*one)) for model, found in CONVOLUTIONS.items() for one in found],
+    "ada_group_norm": [
+        *((model, _image(*one)) for model, found in CONVOLUTIONS.items() for one in found),
+        *(("sdxl-1024", {**_image(*one), "channels_last": True}) for one in [*CONVOLUTIONS["sdxl-1024"], *JOINED]),
+    ],
     "ada_layer_norm": [*_UNETS, *_TRANSFORMERS],
     "activated_linear": [
         *((model, {**block, "N": 8 * block["C"], "activation": "geglu"}) for model, block in _UNETS),
@@ -162,6 +176,11 @@ SHAPES: dict[str, list[tuple[str, Mapping[str, Any]]]] = {
             (model, {"T": side * side, "K": C, "C": C, "r": RANK, "channels_first": True})
             for model, found in CONVOLUTIONS.items()
             for C, side in found
+        ),
+        *(
+            ("sdxl-1024", {"T": side * side, "K": K, "C": C, "r": RANK, "channels_first": True, "channels_last": lasts})
+            for K, C, side in [*((C, C, side) for C, side in CONVOLUTIONS["sdxl-1024"]), (2560, 1280, 32), (960, 320, 128)]
+            for lasts in ("hidden output", "output")
         ),
     ],
     "gated_residual": [*_TRANSFORMERS, ("dit-xl2-256", {**DIT, "S": LABEL})],
@@ -182,7 +201,14 @@ SHAPES: dict[str, list[tuple[str, Mapping[str, Any]]]] = {
 }
 # With tiles that are not full, rows that begin anywhere, all optional arguments.
 ODD: dict[str, list[Mapping[str, Any]]] = {
-    "ada_group_norm": [{"C": 32, "H": 5, "W": 7}, {"C": 96, "H": 33, "W": 31}, {"C": 6, "H": 1, "W": 1, "groups": 3}],
+    "ada_group_norm": [
+        {"C": 32, "H": 5, "W": 7},
+        {"C": 96, "H": 33, "W": 31},
+        {"C": 6, "H": 1, "W": 1, "groups": 3},
+        {"C": 320, "H": 33, "W": 31, "channels_last": True},
+        {"C": 111, "H": 5, "W": 7, "groups": 3, "channels_last": True},
+        {"C": 66, "H": 3, "W": 1, "groups": 33, "channels_last": True},
+    ],
     "ada_layer_norm": [{"T": 17, "C": 130}, {"T": 1, "C": 1}, {"T": 5, "C": 5120}, {"T": 77, "C": 1152, "rows": False}],
     "activated_linear": [
         {"T": 65, "C": 130, "N": 258, "activation": "geglu"},
@@ -193,6 +219,9 @@ ODD: dict[str, list[Mapping[str, Any]]] = {
         {"T": 65, "K": 130, "C": 66, "r": 17},
         {"T": 1, "K": 1, "C": 1, "r": 1},
         {"T": 35, "K": 40, "C": 72, "r": 64, "channels_first": True},
+        {"T": 35, "K": 130, "C": 66, "r": 17, "channels_first": True, "channels_last": "hidden output"},
+        {"T": 65, "K": 40, "C": 72, "r": 16, "channels_first": True, "channels_last": "output"},
+        {"T": 65, "K": 40, "C": 72, "r": 16, "channels_first": True, "channels_last": "hidden"},
     ],
     "gated_residual": [{"T": 17, "C": 130}, {"T": 33, "C": 72, "S": 16}, {"T": 1, "C": 1, "S": 1, "gated": False}],
     "guidance_combine": [{"C": 3, "H": 5, "W": 7}, {"C": 1, "H": 1, "W": 1}],

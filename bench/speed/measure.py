@@ -13,22 +13,15 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from agd_fast import AdapterConfig
-from agd_fast.evaluation.speed import Timing, time_interleaved
+from agd_fast.evaluation.speed import Timing, interleaved_rounds
+from speed.arms import ARMS
 from speed.hardware import roofline_ms
 
 Row = dict[str, Any]
 Run = Callable[[], Tensor]  # the last prediction, or samples
+Keep = Callable[[list[Row]], None]  # takes the rows so far, whenever there is more of them
 
 AGREEMENT = 0.1  # relative: what rounding in another order may change over a deep network in 16 bit
-PLAIN = {  # what an arm must agree with
-    "cfg_compiled": "cfg",
-    "unguided_engine": "unguided",
-    "cfg_engine": "cfg",
-    "agd_hoisted": "agd",
-    "agd_engine": "agd",
-    "agd_engine_whole": "agd",
-    "agd_kernels": "agd",
-}
 
 
 @dataclass
@@ -37,7 +30,7 @@ class Measured:
 
     nfe: denoiser evaluations a sample. flops, launches: of the run. device_seconds: that kernels of the run take, without pauses
     between them. peak_memory: in bytes, while the arm is made and first run. timing: of the last `timed_steps`; None: of all.
-    error: of what it gives, relative to the arm in PLAIN. adapter: how ours was configured, where there is one.
+    error: of what it gives, relative to the arm that it is to agree with. adapter: how ours was configured, where there is one.
     note: what a reader must know of it. failed: whether it could not run, or not rightly; the note says why.
     """
 
@@ -106,18 +99,27 @@ def rows_of(
     return rows
 
 
-def time_runs(runs: Mapping[str, Callable[[], Any]], measured: Mapping[str, Measured], rounds: int, device: torch.device) -> None:
-    """Interleaved times of what is there to run, into `measured`; none of an arm that has failed."""
+def time_runs(
+    runs: Mapping[str, Callable[[], Any]],
+    measured: Mapping[str, Measured],
+    rounds: int,
+    device: torch.device,
+    keep: Callable[[], None],
+) -> None:
+    """Interleaved times of what is there to run, into `measured`; none of an arm that has failed. keep: is called every round."""
     sound = {name: run for name, run in runs.items() if not measured[name].failed}
     if sound:
-        for name, timing in time_interleaved(sound, rounds=rounds, warmup=1, device=device, progress=True).items():
-            measured[name].timing = timing
+        for timings in interleaved_rounds(sound, rounds=rounds, warmup=1, device=device, progress=True):
+            for name, timing in timings.items():
+                measured[name].timing = timing
+            keep()
 
 
 def compare(outputs: Mapping[str, Tensor], measured: Mapping[str, Measured]) -> None:
     """An arm that does not give what it must has failed. outputs: float32."""
-    for name, plain in PLAIN.items():
-        if name in outputs and plain in outputs:
+    for name in outputs:
+        plain = ARMS[name].plain
+        if plain in outputs:
             one, own, expected = measured[name], outputs[name], outputs[plain]
             one.error = float((own - expected).norm() / expected.norm())
             if not one.error <= AGREEMENT:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -15,10 +15,10 @@ import torch
 
 from agd_fast.engine import engine_of
 from speed.architectures import Architecture, find_architecture
-from speed.arms import Arm, Workbench, is_compiled, note_of, untimed, weight_bytes
+from speed.arms import ARMS, Arm, Workbench, note_of, untimed, weight_bytes
 from speed.hardware import quiet
-from speed.measure import Kernels, Measured, Row, Run, attempt, compare, kernels, rows_of, time_runs
-from speed.profiles import print_profile
+from speed.measure import Keep, Kernels, Measured, Row, Run, attempt, compare, kernels, rows_of, time_runs
+from speed.profiles import print_host_profile, print_kernels
 from speed.reference import ReferenceAdapters
 from speed.workers import Worker, workers
 
@@ -56,8 +56,15 @@ class Settings:
     lock: Path | None = None
 
 
-def measure_model(name: str, batches: Sequence[int], settings: Settings, architecture: Architecture | None = None) -> list[Row]:
-    """Rows of a model, arm by arm and batch by batch. architecture: None takes the model's.
+def measure_model(
+    name: str,
+    batches: Sequence[int],
+    settings: Settings,
+    architecture: Architecture | None = None,
+    keep: Keep = lambda rows: None,
+) -> list[Row]:
+    """Rows of a model, arm by arm and batch by batch. architecture: None takes the model's. keep: is given the rows so far, after
+    every arm that was made and every round.
 
     FLOPs are counted on the meta device, as are launches where there is no CUDA to profile: of what is not compiled. Times,
     kernels and memory are taken on the settings' device, unless that is meta.
@@ -65,17 +72,26 @@ def measure_model(name: str, batches: Sequence[int], settings: Settings, archite
     """
     architecture = architecture or find_architecture(name)
     rows: list[Row] = []
+    card = torch.cuda.get_device_name(settings.device) if settings.device.type == "cuda" else ""
+
+    def with_rows(batch: int, measured: Mapping[str, Measured]) -> list[Row]:
+        own = rows_of(measured, model=name, batch=batch, steps=settings.steps, dtype=settings.dtype, device=card)
+        return [*rows, *own]
+
+    def keep_rows(batch: int, measured: Mapping[str, Measured]) -> None:
+        keep(with_rows(batch, measured))
+
     denoiser = None
     for batch in batches:
         measured = _counted(name, batch, settings) if settings.counts else _count(architecture, batch, settings)
+        kept = partial(keep_rows, batch, measured)
         if settings.processes:
-            _time_processes(name, batch, measured, settings)
+            _time_processes(name, batch, measured, settings, kept)
         elif settings.device.type != "meta":
             bench = _workbench(architecture, batch, settings, settings.device, denoiser=denoiser)
             denoiser = bench.denoiser
-            _time(bench, measured, settings)
-        card = torch.cuda.get_device_name(settings.device) if settings.device.type == "cuda" else ""
-        rows += rows_of(measured, model=name, batch=batch, steps=settings.steps, dtype=settings.dtype, device=card)
+            _time(bench, measured, settings, kept)
+        rows = with_rows(batch, measured)
     return rows
 
 
@@ -110,15 +126,17 @@ def _count_arm(bench: Workbench, name: str, one: Measured) -> None:
     _describe(arm, bench, one)
 
 
-def _time(bench: Workbench, measured: dict[str, Measured], settings: Settings) -> None:
+def _time(bench: Workbench, measured: dict[str, Measured], settings: Settings, keep: Callable[[], None]) -> None:
     runs: dict[str, Run] = {}
     for name, one in _timed(measured, bench.device).items():
         attempt(one, partial(_make_run, bench, name, settings, runs))
+        keep()
     compare({name: run().float() for name, run in runs.items()}, measured)
     with quiet(settings.lock):
-        time_runs(runs, measured, settings.rounds, bench.device)
+        time_runs(runs, measured, settings.rounds, bench.device, keep)
         for name, run in runs.items() if bench.device.type == "cuda" else ():
-            _count_kernels(kernels(run), measured[name], settings)
+            _count_kernels(name, kernels(run), measured[name], settings)
+            keep()
 
 
 def _timed(measured: Mapping[str, Measured], device: torch.device) -> dict[str, Measured]:
@@ -129,11 +147,11 @@ def _timed(measured: Mapping[str, Measured], device: torch.device) -> dict[str, 
     return {name: one for name, one in measured.items() if not reasons[name]}
 
 
-def _time_processes(name: str, batch: int, measured: dict[str, Measured], settings: Settings) -> None:
+def _time_processes(name: str, batch: int, measured: dict[str, Measured], settings: Settings, keep: Callable[[], None]) -> None:
     """As `_time`, on several denoisers of the same weights: one for each arm that is compiled, one for all others."""
     timed = _timed(measured, settings.device)
-    groups = {arm: [arm] for arm in timed if is_compiled(arm)}
-    groups["eager"] = [arm for arm in timed if not is_compiled(arm)]
+    groups = {arm: [arm] for arm in timed if ARMS[arm].compiled}
+    groups["eager"] = [arm for arm in timed if not ARMS[arm].compiled]
     make = {group: partial(_made, arms, name, batch, settings) for group, arms in groups.items() if arms}
     late = time.monotonic() + settings.patience
     with workers(make) as found:
@@ -142,15 +160,17 @@ def _time_processes(name: str, batch: int, measured: dict[str, Measured], settin
         for group, worker in found.items():
             for arm, one in _made_by(worker, groups[group], late).items():
                 _take(one, measured[arm])
+            keep()
             print(f"{name} at batch {batch}: {group} was waited for until {time.monotonic() - began:.0f} s", flush=True)
         sound = {arm: worker for arm, worker in of_arm.items() if not measured[arm].failed}
         compare({arm: worker.output(arm) for arm, worker in sound.items()}, measured)
         print(f"{name} at batch {batch}: made", flush=True)
         with quiet(settings.lock):
             runs = {arm: partial(worker.run, arm) for arm, worker in sound.items()}
-            time_runs(runs, measured, settings.rounds, torch.device("cpu"))  # who runs waits for its own device
+            time_runs(runs, measured, settings.rounds, torch.device("cpu"), keep)  # who runs waits for its own device
             for arm, worker in sound.items() if settings.device.type == "cuda" else ():
-                _count_kernels(worker.kernels(arm), measured[arm], settings)
+                _count_kernels(arm, worker.kernels(arm), measured[arm], settings)
+                keep()
 
 
 def _made_by(worker: Worker, arms: Sequence[str], late: float) -> dict[str, Measured]:
@@ -191,7 +211,7 @@ def _make_run(bench: Workbench, name: str, settings: Settings, runs: dict[str, R
         torch.cuda.reset_peak_memory_stats(bench.device)
         others = torch.cuda.memory_allocated(bench.device) - weight_bytes(bench.denoiser)
     arm = bench.arm(name)
-    if settings.eager_steps and not is_compiled(name) and engine_of(arm.denoiser) is None:
+    if settings.eager_steps and not ARMS[name].compiled and engine_of(arm.denoiser) is None:
         one.timed_steps = min(settings.eager_steps, settings.steps)
     run = partial(bench.run, arm, one.timed_steps)
     run()
@@ -201,13 +221,15 @@ def _make_run(bench: Workbench, name: str, settings: Settings, runs: dict[str, R
         torch.cuda.synchronize(bench.device)
         one.peak_memory = torch.cuda.max_memory_allocated(bench.device) - others
         if settings.profile:
-            print_profile(name, run)
+            print_host_profile(name, run)
     runs[name] = run
 
 
-def _count_kernels(found: Kernels, one: Measured, settings: Settings) -> None:
+def _count_kernels(name: str, found: Kernels, one: Measured, settings: Settings) -> None:
     share = settings.steps / (one.timed_steps or settings.steps)
     one.launches, one.device_seconds = found.launches * share, found.seconds * share
+    if settings.profile:
+        print_kernels(name, found)
 
 
 def _describe(arm: Arm, bench: Workbench, one: Measured) -> None:

@@ -8,18 +8,21 @@ import pstats
 
 import torch
 
-from speed.measure import Run, kernels
+from speed.measure import Kernels, Run
 
 
-def print_profile(name: str, run: Run, shown: int = 30) -> None:
-    """name: of the arm. Of two runs, one after another; on a card that others use kernels take longer than by themselves."""
-    found = kernels(run)
+def print_kernels(name: str, found: Kernels) -> None:
+    """name: of the arm, of which `found` is one run."""
     print(f"{name}: {found.launches} kernels, {found.seconds * 1e3:.2f} ms of a run on the device; the longest, in ms:")
     for kernel, count, seconds in found.longest:
-        print(f"{seconds * 1e3:10.3f} {count:6d} x {kernel[:120]}")
+        print(f"{seconds * 1e3:10.3f} {count:6d} x {kernel[:120]}", flush=True)
+
+
+def print_host_profile(name: str, run: Run, shown: int = 30) -> None:
+    """Of one run. Where others use the host its functions take longer than by themselves: what tells is their shares."""
     profiler = cProfile.Profile()
     profiler.runcall(run)
     torch.cuda.synchronize()
     text = io.StringIO()
     pstats.Stats(profiler, stream=text).sort_stats("tottime").print_stats(shown)
-    print(text.getvalue(), flush=True)
+    print(f"{name}, on the host:\n{text.getvalue()}", flush=True)

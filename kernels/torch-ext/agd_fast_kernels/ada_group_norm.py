@@ -1,6 +1,7 @@
 """Group norm with γ and β one a sample, and SiLU: a group is split among programs, and what each found of it is combined by all.
 
 The first kernel gives each piece's mean and squared deviations, the second combines them by Chan's formula and normalises.
+Images whose channels lie side by side have kernels of their own.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._ada_group_norm_channels_last import normed_channels_last
 from ._tiles import chosen, packed, per_sample
+from .layouts import channels_last
 from .shapes import require
 
 CONFIGS: tuple[dict[str, int], ...] = (
@@ -92,7 +95,8 @@ def ada_group_norm_fwd(
 ) -> Tensor:
     """act((x − mean)/√(var + ε)·γ + β), mean and var over a group's channels and all places; act is SiLU or nothing.
 
-    x: [B, C, ...]; gamma, beta: [B or 1, C], or None for 1 and 0 → [B, C, ...].
+    x: [B, C, ...]; gamma, beta: [B or 1, C], or None for 1 and 0 → like x, its channels side by side where those of x are, else
+    contiguous.
     Raises: ValueError naming the argument whose shape, dtype or device is another.
     """
     require("ada_group_norm", x=x, gamma=gamma, beta=beta)
@@ -100,6 +104,8 @@ def ada_group_norm_fwd(
         raise ValueError(f"ada_group_norm: groups must divide the {x.shape[1]} channels, found {groups}")
     launch = chosen("ada_group_norm", CONFIGS, config, x.dtype)
     block, warps = launch["BLOCK"], launch["num_warps"]
+    if channels_last(x):
+        return normed_channels_last(x, groups, gamma, beta, eps, silu, PIECES, **launch)
     out = x.new_empty(x.shape)
     if out.numel():
         x = x.contiguous()

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._tiles import added, chosen, packed, per_sample
+from .layouts import channels_last
 from .shapes import MAX_RANK, require
 
 # Few tokens a program, so that a batch of one has enough of them: it is the reading that takes time
@@ -69,7 +70,7 @@ def gated_lora_fwd(
     """output + up·(gates ⊙ down·hidden) at every token.
 
     hidden: [B, ..., K]; output: [B, ..., C]; with channels_first [B, K, ...] and [B, C, ...]; down: [r, K]; up: [C, r], r ≤ 64;
-    gates: [B or 1, r], or None for 1 → like output.
+    gates: [B or 1, r], or None for 1 → like output, its channels side by side where those of output are, else contiguous.
     Raises: ValueError naming the argument whose shape, dtype or device is another; for a rank above 64.
     """
     name = "gated_lora_channels_first" if channels_first else "gated_lora"
@@ -78,7 +79,7 @@ def gated_lora_fwd(
     if r > MAX_RANK:
         raise ValueError(f"gated_lora: down must have a rank of at most {MAX_RANK}, found {r}")
     launch = chosen("gated_lora", CONFIGS, config, hidden.dtype, BLOCK_M=32, BLOCK_N=32, BLOCK_K=32, num_stages=2)
-    out = torch.empty(output.shape, dtype=output.dtype, device=output.device)
+    out = torch.empty_like(output, memory_format=torch.preserve_format if channels_last(output) else torch.contiguous_format)
     if not out.numel():
         return out
     h, y, o = (_tokens(tensor, channels_first) for tensor in (hidden, output, out))

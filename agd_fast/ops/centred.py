@@ -1,0 +1,28 @@
+"""A convolution's weight with a low-rank term at its centre: the term beside the convolution, for all places at once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from agd_fast.ops.registry import define_composite
+
+
+def centre(weight: Tensor) -> Tensor:
+    """[C, K] of a weight [C, K, …], whose kernel has odd sizes: a view."""
+    place: tuple[Any, ...] = (..., *(size // 2 for size in weight.shape[2:]))
+    return weight[place]
+
+
+def centred_ref(weight: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """weight, with up·down added at the centre.
+
+    weight: [C, K, …]; up: [C, r]; down: [r, K] → like weight.
+    """
+    found = weight.clone()
+    centre(found).addmm_(up, down)
+    return found
+
+
+centred = define_composite(centred_ref)
