@@ -75,6 +75,18 @@ def test_others_stay_by_themselves(function):
     assert merged(function, image, *weights())[0] == 0
 
 
+@torch.no_grad()
+def test_of_convolutions_that_share_a_weight_one_takes_its_term():
+    def function(x, weight, bias, down, up, other):
+        term = beside(1, 1)
+        return term(x, weight, bias, down, up) - term(x.flip(2), weight, bias, down, other)
+
+    given = *(image, *weights()), parameter(C, R)
+    count, (found,) = merged(function, *given)
+    assert count == 1
+    assert_as_exact(found, function(*given), function(*(one.double() for one in given)))
+
+
 def test_grouped_convolutions_stay_by_themselves():
     assert merged(beside(1, 1, 1, 2), image, *weights(groups=2))[0] == 0
 
@@ -135,6 +147,7 @@ def test_terms_are_parts_of_weights_in_a_batch_of_one(pair):
     count = sum(type(module).__name__ == "ResnetBlock2D" for module in fast.unet.modules()) * 2
     assert engine(fast)["merged"] == count > 0 and engine(fast)["copied_bytes"] > 0 and not engine(fast)["plain_because"]
     assert all(torch.equal(one, before[name]) for name, one in fast.unet.named_parameters())
+    assert "gated_lora" not in str(engine(fast)["not_on_kernels"])
     program = engine_of(fast.unet)._programs[-1]
     assert len(program.twins) == count  # in none of the three parts
     parts = program.parts.once, program.parts.step, program.parts.body
@@ -213,3 +226,19 @@ def test_prompts_that_change_at_every_step(pair):
         for found, expected in zip(*outputs, strict=True):
             assert_same(found, expected)
     assert engine(pair[1])["merged"] > 0 and not engine_of(fast)._programs[-1].twins  # the term moves now
+
+
+@torch.no_grad()
+def test_weights_whose_terms_move_are_read_with_channels_side_by_side_again(pair):
+    plain, fast = (pipe.unet for pipe in pair)
+    agd.optimize(fast, agd.EngineConfig(channels_last=True), spec=None)
+    x, width = torch.randn(1, 4, 8, 8), fast.config.cross_attention_dim
+    times, prompts = torch.tensor([900, 500, 100, 20]), torch.randn(4, 1, 3, width)
+    with agd.attaching.scoped(fast, times), agd.guided(fast, 3.0):
+        for t, prompt in zip(times, prompts, strict=True):
+            found = fast(x, t, prompt.clone()).sample
+    with agd.guided(plain, 3.0):
+        assert_same(found, plain(x, times[-1], prompts[-1]).sample)
+    (program,) = engine_of(fast)._programs
+    weights = [one for one in program.constants.values() if one.ndim == 4 and one.shape[-1] == 3]
+    assert weights and all(one.is_contiguous(memory_format=torch.channels_last) for one in weights)

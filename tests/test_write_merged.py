@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from agd_fast import ops
 from agd_fast.ops import choice
 from agd_fast.ops.exactness import off
-from agd_fast.ops.write_merged import write_merged_ref
+from agd_fast.ops.write_merged import require_exact, write_merged_ref
 from helpers_kernels import channels_last
 
 SHAPES = ((40, 70, 3), (1, 9, 16), (33, 129, 40), (64, 64, 1))  # C, K, r: full tiles and parts of them
@@ -46,7 +46,7 @@ def test_what_no_kernel_takes():
         (outs, bases, ups, [down.double() for down in downs]),
         ([ops.centre(torch.empty(40, 70, 3, 3)), *outs[1:]], bases, ups, downs),
     ):
-        with pytest.raises(ValueError, match="write_merged: expected the same strides for all, and one dtype; found"):
+        with pytest.raises(ValueError, match="write_merged: expected one dtype, one device and the same strides for all; found"):
             write_merged_fwd(*others)
     write_merged_fwd([], [], [], [])
 
@@ -83,6 +83,15 @@ def test_the_operator_says_that_it_writes():
     with FakeTensorMode() as mode:
         fakes = [[mode.from_tensor(one) for one in each] for each in (outs, *parts)]
         assert torch.ops.agd_fast_kernels.write_merged(*fakes, []) is None
+
+
+def test_a_kernel_that_is_wrong_is_seen():
+    _, outs, *parts = given()
+    write_merged_fwd(outs, *parts)
+    require_exact(outs, *parts)
+    outs[2][-1, -1] += 0.01
+    with pytest.raises(RuntimeError, match="it is off the reference, output 0: off by"):
+        require_exact(outs, *parts)
 
 
 def test_a_kernel_that_fails_is_done_without(monkeypatch):

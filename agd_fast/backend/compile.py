@@ -89,8 +89,7 @@ def _compiled(
         raise _UntouchedError(str(error)) from error
     graph = captured.graph
     levels = {node: Level.STATIC if is_weight(one) else Level.MOVING for node, one in zip(captured.inputs, inputs, strict=True)}
-    gelu: Kernels = "auto" if policy == "auto" else "never"  # kernels have a gelu of their own
-    rewritten = rewrite(graph, levels, policy, lambda pieces: _joined(graph, pieces), gelu_epilogue=gelu)
+    rewritten = rewrite(graph, levels, policy, lambda pieces: _joined(graph, pieces), gelu_epilogue="auto")
     _require_changed(rewritten)
     views = frozenset(node for node in graph.nodes if node.op == "call_function" and is_view(node))  # free where they are
     parts = partition(graph, levels, rewritten.kept | views)

@@ -20,8 +20,8 @@ class EngineConfig:
     hoist: compute what does not move with x_t before the first step. fold: leave out operations that change nothing, and let
         norms take scales and shifts that do not move with x_t. absorb: put the projections of cross-attention adapters into their
         keys and values where that is cheaper. merge: make low-rank terms beside convolutions, where they are the same for all
-        samples, as in a batch of one, parts of the convolutions' weights, in a copy of these. The four can be switched off to
-        measure what each gives.
+        samples, as in a batch of one, parts of the convolutions' weights, in a copy of these; it takes the first two. The four
+        can be switched off to measure what each gives.
     join_projections: compute those of the same tokens, as queries, keys and values, in one product, of a copy of their weights
         one below the other; None does it on CUDA where one alone leaves much of the card idle.
     gelu_epilogue: let products end with the gelu (its approximation by tanh, on CUDA) behind them, as cuBLAS can; None does it

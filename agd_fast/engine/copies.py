@@ -18,8 +18,7 @@ from agd_fast.ops import centre
 SEVERAL = 8  # convolutions of images, a choice: transformers have two at most, to cut patches, and SDXL's UNet 40
 _SWAPPING = RLock()  # who would find another's weights in a model would leave them there
 
-
-Parts = Callable[[Tensor], Sequence[Tensor]]  # of a copy → of it what each weight is copied to
+Places = Callable[[Tensor], Sequence[Tensor]]  # of a copy → of it what each weight is copied to
 
 
 class Copies:
@@ -28,15 +27,15 @@ class Copies:
 
     def __init__(self) -> None:
         self._made: WeakValueDictionary[Any, Tensor] = WeakValueDictionary()
-        self._of: dict[Any, tuple[Parts, Sequence[Tensor]]] = {}  # by key: the parts of a copy, and what each is of
+        self._of: dict[Any, tuple[Places, Sequence[Tensor]]] = {}  # by key: the places in a copy, and what each is of
         self._own = WeakIdKeyDictionary()  # the model's own, by copies in its place
 
     def _once(
-        self, key: Any, make: Callable[[], Tensor], weights: Sequence[Tensor], parts: Parts = lambda made: [made]
+        self, key: Any, make: Callable[[], Tensor], weights: Sequence[Tensor], places: Places = lambda made: [made]
     ) -> Tensor:
         if (found := self._made.get(key)) is None:
             self._made[key] = found = make()
-            self._of[key] = parts, weights
+            self._of[key] = places, weights
         return found
 
     def joined(self, weights: Sequence[Tensor | int]) -> Tensor:
@@ -44,12 +43,12 @@ class Copies:
         lengths = [one if isinstance(one, int) else len(one) for one in weights]
         there = [index for index, one in enumerate(weights) if isinstance(one, Tensor)]
 
-        def parts(made: Tensor) -> list[Tensor]:
-            places = made.split(lengths)
-            return [places[index] for index in there]
+        def places(made: Tensor) -> list[Tensor]:
+            pieces = made.split(lengths)
+            return [pieces[index] for index in there]
 
         key = "joined", *(one if isinstance(one, int) else ("weight", id(one)) for one in weights)
-        return self._once(key, lambda: cat(weights), [weights[index] for index in there], parts)  # type: ignore[misc]
+        return self._once(key, lambda: cat(weights), [weights[index] for index in there], places)  # type: ignore[misc]
 
     def channels_last(self, weight: Tensor) -> nn.Parameter:
         """[C_out, C_in, H, W], its channels side by side in memory; to stand in the weight's place."""
@@ -88,8 +87,8 @@ class Copies:
         """Writes through `tensor.data` leave no trace, so that nobody can tell whether there were any."""
         pairs: dict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)
         for key, made in self._made.items():
-            parts, weights = self._of[key]
-            pairs[key[0]] += zip(parts(made), weights, strict=True)
+            places, weights = self._of[key]
+            pairs[key[0]] += zip(places(made), weights, strict=True)
         for each in pairs.values():
             torch._foreach_copy_([place for place, _ in each], [weight for _, weight in each])
 

@@ -180,10 +180,11 @@ class Engine:
             if not all(isinstance(leaf, Tensor) for leaf in leaves):
                 raise NotCapturableError(f"its output holds more than tensors: {[type(leaf).__name__ for leaf in leaves]}")
             program, asked = self._turned_or_not(request, leaves)
-            gc.collect()  # recording leaves circles that refer to copies which nobody reads
         except NotCapturableError as error:
             self._refuse(key, str(error))
             return output
+        finally:
+            gc.collect()  # recording leaves circles that refer to copies which nobody reads
         self._keep(request, Captured(program, tree, asked))
         return output
 

@@ -65,6 +65,7 @@ class Program:
         self.packing: RowLayout | None = None  # of what does not move
         self.cuts = 0  # how often it was cut: what was prepared for one does not fit the next
         self.constants: Values = dict(captured.constants)
+        self.untaken: list[fx.Node] = []  # of these, whose copies in channels-last order nothing reads
         self.computed: list[
             tuple[Tensor, Part, list[int | None]]
         ] = []  # further ones, and what gives the pieces that are no zeros
@@ -74,8 +75,7 @@ class Program:
         policy = self.config.kernels or default_policy()
         self.write_merged = WriteMerged(policy)
         join = {None: leaves_card_idle, True: lambda x, rows: True, False: None}[config.join_projections]
-        own: Kernels = "never" if policy == "always" else "auto"  # kernels have a gelu of their own
-        gelu = {None: own, True: "always", False: "never"}[config.gelu_epilogue]
+        gelu: Kernels = {None: "auto", True: "always", False: "never"}[config.gelu_epilogue]  # type: ignore[assignment]
         self.rewritten = rewrite(
             self.graph,
             dict(self._leveled),
@@ -134,14 +134,20 @@ class Program:
     def _twins(self) -> Values:
         """Weights with low-rank terms in them that are another at every step: their centres are written to a copy. Of the weight
         itself, where nothing else reads it, no copy is needed then."""
+        for node in self.untaken:  # it may be read now
+            self.constants[node] = self.copies.channels_last(self.constants[node])
         level = levels_of(self.graph, dict(self._leveled))
         nodes = self.graph.find_nodes(op="call_function", target=CENTRED)
         found = [node for node in nodes if level[node] == Level.STEP and node not in self.kept and node.args[0] in self.constants]
-        twins = {node: self.copies.twin(self.constants[node.args[0]], value_of(node).stride()) for node in found}
-        self.centres = [self.copies.centre(self.constants[node.args[0]]) for node in found]
-        for node in found:
-            if twins.keys() >= node.args[0].users.keys():
-                self.constants[node.args[0]] = self.copies.own(self.constants[node.args[0]])
+        weights = {node: self.constants[node.args[0]] for node in found}
+        twins = {node: self.copies.twin(weight, value_of(node).stride()) for node, weight in weights.items()}
+        self.centres = [self.copies.centre(weight) for weight in weights.values()]
+        self.untaken = []
+        for node, weight in weights.items():
+            own = self.copies.own(weight)
+            if own is not weight and twins.keys() >= node.args[0].users.keys():
+                self.constants[node.args[0]] = own
+                self.untaken.append(node.args[0])
         return twins
 
     def renew(self) -> None:
@@ -275,7 +281,7 @@ class Program:
 
     def _write_twins(self, given: Values) -> None:
         """The terms of this step."""
-        low = [[given[one] if one in given else self.known[one] for one in node.all_input_nodes[1:]] for node in self.twins]
+        low = [[given[one] if one in given else self.known[one] for one in node.args[1:]] for node in self.twins]  # type: ignore[index]
         outs = [centre(twin) for twin in self.twins.values()]
         self.write_merged(outs, self.centres, [up for up, _ in low], [down for _, down in low])
 

@@ -29,12 +29,15 @@ def _merge(fusing: Fusing, node: fx.Node) -> bool:
     parts = (weight, up, down)
     if weight.op != "placeholder" or any(fusing.level[one] == Level.MOVING for one in parts):
         return False
+    if any(user.target is CENTRED for user in weight.users):  # a step has one copy of a weight that several share
+        return False
     late = not (up < convolution and down < convolution)
     if not fusing.written.isdisjoint([convolution, *parts]) or (late and fusing.written):
         return False
     with fusing.graph.inserting_before(convolution):
         convolution.replace_input_with(weight, add_call(fusing.graph, CENTRED, *parts))
     node.replace_all_uses_with(convolution)
+    fusing.graph.erase_node(node)
     if late:
         sort(fusing.graph)
     return True

@@ -53,7 +53,6 @@ def rewrite(
         fold_into_norms(graph, levels_of(graph, placeholders), fusing if policy != "never" else None)
     fusing.level = levels_of(graph, placeholders)
     merged = merge_low_rank(fusing) if merge else 0
-    gelu_epilogues = end_products_with_gelu(fusing, gelu_epilogue)
     if policy != "never":
         for fuse in (fuse_adapters, fuse_residuals, fuse_feed_forward):
             fusing.level = levels_of(graph, placeholders)
@@ -61,8 +60,10 @@ def rewrite(
             graph.eliminate_dead_code()
         fusing.level = levels_of(graph, placeholders)
         joined = join_thin_projections(fusing, concatenate)
+    fusing.level = levels_of(graph, placeholders)
+    gelu_epilogues = end_products_with_gelu(fusing, gelu_epilogue)
+    graph.eliminate_dead_code()
     if join is not None:
-        graph.eliminate_dead_code()
         fusing.level = levels_of(graph, placeholders)
         joined += join_projections(fusing, concatenate, join)
     kept = join_equal_cats(graph, levels_of(graph, placeholders))

@@ -106,7 +106,7 @@ def measure(op: Op, args: tuple[Any, ...]) -> dict[str, Any]:
     given = [_random(one) for one in args]
     kernels = {json.dumps(config, sort_keys=True): config for config in op.configs()}
     launchers = {name: functools.partial(op.kernel(), config=config) for name, config in kernels.items()}
-    return _race(op.reference, launchers, given, op.in_double(given), kernels)
+    return _race(op.reference, launchers, given, op.in_double(given), kernels, op.library)
 
 
 def measure_join(x: Tensor, thin: Tensor, wide: Tensor) -> dict[str, Any]:
@@ -142,10 +142,11 @@ def _race(
     given: Sequence[Any],
     exact: Sequence[Any],
     configs: dict[str, Any],
+    library: Callable[..., Any] | None = None,
 ) -> dict[str, Any]:
-    """Milliseconds of the reference, eager and compiled, and of ours, on random data.
+    """Milliseconds of the reference, eager and compiled, of a library's form of it, and of ours, on random data.
 
-    wins: whether one of ours is right and faster than both. config: of the fastest, then. reason: why not, else.
+    wins: whether one of ours is right and faster than all of these. config: of the fastest, then. reason: why not, else.
     """
     from triton.testing import do_bench
 
@@ -153,7 +154,7 @@ def _race(
     times: dict[str, float] = {}
     reasons: list[str] = []
     torch_ways = {"eager": reference, "compiled": torch.compile(_anew(reference), fullgraph=True, dynamic=False)}
-    for name, function in {**torch_ways, **ours}.items():
+    for name, function in {**torch_ways, **({"library": library} if library else {}), **ours}.items():
         try:
             if reason := off(function(*given), plain, true):
                 reasons.append(f"{name} is off the reference ({reason})")

@@ -32,7 +32,7 @@ _COMPOSITES = torch.library.Library("agd_fast", "DEF")
 @dataclass(frozen=True, eq=False)
 class Op:
     """reference: the same in torch, of this signature. overload: the opaque operator. launches: kernels that it starts.
-    limit: why the kernel cannot take these arguments, or empty."""
+    limit: why the kernel cannot take these arguments, or empty. library: the same by one call of a library, or None."""
 
     name: str
     reference: Callable[..., Any]
@@ -40,6 +40,7 @@ class Op:
     overload: Any
     launches: int
     limit: Callable[..., str]
+    library: Callable[..., Any] | None = None
 
     def kernel(self) -> Callable[..., Any]:
         """The launcher, which takes `config` too. Raises: ImportError without Triton."""
@@ -72,11 +73,13 @@ def define(
     launches: int = 1,
     limit: Callable[..., str] = lambda *_: "",
     like: str = "",
+    library: Callable[..., Any] | None = None,
 ) -> Op:
     """Register the operator of a reference `<name>_ref`, and keep it in OPS.
 
     flops: of these arguments; None where there are no products. like: the argument that the result lies like, as
-    `layouts.laid_like` has it; contiguous without one.
+    `layouts.laid_like` has it; contiguous without one. library: the same by one call of a library, without gradients; ValueError
+    where there is none.
     """
     name = reference.__name__.removesuffix("_ref")
     schema = torch.library.infer_schema(reference, mutates_args=())
@@ -125,7 +128,7 @@ def define(
         return 0 if flops is None else flops(*op.complete(args, kwargs))
 
     register_flop_formula(getattr(getattr(torch.ops, NAMESPACE), name), get_raw=True)(formula)
-    op = Op(name, reference, signature, overload, launches, limit)
+    op = Op(name, reference, signature, overload, launches, limit, library)
     OPS[name] = op
     return op
 

@@ -11,7 +11,10 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from agd_fast.ops.choice import Kernels, missing, or_reference
+from agd_fast.ops.exactness import off
 from agd_fast.ops.registry import NAMESPACE
+
+_CHECKED: set[torch.dtype] = set()  # in this process
 
 
 def write_merged_ref(outs: Sequence[Tensor], bases: Sequence[Tensor], ups: Sequence[Tensor], downs: Sequence[Tensor]) -> None:
@@ -24,7 +27,8 @@ def write_merged_ref(outs: Sequence[Tensor], bases: Sequence[Tensor], ups: Seque
 
 
 class WriteMerged:
-    """`write_merged_ref`, where kernels may run as one launch: two a weight are not worth measuring against that.
+    """`write_merged_ref`, where kernels may run as one launch: two a weight are not worth measuring against that. The first
+    launch of a dtype is checked.
 
     It keeps what the last launch read, which a CUDA graph of that reads again.
     """
@@ -60,8 +64,22 @@ def _write_merged(
     """On its kernel where there are tables for that."""
     if not tables:
         return write_merged_ref(outs, bases, ups, downs)
-    launch = lambda: _kernel().write_merged_fwd(outs, bases, ups, downs, tables)  # noqa: E731
+
+    def launch() -> None:
+        _kernel().write_merged_fwd(outs, bases, ups, downs, tables)
+        if (kind := outs[0].dtype) not in _CHECKED and not torch.cuda.is_current_stream_capturing():
+            require_exact(outs, bases, ups, downs)
+            _CHECKED.add(kind)
+
     return or_reference("write_merged", launch, lambda: write_merged_ref(outs, bases, ups, downs), outs[0])
+
+
+def require_exact(outs: Sequence[Tensor], bases: Sequence[Tensor], ups: Sequence[Tensor], downs: Sequence[Tensor]) -> None:
+    """Raises: RuntimeError where what a kernel wrote is off the reference."""
+    for out, *parts in zip(outs, bases, ups, downs, strict=True):
+        exact = [one.double() for one in parts]
+        if reason := off([out], [torch.addmm(*parts)], [torch.addmm(*exact)]):
+            raise RuntimeError(f"it is off the reference, {reason}")
 
 
 @register_flop_formula(torch.ops.agd_fast_kernels.write_merged, get_raw=True)

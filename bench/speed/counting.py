@@ -70,7 +70,8 @@ class _Counting(TorchDispatchMode):
         if formula := flop_registry.get(func._overloadpacket):
             given = [argument for argument in args if not isinstance(argument, torch.dtype)]  # bmm's out_dtype
             self.counts.flops += formula(*given, **kwargs, out_val=output)
-        if _is_launch(func, output, self.device):
+        written = args[0] if output is None and func in _LAUNCHES else output
+        if _is_launch(func, written, self.device):
             self.counts.launches[func._schema.name] += _LAUNCHES.get(func, 1)
         return output
 
@@ -89,8 +90,6 @@ def _is_composite(func: Any) -> bool:
 
 
 def _is_launch(func: Any, output: Any, device: str) -> bool:
-    if output is None and func in _LAUNCHES:  # it writes
-        return True
     if func.is_view or func._schema.name in _NO_KERNEL:
         return False
     outputs = output if isinstance(output, (tuple, list)) else (output,)

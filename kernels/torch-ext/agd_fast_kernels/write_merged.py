@@ -58,7 +58,7 @@ def write_merged_fwd(
 
     outs, bases: [C, K], whose strides along K are the same for all; ups: [C, r]; downs: [r, K]; rows of both side by side.
     tables: what `tables_of` made of these, where it is not to be made again; a CUDA graph of the launch reads them.
-    Raises: ValueError for other strides, or several dtypes.
+    Raises: ValueError for other strides, several dtypes or devices.
     """
     if not outs:
         return
@@ -81,9 +81,11 @@ def tables_of(
     """Where the tensors lie, what their shapes are, and which tile each program writes, on their device. Raises: as above."""
     every = list(zip(outs, bases, ups, downs, strict=True))
     steps = {(out.stride(1), base.stride(1), up.stride(1), down.stride(1)) for out, base, up, down in every}
-    dtypes = {one.dtype for each in every for one in each}
-    if len(steps) > 1 or max(steps)[2:] != (1, 1) or len(dtypes) > 1:
-        raise ValueError(f"write_merged: expected the same strides for all, and one dtype; found {sorted(steps)}, {dtypes}")
+    kinds = {(one.dtype, one.device) for each in every for one in each}
+    if len(steps) > 1 or max(steps)[2:] != (1, 1) or len(kinds) > 1:
+        raise ValueError(
+            f"write_merged: expected one dtype, one device and the same strides for all; found {kinds}, {sorted(steps)}"
+        )
     launch = _launch(outs[0].dtype, config)
     corners = [
         (index, c, k)
