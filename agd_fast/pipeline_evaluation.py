@@ -128,7 +128,7 @@ def _teachers(
 def _scales(teacher: PipelineTeacher, given: Sequence[float] | None) -> tuple[float, ...]:
     offset = teacher.spec.omega_offset
     if given is None:
-        return (sum(require_attachment(teacher.denoiser).adapter.config.guidance_range) / 2 - offset,)
+        given = [sum(require_attachment(teacher.denoiser).adapter.config.guidance_range) / 2 - offset]
     scales = tuple(dict.fromkeys(float(scale) for scale in given))
     if not scales or min(scales) + offset <= teacher.guides_above:
         raise ValueError(

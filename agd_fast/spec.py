@@ -91,6 +91,7 @@ class PipelineSpec:
     conditional: whether the conditional prediction is the "first" or the "last": of the halves of a doubled batch, or of two
         forwards one after another.
     negative_prompt: what to pass where guidance does not run without one and the caller gives none.
+    own_negative: whether the pipeline itself has a text there that is not empty.
     guider: name of the component that holds the guidance scale, where the pipeline has a guider instead of an argument; or of
         several, of which a call uses one.
     pictures: whether its output is pictures, or videos of them; False for sound.
@@ -101,6 +102,7 @@ class PipelineSpec:
     cfg_off_value: float = 1.0
     conditional: Place = "last"
     negative_prompt: str | None = None
+    own_negative: bool = False
     guider: str | tuple[str, ...] | None = None
     pictures: bool = True
 
@@ -122,6 +124,7 @@ class DenoiserSpec:
     patch: edge of a patch in the denoiser's input, "config.<attribute>" or a number or one a dimension; for sites that hold
         image and text tokens.
     listed: arguments that are a list with one tensor a sample.
+    repeated: arguments that are a list with one entry a sample which is no tensor, such as its sizes; all of a run have the same.
     batch_dims: arguments, by (dotted) name, whose batch is another dimension than the first; None for those that all samples
         share. A name stands for all that is inside of it.
     attention, feed_forward, convolution: blocks that residual adapters are added to.
@@ -143,6 +146,7 @@ class DenoiserSpec:
     timestep_ascends: bool = True
     patch: int | tuple[int, ...] | str = 1
     listed: tuple[str, ...] = ()
+    repeated: tuple[str, ...] = ()
     batch_dims: Mapping[str, int | None] = field(default_factory=dict)
     attention: tuple[Site, ...] = ()
     feed_forward: tuple[Site, ...] = ()

@@ -13,7 +13,17 @@ import torch
 from torch import nn
 
 from agd_fast.adapters import Adapter, AdapterConfig
-from agd_fast.attaching import Model, components_of, denoiser_of, install, layout_for, require_attachment, spec_of, wrap
+from agd_fast.attaching import (
+    Model,
+    components_of,
+    denoiser_of,
+    install,
+    layout_for,
+    require_attachment,
+    require_scale,
+    spec_of,
+    wrap,
+)
 from agd_fast.files import read_json, read_tensors, replacing, save_tensors, to_json
 from agd_fast.spec import DenoiserSpec, Layout, prediction_type_of
 from agd_fast.version import __version__
@@ -87,12 +97,14 @@ def load(
     source: a folder that `save` or `distill` wrote, or the id of a Hub repo ("name/repo") when no such folder is here.
     revision, token: of that repo; see `agd_fast.hub.resolve`.
     Raises: FileNotFoundError when a file or the repo is missing; ValueError when one is truncated, from a newer format, or
-    made for another base (naming what was expected and what was found). The model is then as it was.
+    made for another base (naming what was expected and what was found), or a pipeline's call takes no guidance scale. The model
+    is then as it was.
     """
     from agd_fast.hub import resolve  # which reads adapters by this module
 
     directory = resolve(source, revision=revision, token=token)
     spec = spec_of(model, spec)
+    require_scale(model, spec)
     components = components_of(model, spec)
     read = []
     for folder, component in zip(component_folders(directory, components), components.values(), strict=True):

@@ -39,6 +39,7 @@ STANDARD = "ε(∅) + ω·(ε(c) − ε(∅))"
 RESCALED = "that, times ‖ε(c)‖ / ‖·‖ along the last dimension"
 BY_CHANNELS = "that, times ‖ε(c)‖ / ‖·‖ along the channels"
 SHORTENED = "that, times min(1, ‖ε(c)‖ / ‖·‖) along the last dimension"
+LEARNED_SIGMA = f"{STANDARD} beside a learned sigma as ε(c) has it"
 OTHER = "another rule"
 COLUMNS = (
     "denoiser",
@@ -114,8 +115,8 @@ REMARKS = {
     ),
     "JoyImageEditTransformer3DModel": (
         "Always rescaled. A picture to edit is put back into x_t before each step, as with Edit "
-        "Plus; its latents are drawn from torch's own generator, which a call's `generator` does not set. Prompts have no mask "
-        "in the denoiser, so that one beside a longer one is not what it is alone."
+        "Plus; its latents are drawn from torch's own generator, which a call's `generator` does not set: distilling and "
+        "evaluating seed it. Prompts have no mask in the denoiser, so that one beside a longer one is not what it is alone."
     ),
     "Kandinsky3UNet": (
         "The pipeline writes (g + 1)·ε(c) − g·ε(∅), which is the standard combination at ω = g + 1, and guides for g > 1 alone: "
@@ -360,12 +361,14 @@ def _rule(teacher: PipelineTeacher, step: Step, omega: float) -> str:
     )
     plain = unconditional + omega * (conditional - unconditional)
     ratio = conditional.norm(dim=-1, keepdim=True) / plain.norm(dim=-1, keepdim=True)
+    half = (plain.shape[1] + 1) // 2
     by_channels = conditional.norm(dim=2, keepdim=True) / plain.norm(dim=2, keepdim=True)
     rules = (
         (STANDARD, plain),
         (RESCALED, plain * ratio),
         (SHORTENED, plain * ratio.clamp(max=1)),
         (BY_CHANNELS, plain * by_channels),
+        (LEARNED_SIGMA, torch.cat([plain[:, :half], conditional[:, half:]], dim=1)),
     )
     for name, expected in rules:
         guided = step.guided[:, : expected.shape[1]]

@@ -23,9 +23,9 @@ def evaluate(pipe, folder, family=FAMILIES["sd15"], count=3, **changes):
     return agd.evaluate_pipeline(pipe, output_dir=folder, **{**settings, "progress": False, **changes})
 
 
-def with_adapter(name="sd15"):
+def with_adapter(name="sd15", **config):
     pipe = FAMILIES[name].pipeline()
-    attach_trained(pipe)
+    attach_trained(pipe, **config)
     return pipe
 
 

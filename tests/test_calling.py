@@ -86,10 +86,36 @@ def test_scales_by_which_a_pipeline_does_not_guide_are_none_whatever_omega_they_
     with watched(pipe) as above:
         run(pipe, family, guidance_scale=1.001)
     assert [len(step) for step in above.steps] == [2] * STEPS
-    attach_trained(pipe)
+    attach_trained(pipe, guidance_range=(2.0, 6.0))
     assert torch.equal(run(pipe, family, guidance_scale=scale), base)
     mixed = run(pipe, family, guidance_scale=[scale, 4.0])
     assert torch.equal(mixed[0], base[0]) and not torch.equal(mixed[1], base[1])
+
+
+def test_scales_that_no_pipeline_guides_by_are_without_guidance_in_a_batch_and_a_schedule_too(pipe):
+    base = sample(pipe, SD15, 2, guidance_scale=1.0)
+    attach(pipe)
+    with no_warnings():
+        mixed = sample(pipe, SD15, 2, guidance_scale=[0.5, SCALE])
+        assert torch.equal(sample(pipe, SD15, 2, guidance_scale=lambda done: 0.5), base)
+    assert torch.equal(mixed[0], base[0]) and not torch.equal(mixed[1], base[1])
+
+
+@pytest.mark.parametrize(("name", "lowest"), [("cosmos", 0.1), ("sd15", 0.5)])
+def test_an_adapter_acts_at_all_scales_it_was_trained_at(name, lowest):
+    """A guider teaches where the pipeline itself does not guide."""
+    family = FAMILIES[name]
+    pipe = family.pipeline()
+    base = run(pipe, family, guidance_scale=0.0)
+    attach_trained(pipe, guidance_range=(lowest + family.omega_offset, 6.0))
+    for scale in (lowest, 0.9):
+        with no_warnings():
+            alone = run(pipe, family, guidance_scale=scale)
+            mixed = run(pipe, family, guidance_scale=[0.0, scale])
+        with agd.guided(pipe, scale):
+            assert torch.equal(run(pipe, family), alone)
+        assert torch.equal(mixed[0], base[0]) and not torch.equal(alone, base)
+        assert torch.equal(mixed[1], alone[1])
 
 
 def test_disabled_is_the_bases_own_guidance(pipe):

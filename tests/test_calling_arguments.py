@@ -7,8 +7,9 @@ from diffusers import StableDiffusionPipeline
 import agd_fast as agd
 from agd_fast.attaching import attachment_of
 from conftest import assert_as_exact
+from helpers_families import attach_trained, run
 from helpers_pipelines import SCALE, attach, exact, forwards, no_warnings, noise, quiet, sample
-from tiny import sd15
+from tiny import FAMILIES, sd15
 
 SD15 = sd15.FAMILY
 STEPS = SD15.call["num_inference_steps"]
@@ -109,6 +110,17 @@ def test_negative_prompt_is_left_out_with_a_warning(wrapped, negative):
     expected = sample(wrapped, SD15, guidance_scale=SCALE)
     with pytest.warns(UserWarning, match="negative prompt is left out") if negative not in (None, "", [""]) else no_warnings():
         assert torch.equal(sample(wrapped, SD15, guidance_scale=SCALE, negative_prompt=negative), expected)
+
+
+@pytest.mark.parametrize("trained_for", [None, ""])
+def test_no_negative_prompt_is_another_where_the_pipeline_has_its_own(trained_for):
+    family = FAMILIES["cosmos"]
+    pipe = family.pipeline()
+    attach_trained(pipe, negative_prompt=trained_for)
+    with pytest.warns(UserWarning, match="negative prompt is left out") if trained_for is None else no_warnings():
+        run(pipe, family, guidance_scale=SCALE, negative_prompt="")
+    with no_warnings():
+        run(pipe, family, guidance_scale=SCALE)
 
 
 def test_negative_embeddings_are_left_out_with_a_warning(wrapped):

@@ -1,14 +1,17 @@
 """The command line from end to end, as a user runs it."""
 
 import json
+import pkgutil
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 from PIL import Image, ImageChops, ImageStat
 from typer.testing import CliRunner
 
+from agd_fast import cli
 from agd_fast.cli import app
 from agd_fast.cli.reading import parse_labels
 from agd_fast.ops import OPS, kernels_info
@@ -118,6 +121,11 @@ def test_demo_report_holds_what_it_promises(tmp_path):
     assert "data:image/png;base64," in (tmp_path / "report.html").read_text()
     for name in ("grid.png", "curve.png"):
         Image.open(tmp_path / name).verify()
+
+
+def test_no_name_of_the_package_hides_a_file_of_it():
+    for found in pkgutil.iter_modules(cli.__path__):
+        assert import_module(f"agd_fast.cli.{found.name}") is getattr(cli, found.name)
 
 
 @pytest.mark.parametrize("command", ["demo", "distill", "sample", "evaluate", "info"])

@@ -268,6 +268,9 @@ def test_embeddings_of_a_negative_prompt_are_for_cfg_alone(tmp_path):
 def test_a_scale_by_which_the_pipeline_does_not_guide_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"guidance_scales above 1, which is no guidance; found \[4.0, 1.0\]"):
         evaluate(with_adapter("cosmos"), tmp_path, FAMILIES["cosmos"], guidance_scales=[4.0, 1.0])
+    taught_by_a_guider = with_adapter("cosmos", guidance_range=(1.0, 2.0))
+    with pytest.raises(ValueError, match=r"guidance_scales above 1, which is no guidance; found \[0.5\]"):
+        evaluate(taught_by_a_guider, tmp_path, FAMILIES["cosmos"], guidance_scales=None)
 
 
 def test_a_negative_prompt_that_an_adapter_has_not_learnt_is_said(tmp_path):

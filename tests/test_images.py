@@ -13,7 +13,8 @@ from agd_fast.cli import app
 from agd_fast.datasets import read_inputs
 from agd_fast.distillation import TrainConfig
 from agd_fast.distillation.loss import distillation_loss
-from agd_fast.distillation.preview import grid_of
+from agd_fast.distillation.passes import first_few
+from agd_fast.distillation.preview import grid_of, preview
 from agd_fast.pipelines import PipelineTeacher
 from agd_fast.pipelines.handed import find_handed, numbered, shape_of
 from agd_fast.pipelines.inputs import described
@@ -23,7 +24,7 @@ from helpers_distillation import contents
 from helpers_families import denoisers, spec_for, watched
 from helpers_pipeline_teacher import assert_untouched, distill_pipe, states_in
 from test_families import RULES, standard
-from tiny import FAMILIES, ltx, sd15
+from tiny import FAMILIES, joyimage, ltx, sd15
 from tiny.images import SIBLINGS, beside, images, latent_upscale
 from tiny.text import prompts
 
@@ -42,6 +43,7 @@ def call(pipe, family, row=0, **arguments):
     inputs = {n: v[row : row + 1] if isinstance(v, torch.Tensor) else v[row] for n, v in family.inputs(row + 1).items()}
     if getattr(pipe, "guider", None) is not None and not hasattr(type(pipe), "_agd_pipeline"):
         pipe.guider.guidance_scale = arguments.pop("guidance_scale")
+    torch.manual_seed(row)  # of which JoyImage Edit draws the latents of its picture
     return torch.as_tensor(pipe(**{**inputs, **family.call, "generator": [torch.Generator().manual_seed(row)], **arguments})[0])
 
 
@@ -171,6 +173,52 @@ def test_an_image_to_video_pipeline_is_distilled_and_shares_its_adapter_with_tex
     assert torch.equal(call(shared, family, **family.guided), found)
 
 
+def test_what_is_drawn_of_torchs_own_generator_is_the_same_every_time():
+    """The latents of the picture that JoyImage Edit edits."""
+    family = SIBLINGS["joyimage_edit"]
+    teacher = teacher_of(family.pipeline(), family)
+    first, again, other = (teacher.generate([0], "cfg", 3.0, 2, [seed])[0].tobytes() for seed in (5, 5, 6))
+    assert first == again != other
+    before = torch.get_rng_state()
+    states, repeated = followed(teacher, family), followed(teacher, family)
+    assert all(torch.equal(one[1], two[1]) for one, two in zip(states, repeated, strict=True))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# an entry a sample
+
+
+@pytest.mark.parametrize("name", ["joyimage_plus", "joyimage_edit_plus"])
+def test_sizes_of_every_sample_go_with_any_batch(name, tmp_path):
+    """Of JoyImage Edit Plus, in batches of more than a run's samples."""
+    family = {**FAMILIES, **SIBLINGS}[name]
+    states = collected(tmp_path, family)
+    batch = states[torch.arange(2).repeat(3)]
+    (sizes,) = batch.constants["shape_list"]
+    assert len(sizes) == (1 if name == "joyimage_plus" else 3)  # the new picture's, and those of two to edit
+    pipe = family.pipeline()
+    agd.attach(pipe, agd.AdapterConfig(hidden=2))
+    teacher, arguments = teacher_of(pipe, family), {**batch.conditions, **batch.constants}
+    with torch.no_grad():
+        found = teacher.predict_agd(batch.sample, batch.timestep, arguments, batch.omega)
+    assert torch.allclose(found[:2], found[4:], atol=1e-6)
+    inputs = {"hidden_states": batch.sample, "timestep": batch.timestep, **arguments}
+    assert agd.estimate_memory(pipe, inputs=inputs, modes=["off"]).row("off").total > 0
+    size = {"height": joyimage.SIZE, "width": joyimage.SIZE}
+    assert agd.estimate_memory(pipe, batch_size=5, modes=["off"], call=size).row("off").total > 0
+    two = first_few({**arguments, "hidden_states": batch.sample, "shape_list": [sizes] * len(batch.sample)}, teacher.spec, 2)
+    assert (len(two["hidden_states"]), two["shape_list"]) == (2, [sizes] * 2)
+
+
+def test_samples_of_other_sizes_are_not_recorded_together():
+    family = FAMILIES["joyimage_plus"]
+    pipe = family.pipeline()
+    recorder = Recorder(pipe, pipe.transformer, spec_for(pipe), 2, lambda step: step.guided, {})
+    sizes = [[(1, 2, 2)], [(1, 2, 4)]]
+    with pytest.raises(ValueError, match=r"shape_list differs from sample to sample, .*; expected one sample a run"):
+        recorder._halves({"hidden_states": torch.zeros(2, 8, 4, 1, 2, 2), "timestep": torch.zeros(2), "shape_list": sizes})
+
+
 # pictures as rows
 
 
@@ -244,7 +292,10 @@ def test_as_many_states_are_kept_where_a_pipeline_leaves_out_steps(tmp_path):
             "wan_ti2v",
             r"WanImageToVideoPipeline needs image beside prompt; expected inputs=\{'prompt': \[...\], 'image': \[...\]\}",
         ),
-        ("ltx_i2v", r"LTXImageToVideoPipeline: .*; if it needs image: expected inputs=\{'prompt'"),
+        (
+            "ltx_i2v",
+            r"LTXImageToVideoPipeline: .*; if it needs image: expected inputs=\{'prompt': .*, 'image': \[...\]\}, one a prompt$",
+        ),
     ],
 )
 def test_a_missing_picture_is_said_before_anything_runs(name, message, tmp_path):
@@ -253,6 +304,17 @@ def test_a_missing_picture_is_said_before_anything_runs(name, message, tmp_path)
         agd.distill(pipe, prompts=prompts(2), output_dir=tmp_path / "run")
     assert not (tmp_path / "run").exists()
     assert_untouched(pipe)
+
+
+def test_a_pipeline_whose_output_is_no_pictures_runs_once_for_its_preview():
+    """The prior of Stable Cascade makes embeddings."""
+    family = FAMILIES["stable_cascade_prior"]
+    pipe = family.pipeline()
+    agd.attach(pipe, agd.AdapterConfig(hidden=2))
+    teacher = teacher_of(pipe, family, count=3)
+    with watched(pipe) as found:
+        assert preview(teacher, {}, 3.0, 2, 0) is None
+    assert len(found.steps) == 2
 
 
 # rows from a file

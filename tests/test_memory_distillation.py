@@ -1,17 +1,21 @@
 """Distilling over activations and weights as codes: the same adapter, and the base as it was."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import nn
 
 import agd_fast as agd
 from agd_fast.attaching import attach, attachment_of
-from agd_fast.distillation import TrainConfig
+from agd_fast.distillation import TrainConfig, job
 from agd_fast.distillation.loss import distillation_loss
 from agd_fast.distillation.student import Student
 from agd_fast.distillation.train import _leave_packed_weights
 from agd_fast.files import fingerprint, read_json
 from agd_fast.freezing import frozen
+from agd_fast.memory import base_weights
 from agd_fast.memory.base_weights import PackedBase, PackedWeight, packed_base
 from agd_fast.memory.weight_codes import pack_weight
 from agd_fast.trajectories import collect
@@ -57,6 +61,25 @@ def test_a_distillation_in_4_bits_ends_where_the_exact_one_does(digits, tmp_path
     assert losses["exact"] < held_out_loss(fresh, digits[1]) / 2
     assert losses["4bit"] != losses["exact"]
     assert losses["4bit"] == pytest.approx(losses["exact"], rel=0.02)
+
+
+def test_no_codes_are_left_while_the_base_is_measured(tmp_path, monkeypatch):
+    made, seen, pack, explained = [], [], base_weights._packed, job._explained
+
+    def packed(*args):
+        found = pack(*args)
+        made.append(weakref.ref(found.codes))
+        return found
+
+    def alive(*args):
+        gc.collect()
+        seen.append((len(made), sum(one() is not None for one in made)))
+        return explained(*args)
+
+    monkeypatch.setattr(base_weights, "_packed", packed)
+    monkeypatch.setattr(job, "_explained", alive)
+    distill_tiny(tmp_path, base_weights="int8", validation=2, validate_every=5)
+    assert [left for count, left in seen if count] == [0, 0, 0]  # twice in training, once after it
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4"])

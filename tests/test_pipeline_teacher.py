@@ -5,15 +5,18 @@ import json
 import pytest
 import torch
 from accelerate import cpu_offload
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, StableAudio3AudioToAudioPipeline
 
 import agd_fast as agd
+from agd_fast.attaching import attachment_of
+from agd_fast.attaching.wrapping import is_wrapped
 from agd_fast.datasets import captions
 from agd_fast.distillation import TrainConfig
 from agd_fast.pipelines import PipelineTeacher
+from agd_fast.pipelines.record import Recorder
 from helpers_distillation import assert_same_tensors, contents
 from helpers_pipeline_teacher import SD15, SIZE, assert_untouched, distill_pipe, plan_of, states_in, teacher_of
-from tiny import FAMILIES, sd15
+from tiny import FAMILIES, cosmos, sd15, stable_cascade
 from tiny.text import prompts
 
 # what a pipeline is distilled on
@@ -58,11 +61,12 @@ def test_targets_are_of_scales_by_which_the_pipeline_guides(tmp_path):
     result = distill_pipe(family.pipeline(), tmp_path / "left open", family, guidance_range=None, validation=1)
     assert list(result.explained.by_scale) == [3.0, 4.0, 6.0]
     assert plan_of(tmp_path / "left open")["guidance_range"] == [2.0, 6.0]
-    with pytest.raises(
-        ValueError, match=r"guides above ω = 2 alone; expected a guidance_range from there on, found ω from 1.5 to"
-    ):
-        distill_pipe(family.pipeline(), tmp_path / "too low", family, guidance_range=(0.5, 5.0))
-    assert not (tmp_path / "too low").exists()
+    ranges = {"own": {"guidance_range": (0.5, 5.0)}, "config": {"guidance_range": None}}
+    for name, settings in ranges.items():
+        adapter = agd.AdapterConfig(hidden=2, **({"guidance_range": (1.5, 6.0)} if name == "config" else {}))
+        with pytest.raises(ValueError, match=r"above 1 \(ω = 2\) alone; expected .*, found 0.5 to 5 \(ω from 1.5 to 6\)"):
+            distill_pipe(family.pipeline(), tmp_path / name, family, adapter=adapter, **settings)
+        assert not (tmp_path / name).exists()
 
 
 def test_prompt_embeddings_give_the_same_states_as_their_prompts(pipe, tmp_path):
@@ -168,6 +172,41 @@ def test_conditions_that_change_from_step_to_step_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"'down_block_additional_residuals.0' changes from step to step, as a ControlNet's"):
         distill_pipe(pipe, tmp_path, inputs=family.inputs(2))
     assert_untouched(pipe)
+
+
+def test_predictions_that_are_combined_behind_the_scheduler_are_refused():
+    pipe = cosmos.first_cosmos()
+    size = {"height": 32, "width": 32, "num_frames": 5, "max_sequence_length": 16}
+    teacher = PipelineTeacher.of(pipe, inputs={"prompt": prompts(1)}, call=size)
+    message = "CosmosTextToWorldPipeline hands its scheduler the conditional and the unconditional prediction before it combines"
+    with pytest.raises(ValueError, match=message):
+        teacher.ask_what_is_handed(0)
+    recorder = Recorder(pipe, pipe.transformer, teacher.spec, 1, lambda step: step.guided, {})
+    with pytest.raises(ValueError, match=message):
+        recorder.run(lambda: pipe(prompts(1), **size, num_inference_steps=2, guidance_scale=4.0, output_type="latent"))
+    assert_untouched(pipe)
+
+
+def test_pipelines_without_a_guidance_scale_are_refused(tmp_path):
+    pipe = stable_cascade.decoder()
+    agd.attach(pipe, agd.AdapterConfig(hidden=2))
+    agd.save(pipe, tmp_path / "adapter")
+    combined = stable_cascade.combined()
+    message = "a call of StableCascadeCombinedPipeline takes no guidance_scale; expected its prior_pipe or decoder_pipe"
+    for use in (
+        agd.attach,
+        lambda combined: agd.load(combined, tmp_path / "adapter"),
+        lambda combined: distill_pipe(combined, tmp_path / "run", inputs={"prompt": prompts(2)}, call=SIZE),
+    ):
+        with pytest.raises(ValueError, match=message):
+            use(combined)
+    assert attachment_of(combined.decoder) is None and not (tmp_path / "run").exists()
+    pipe = FAMILIES["stable_audio3"].pipeline()
+    agd.attach(pipe, agd.AdapterConfig(hidden=2))
+    other = StableAudio3AudioToAudioPipeline(**pipe.components)
+    with pytest.raises(ValueError, match="StableAudio3AudioToAudioPipeline takes no guidance_scale; expected a pipeline that"):
+        agd.share(pipe, other)
+    assert not is_wrapped(other)
 
 
 def test_more_than_two_branches_are_refused(tmp_path):

@@ -14,7 +14,7 @@ from agd_fast.attaching import layout_for
 from agd_fast.families import SPECS, VARIANTS, find_spec
 from agd_fast.spec import Layout, config_value, find_modules, label_count, module_widths, nest, resolve_sites
 from conftest import TINY_SPEC, TinyDenoiser
-from tiny import FAMILIES, sdxl
+from tiny import FAMILIES, sd15, sdxl
 
 
 def test_find_spec_goes_by_base_class_never_by_name(dit):
@@ -39,7 +39,7 @@ def test_find_spec_with_an_adapter_attached(dit):
 @pytest.mark.parametrize("name", SPECS)
 def test_spec_names_arguments_of_forward(name):
     spec, parameters = SPECS[name], inspect.signature(getattr(diffusers, name).forward).parameters
-    arguments = [*(condition.argument for condition in spec.conditions), *spec.listed, *spec.batch_dims]
+    arguments = [*(condition.argument for condition in spec.conditions), *spec.listed, *spec.repeated, *spec.batch_dims]
     arguments += [condition.mask for condition in spec.conditions if condition.mask]
     assert {argument.split(".")[0] for argument in (spec.sample, spec.timestep, *arguments)} <= set(parameters)
 
@@ -163,6 +163,8 @@ def test_a_variant_of_a_class_is_found_by_its_config(unet):
     spec = find_spec(FAMILIES["audioldm"].pipeline().unet)
     assert [condition.argument for condition in spec.conditions] == ["class_labels"]
     assert spec.modulation == unet.spec.modulation
+    text = sd15.unet(class_embed_type="timestep", class_embeddings_concat=True)  # which MusicLDM sets too
+    assert find_spec(text) is unet.spec
     assert not find_spec(FAMILIES["deepfloyd_if"].pipeline().unet).feed_forward
     assert find_spec(FAMILIES["sdxl"].pipeline().unet) is unet.spec  # whose addition_embed_type is another
     for name, variants in VARIANTS.items():

@@ -237,6 +237,13 @@ def test_a_vae_decodes_in_tiles_and_is_set_as_before(error):
         pass
 
 
+@pytest.mark.parametrize("name", ["kandinsky3", "longcat_audio"])
+def test_a_decoder_that_knows_no_tiles_decodes_whole(name, tmp_path):
+    pipe = FAMILIES[name].pipeline()
+    distill_pipe(pipe, tmp_path, FAMILIES[name], memory="recompute", validation=1, train_config=short(steps=1), trajectories=1)
+    assert (tmp_path / "samples.png").is_file() == (name == "kandinsky3")
+
+
 @pytest.mark.parametrize("memory", [None, "8bit"])
 def test_pictures_are_decoded_in_tiles_only_where_memory_is_short(tmp_path, monkeypatch, memory):
     tilings = []

@@ -11,7 +11,7 @@ from agd_fast.attaching.attach import Model, attach, install, layout_for, spec_o
 from agd_fast.attaching.attachment import Attachment, attachment_of, require_attachment
 from agd_fast.attaching.find import component_of, components_of, denoiser_of, uncompiled
 from agd_fast.attaching.scope import scoped
-from agd_fast.attaching.wrapping import guiders_of, own_call, share, unwrap, wrap
+from agd_fast.attaching.wrapping import guiders_of, own_call, require_scale, share, unwrap, wrap
 
 __all__ = [
     "Attachment",
@@ -30,6 +30,7 @@ __all__ = [
     "layout_for",
     "own_call",
     "require_attachment",
+    "require_scale",
     "scoped",
     "share",
     "spec_of",

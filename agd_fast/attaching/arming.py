@@ -18,6 +18,7 @@ from agd_fast.spec import DenoiserSpec, device_of
 from agd_fast.warning import warn
 
 GuidanceScale = float | Sequence[float] | Tensor
+TOLERANCE = 1e-6  # of ω, at the ends of a range
 
 
 @contextmanager
@@ -84,7 +85,7 @@ def to_omega(guidance_scale: GuidanceScale, spec: DenoiserSpec) -> Tensor:
 
 def warn_outside(omega: Tensor, config: AdapterConfig) -> None:
     low, high = config.guidance_range
-    outside = (omega < low - 1e-6) | (omega > high + 1e-6)
+    outside = (omega < low - TOLERANCE) | (omega > high + TOLERANCE)
     if config.identity_at_one:
         outside &= omega != 1
     if outside.any():

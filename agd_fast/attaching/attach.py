@@ -14,7 +14,7 @@ from agd_fast.attaching.find import bring_embedders, components_of, denoiser_of,
 from agd_fast.attaching.hooks import change_argument, change_output, finish_forward, prepare_forward
 from agd_fast.attaching.markers import mark, unmark
 from agd_fast.attaching.scope import optimized
-from agd_fast.attaching.wrapping import unwrap, wrap
+from agd_fast.attaching.wrapping import require_scale, unwrap, wrap
 from agd_fast.conditioning import condition_width, embed_time
 from agd_fast.families import find_spec
 from agd_fast.spec import DenoiserSpec, Layout, ResolvedSite, device_of, find_modules, forward_parameters, resolve_sites
@@ -33,9 +33,11 @@ def attach(model: Any, config: AdapterConfig | None = None, *, spec: DenoiserSpe
 
     A pipeline with several denoisers gets one on each; that of the first is returned. The pipeline's own call then arms them.
     Raises: TypeError for an unknown denoiser without a spec; ValueError when an adapter is attached already, a block
-    path is unknown, a width does not match, or the model has its guidance distilled into it already.
+    path is unknown, a width does not match, the model has its guidance distilled into it already, or a pipeline's call takes no
+    guidance scale.
     """
     spec = spec_of(model, spec)
+    require_scale(model, spec)
     config = for_backbone(config or AdapterConfig(), spec)
     _require_undistilled(getattr(model, "owner", model))
     fresh = []

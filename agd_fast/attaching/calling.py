@@ -11,7 +11,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from agd_fast.attaching.arming import armed, disabled, to_omega, warn_outside
+from agd_fast.adapters import AdapterConfig
+from agd_fast.attaching.arming import TOLERANCE, armed, disabled, to_omega, warn_outside
 from agd_fast.attaching.attachment import attachment_of, require_attachment
 from agd_fast.attaching.find import components_of, uncompiled
 from agd_fast.attaching.scope import Guidance, optimized, scope_of, scoped
@@ -68,7 +69,8 @@ def _call(
     spec, parameters = first.spec, inspect.signature(call).parameters
     arguments = {**inspect.signature(call).bind(*args, **kwargs).arguments}
     arguments |= arguments.pop("kwargs", {})
-    if _has_negative(arguments, (None, "", spec.pipeline.negative_prompt, first.adapter.config.negative_prompt)):
+    empty = None if spec.pipeline.own_negative else ""
+    if _has_negative(arguments, (None, empty, spec.pipeline.negative_prompt, first.adapter.config.negative_prompt)):
         if negative == "cfg":
             return _two_pass(pipe, call, arguments, spec)
         warn(
@@ -83,7 +85,7 @@ def _call(
     if first.omega is not None:
         return _call_inside_guided(pipe, call, arguments, spec, guidance_interval)
     omegas = _omegas(pipe, arguments, parameters, spec)
-    if all(not callable(omega) and (omega <= 1).all() for omega in omegas.values()):  # the pipeline's own way to say: no guidance
+    if all(not callable(omega) and (omega == 1).all() for omega in omegas.values()):
         with disabled(pipe):
             return call(**_without_guidance(arguments, spec))
     with ExitStack() as stack:
@@ -119,14 +121,14 @@ def _omegas(
     """ω of each denoiser."""
     found: dict[str, Scale] = {}
     value: Any = None
-    for index, name in enumerate(components_of(pipe, spec)):
+    for index, (name, module) in enumerate(components_of(pipe, spec).items()):
         argument = spec.pipeline.omega_arguments[min(index, len(spec.pipeline.omega_arguments) - 1)]
         default = parameters[argument].default if argument in parameters else None
         given = arguments.get(argument, default)
         value = value if given is None else given  # a second denoiser goes by the first's
         if value is None:
             raise ValueError(f"expected {argument}=..., a number or one a prompt; found None")
-        rows = partial(_rows, argument, spec, _batch(arguments))
+        rows = partial(_rows, argument, spec, require_attachment(module).adapter.config, _batch(arguments))
         found[name] = partial(_scheduled, value, rows) if callable(value) else rows(value)
     return found
 
@@ -135,10 +137,11 @@ def _scheduled(schedule: Callable[[float], Any], rows: Callable[[Any], Tensor], 
     return rows(schedule(fraction))
 
 
-def _rows(argument: str, spec: DenoiserSpec, batch: tuple[int | None, int], scale: Any) -> Tensor:
-    """ω [B] of a guidance scale where the call tells B, else [1]."""
+def _rows(argument: str, spec: DenoiserSpec, config: AdapterConfig, batch: tuple[int | None, int], scale: Any) -> Tensor:
+    """ω [B] of a guidance scale where the call tells B, else [1]; 1 where no pipeline guides and the adapter did not learn to."""
+    (low, _), above = config.guidance_range, spec.guides_above
     omega, (prompts, repeats) = to_omega(scale, spec), batch
-    omega = omega.where((omega <= 1) | (omega > spec.guides_above), 1.0)  # as the pipeline does, which does not guide there
+    omega = omega.where(omega >= low - TOLERANCE if low < above else omega > above, 1.0)  # a guider may teach what none do
     if len(omega) > 1 and len(omega) != prompts:
         raise ValueError(
             f"{argument} has {len(omega)} values for {prompts if prompts else 'an unknown number of'} prompt(s); "

@@ -67,10 +67,19 @@ def guiders_of(pipe: Any, spec: DenoiserSpec) -> list[Any]:
     return found
 
 
+def require_scale(pipe: Any, spec: DenoiserSpec) -> None:
+    """Raises: ValueError for a pipeline whose call takes no guidance scale, as one that holds other pipelines."""
+    name = spec.pipeline.omega_arguments[0]
+    if isinstance(pipe, DiffusionPipeline) and name not in inspect.signature(own_call(pipe, spec)).parameters:
+        inside = [inner for inner, value in vars(pipe).items() if isinstance(value, DiffusionPipeline)]
+        expected = f"its {' or '.join(inside)}" if inside else "a pipeline that guides by it"
+        raise ValueError(f"a call of {type(pipe).__name__} takes no {name}; expected {expected}")
+
+
 def share(pipe: Any, other: Pipeline) -> Pipeline:
     """Let `other`, a pipeline with the same denoiser as `pipe` (img2img, inpainting, ControlNet, `from_pipe`), run one pass too.
 
-    Returns `other`. Raises: ValueError when `pipe` has no adapter, or `other` another denoiser.
+    Returns `other`. Raises: ValueError when `pipe` has no adapter, or `other` another denoiser or no guidance scale.
     """
     attachment = attachment_of(pipe)
     if attachment is None:
@@ -81,6 +90,7 @@ def share(pipe: Any, other: Pipeline) -> Pipeline:
             f"expected a pipeline with the same denoiser as this {type(pipe).__name__}, for its adapter is attached to that; "
             f"found another {type(denoiser_of(other)).__name__}. Make one by {type(other).__name__}.from_pipe(pipe)"
         )
+    require_scale(other, attachment.spec)
     return wrap(other)
 
 

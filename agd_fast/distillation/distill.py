@@ -74,7 +74,7 @@ def distill(
         Trajectories cycle through what is given.
     teacher: a guider of diffusers.guiders whose rule is learnt in place of the pipeline's own.
     guidance_range: (low, high) of the guidance scale, in the family's own convention; None takes that of `adapter` or `init`,
-        else ω of 1 to 6, or 1 to 12 for a pipeline.
+        else ω of 1 to 6, or 1 to 12 for a pipeline, from where the pipeline guides at all.
     preset: name of settings that go together (`agd_fast.distillation.presets.PRESETS`), for all of the following that is None.
     adapter: kind and size. train_config: see TrainConfig.
     init: folder, or Hub repo, of a trained adapter to start from, instead of a fresh one that is zero; it decides `adapter`.
@@ -137,9 +137,8 @@ def distill(
         config = _adapter_config(adapter, guidance_range, one.spec.omega_offset, of_init)
         if adapter is None and init is None:
             config = replace(config, identity_at_one=one.gives_cond_at_one)
-            config = config if guidance_range else replace(config, guidance_range=one.guidance_range)
-        if guidance_range is None:
-            low, high = config.guidance_range
+        if guidance_range is None and config.guidance_range == AdapterConfig().guidance_range:  # nobody chose it
+            low, high = one.guidance_range if adapter is None and init is None else config.guidance_range
             config = replace(config, guidance_range=(max(low, one.guides_above), high))
         negative = (call or {}).get("negative_prompt")
         if init is None and isinstance(negative, str):

@@ -21,10 +21,10 @@ from agd_fast.warning import first_line, warn
 # what CUDA keeps of its nodes, which no counter of torch tells; the memory that graphs work in is that of the largest, however
 # many there are. States of one shape need two, for whole and for left-over micro-batches.
 MOST = 4
-# What the loss and the norm of a gradient may differ by in a replay, as a share of them. A three-way tolerance would be three
-# times what the pass itself loses, in bfloat16 1.1 to 3.9 % of a gradient (docs/memory.md): a graph that is let through is nearer
-# to the pass than the pass to what is exact. In float32 this tells no rounding, but what a graph that is wrong does: one that
-# reads memory of another's, or misses what was added, is off by all of it.
+# What the loss and the norm of a gradient may differ by in a replay, as a share of them, and a gradient's direction, as one minus
+# the cosine: what is off at random by 14 % of a gradient changes its norm and its direction by 1 %. In bfloat16 a pass itself
+# loses 1.1 to 3.9 % of a gradient (docs/memory.md). In float32 this tells no rounding, but what a graph that is wrong does: one
+# that reads memory of another's, or misses what was added, is off by all of it.
 BOUND = 1e-2
 # Gradients below this share of the largest norm are measured by it: they may be zero but for rounding. A choice: what differs by
 # less than BOUND of it, 1e-5 of the largest norm, is not seen.
@@ -33,13 +33,12 @@ ROOM = 3  # times the gradients: what AdamW's first step takes, two moments and 
 
 
 class _Trial(NamedTuple):
-    """A pass as it ran, what it was given, and the sizes of what it gave to the gradients of `used`."""
+    """A pass as it ran, what it was given, its loss, and the gradients that it gave, by parameter, in host memory."""
 
     run: Pass
     tensors: Sequence[Tensor]
     loss: Tensor
-    used: list[Tensor]
-    expected: list[float]
+    gradients: dict[Tensor, Tensor]
 
 
 class _Trouble(NamedTuple):
@@ -55,15 +54,15 @@ class Passes:
 
     The first batch none of whose passes is new runs as it is once more, and its passes become graphs at its end: then no pass
     needs memory beside theirs. What does not give the loss and gradients that the pass gave ends all graphs, as does a pass that
-    cannot be recorded, and the first for which there is no memory, or none left for the optimizer. A further one of those runs as
-    it is.
+    cannot be recorded, and the first for which there is no memory, or none left for the optimizer. Once there was a graph, one
+    of those runs as it is.
 
     parameters: whose gradients passes add to. trouble: why there are to be no graphs. host: whether the optimizer is `HostAdamW`.
     """
 
     def __init__(self, parameters: Iterable[Tensor], device: torch.device, trouble: str = "", host: bool = False) -> None:
         self.parameters, self.trouble, self.host = list(parameters), trouble, host
-        self.weights: list[Tensor] = []  # of the model that is trained
+        self.model: nn.Module | None = None  # whose weights passes are not to move
         unnumbered = device.type == "cuda" and device.index is None
         self.device = torch.device("cuda", torch.cuda.current_device()) if unnumbered else device
         self.replayed = False
@@ -78,7 +77,7 @@ class Passes:
     def of(cls, config: TrainConfig, accelerator: Accelerator, denoiser: nn.Module, adapter: nn.Module, host: bool) -> Passes:
         """Those of a training."""
         found = cls(adapter.parameters(), accelerator.device, why_plain(config, accelerator, denoiser), host)
-        found.weights = [*denoiser.parameters(), *denoiser.buffers()]
+        found.model = denoiser
         return found
 
     def __enter__(self) -> Passes:
@@ -92,9 +91,14 @@ class Passes:
         """Whether there is memory of graphs."""
         return bool(self._graphs)
 
-    def release(self) -> None:
-        """Give back what graphs hold. All shapes are new again: weights may lie elsewhere by then."""
+    def release(self, refused: bool = False) -> None:
+        """Give back what graphs hold. All shapes are new again: weights may lie elsewhere by then.
+
+        refused: also those for whose graph there was no memory, which else run as they are for good.
+        """
         self._give_back()
+        if refused:
+            self._refused.clear()
         self._seen.clear()
         self._new.clear()
         self._trials.clear()
@@ -170,21 +174,25 @@ class Passes:
             warn(f"{why}, not as CUDA graphs")
 
     def _tried(self, run: Pass, tensors: Sequence[Tensor], key: Any) -> Tensor:
-        """A pass of which a graph is to be made. Gradients of passes before it are in host memory meanwhile."""
+        """A pass of which a graph is to be made. Gradients of passes before it are in host memory meanwhile, a copy of its own is
+        until the batch ends."""
         before = self._taken_away()
         loss = self._plain(run, tensors)
-        used = [one for one in self.parameters if one.grad is not None]
-        expected = _sizes(loss, used)
-        if used and all(map(_finite, expected)):
-            self._trials[key] = _Trial(run, tensors, loss, used, expected)
-        for one, gradient in before:
+        gradients = self._on_host()
+        if gradients and all(one.norm().isfinite() for one in (loss, *gradients.values())):
+            self._trials[key] = _Trial(run, tensors, loss, gradients)
+        for one, gradient in before.items():
             gradient = gradient.to(self.device)
             one.grad = gradient if one.grad is None else one.grad.add_(gradient)
         return loss
 
-    def _taken_away(self) -> list[tuple[Tensor, Tensor]]:
-        """The gradients so far, in host memory: parameters have none then."""
-        taken = [(one, one.grad.to("cpu", copy=True)) for one in self.parameters if one.grad is not None]
+    def _on_host(self) -> dict[Tensor, Tensor]:
+        """Copies of the gradients so far, by parameter. Waits for the device."""
+        return {one: one.grad.to("cpu", copy=True) for one in self.parameters if one.grad is not None}
+
+    def _taken_away(self) -> dict[Tensor, Tensor]:
+        """As `_on_host`: parameters have none then."""
+        taken = self._on_host()
         self._clear()
         return taken
 
@@ -202,52 +210,54 @@ class Passes:
                 self._without(key, trouble)
                 break
         self._clear()
-        for one, gradient in gradients:
+        for one, gradient in gradients.items():
             place = self._gradients.get(one)
             one.grad = gradient.to(self.device) if place is None else place.copy_(gradient)
 
     def _without(self, key: Any, trouble: _Trouble) -> None:
         """Where no graph was made. What its recording took stays with the memory of the others until that is given back: the
         next batch makes them again."""
-        if not (trouble.of_memory and self._graphs):
+        if not (trouble.of_memory and self.replayed):
             self.stop(trouble.reason)
             return
         self._refused.add(key)
         self._give_back()
-        self._go_beyond("memory ran out for a graph beside the others: passes of its shapes run as they are")
+        self._go_beyond("memory ran out for a further graph: passes of its shapes run as they are")
 
     def _try(self, key: Any, trial: _Trial) -> _Trouble | None:
         """Record, replay and keep a graph, or tell why not. Gradients are of no use afterwards."""
         try:
             self._memory = self._memory or GraphMemory(self.device)
-            for one in trial.used:
+            for one in trial.gradients:
                 if one not in self._gradients:
                     self._gradients[one] = torch.empty_like(one)
                 one.grad = self._gradients[one]
-            places = [weight.data for weight in self.weights]
+            weights = [] if self.model is None else [*self.model.parameters(), *self.model.buffers()]
+            places = [weight.data for weight in weights]
             graph = PassGraph(trial.run, trial.tensors, trial.loss, self._memory)
-            if self._moved(places):
+            if _moved(weights, places):
                 return _Trouble("a pass gives the model's weights other memory")
             torch.empty(self._room, dtype=torch.uint8, device=self.device)
-            torch._foreach_zero_([self._gradients[one] for one in trial.used])
-            found = _sizes(graph(trial.tensors), trial.used)
-            if reason := _difference(trial.expected, found):
+            torch._foreach_zero_([self._gradients[one] for one in trial.gradients])
+            if reason := self._difference(trial, graph(trial.tensors)):
                 return _Trouble(reason)
         except Exception as error:  # which the same pass did not raise as it is
             before = error.__context__
             first = f", after {first_line(before)}" if isinstance(before, Exception) else ""
             reason = f"no graph of a pass could be made ({first_line(error) or type(error).__name__}{first})"
             return _Trouble(reason, any(isinstance(one, torch.OutOfMemoryError) for one in (error, before)))
-        self._graphs[key] = graph, trial.used
+        self._graphs[key] = graph, list(trial.gradients)
         self.replayed = True
         return None
 
-    def _moved(self, places: list[Tensor]) -> bool:
-        """Whether weights lie elsewhere than before; they are brought back."""
-        moved = [pair for pair in zip(self.weights, places, strict=True) if pair[0].data_ptr() != pair[1].data_ptr()]
-        for weight, place in moved:
-            weight.data = place
-        return bool(moved)
+    def _difference(self, trial: _Trial, loss: Tensor) -> str:
+        """Of a replay's loss and gradients from the pass's, where it is more than rounding; else nothing."""
+        least = NEGLIGIBLE * max(float(one.norm()) for one in trial.gradients.values())
+        gradients = (_apart(one, self._gradients[parameter], least) for parameter, one in trial.gradients.items())
+        worst = max((_apart(trial.loss, loss), *gradients), key=lambda one: (one != one, one))
+        if worst <= BOUND:
+            return ""
+        return f"a graph's loss or gradients differ from those of the pass by {worst:.2g} of their size"
 
     @property
     def _room(self) -> int:
@@ -278,22 +288,18 @@ def why_plain(config: TrainConfig, accelerator: Accelerator, denoiser: nn.Module
     return ""
 
 
-def _sizes(loss: Tensor, parameters: Sequence[Tensor]) -> list[float]:
-    """The loss, and the norms of the gradients. Waits for the device."""
-    norms = torch._foreach_norm([one.grad for one in parameters if one.grad is not None])
-    return torch.stack([loss, *norms]).tolist()
+def _moved(weights: Sequence[Tensor], places: Sequence[Tensor]) -> bool:
+    """Whether weights lie elsewhere than before; they are brought back."""
+    moved = [pair for pair in zip(weights, places, strict=True) if pair[0].data_ptr() != pair[1].data_ptr()]
+    for weight, place in moved:
+        weight.data = place
+    return bool(moved)
 
 
-def _finite(size: float) -> bool:
-    return abs(size) < float("inf")
-
-
-def _difference(expected: Sequence[float], found: Sequence[float]) -> str:
-    """Of `_sizes`, where it is more than rounding; else nothing."""
-    (loss, *norms), (other, *others) = expected, found
-    least = NEGLIGIBLE * max(norms)
-    pairs = [(abs(loss), abs(loss - other)), *((max(one, least), abs(one - two)) for one, two in zip(norms, others, strict=True))]
-    worst = max((difference / size if size else difference for size, difference in pairs), key=lambda one: (one != one, one))
-    if worst <= BOUND:
-        return ""
-    return f"a graph's loss or gradients differ from those of the pass by {worst:.2g} of their size"
+def _apart(expected: Tensor, found: Tensor, least: float = 0.0) -> float:
+    """By norm or, where that is more, by direction, ‖a − b‖² / 2‖a‖², which is 1 − cos of vectors of one norm. What is smaller
+    than `least` is measured by it."""
+    found = found.to(expected.device)
+    size, other, between = (float(one.norm()) for one in (expected, found, expected - found))
+    unit = max(size, least) or 1.0
+    return max(abs(size - other) / unit, (between / unit) ** 2 / 2)

@@ -52,7 +52,7 @@ def first_few(arguments: Mapping[str, Any], spec: DenoiserSpec, size: int) -> di
 
 def _part(path: str, value: Any, spec: DenoiserSpec, count: int, here: slice) -> Any:
     """Of an argument by (dotted) name, as the recorder tells rows from constants."""
-    if path in spec.listed:
+    if path in (*spec.listed, *spec.repeated):
         return value[here]
     if isinstance(value, Mapping):
         return {key: _part(f"{path}.{key}", inner, spec, count, here) for key, inner in value.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import takewhile
 
 from diffusers.utils import make_image_grid
 from diffusers.utils.pil_utils import pt_to_pil
@@ -21,14 +22,14 @@ def preview(teacher: Teacher, table: Conditions, omega: float, steps: int, seed:
     """Rows: unguided, two passes, one pass; a column a condition. None where samples are no pictures (latents without a VAE)."""
     scale = omega - teacher.spec.omega_offset
     if isinstance(teacher, PipelineTeacher):
-        rows = [pictures(teacher, arm, scale, steps, seed, min(COLUMNS, len(teacher))) for arm in ARMS]
+        count = min(COLUMNS, len(teacher))
+        made = (pictures(teacher, arm, scale, steps, seed, count) for arm in ARMS)
     elif teacher.sample_shape[0] in (1, 3) and len(teacher.sample_shape) == 3:
-        rows = [_of_teacher(teacher, table, arm, scale, steps, seed) for arm in ARMS]
+        made = (_of_teacher(teacher, table, arm, scale, steps, seed) for arm in ARMS)
     else:
         return None
-    if not all(rows):
-        return None
-    return grid_of(rows)
+    rows = [*takewhile(bool, made)]  # one run tells that a pipeline makes no pictures
+    return grid_of(rows) if len(rows) == len(ARMS) else None
 
 
 def grid_of(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
@@ -57,5 +58,8 @@ def pictures(teacher: PipelineTeacher, arm: Arm, scale: float, steps: int, seed:
         return []
     found: list[Image.Image] = []
     for row in range(count):  # one by one: memory for one sample is there
-        found += teacher.generate([row], arm, scale, steps, [seed + row])
+        made = teacher.generate([row], arm, scale, steps, [seed + row])
+        if not made:
+            return []
+        found += made
     return found

@@ -22,7 +22,7 @@ def decoder_of(pipe: Any) -> Any:
 def tiled(vae: Any) -> Iterator[None]:
     """Inside, a VAE of diffusers decodes in tiles, if it can; set as it was afterwards."""
     vae = uncompiled(vae)
-    if not hasattr(vae, "enable_tiling"):
+    if not hasattr(vae, "use_tiling"):  # enable_tiling is there, and raises, where no tiling is
         yield
         return
     before = {name: value for name, value in vars(vae).items() if name.startswith(_SET)}

@@ -209,7 +209,7 @@ def _in_memory(
         optimizer.zero_grad()  # out here, where no traceback holds the tensors of what failed
         graphs = passes is not None and passes.held
         if passes is not None:
-            passes.release()
+            passes.release(refused=True)
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
         if passes is not None and graphs:

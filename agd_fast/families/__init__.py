@@ -60,7 +60,7 @@ from agd_fast.families import (
     zimage,
 )
 from agd_fast.families.discovery import EXAMPLE, discover
-from agd_fast.spec import DenoiserSpec
+from agd_fast.spec import DenoiserSpec, config_value
 
 __all__ = ["SPECS", "VARIANTS", "discover", "find_spec"]
 
@@ -116,7 +116,7 @@ SPECS: dict[str, DenoiserSpec] = {
     **zimage.SPECS,
 }
 
-# of a class, bases that are conditioned or built otherwise: by the entry that is set in their config, or has this value
+# of a class, bases that are conditioned or built otherwise: by the entry of their config that has this value, or another's
 VARIANTS: dict[str, dict[str, DenoiserSpec]] = {
     name: {**audioldm.VARIANTS[name], **deepfloyd_if.VARIANTS[name]} for name in unet.SPECS
 }
@@ -130,16 +130,19 @@ def find_spec(denoiser: nn.Module) -> DenoiserSpec:
     for cls in type(denoiser).__mro__:
         if cls.__name__ in SPECS and getattr(diffusers, cls.__name__, None) is cls:
             variants = VARIANTS.get(cls.__name__, {}).items()
-            config = getattr(denoiser, "config", None)
-            return next((spec for entry, spec in variants if _has(config, entry)), SPECS[cls.__name__])
+            return next((spec for entry, spec in variants if _has(denoiser, entry)), SPECS[cls.__name__])
     raise TypeError(
         f"no DenoiserSpec is known for {type(denoiser).__name__}; known: {', '.join(SPECS)}. Describe it, as in "
         f"agd_fast.Teacher(denoiser, scheduler, spec={EXAMPLE}), or let spec=agd_fast.discover(denoiser) propose one"
     )
 
 
-def _has(config: Any, entry: str) -> bool:
-    """entry: its name, or "name=value"."""
+def _has(denoiser: nn.Module, entry: str) -> bool:
+    """entry: "name=value", or "name=config.<attribute>"."""
     name, _, value = entry.partition("=")
-    found = getattr(config, name, None)
-    return found == value if value else bool(found)
+    found, expected = getattr(getattr(denoiser, "config", None), name, None), config_value(denoiser, value)
+    return _plain(found) == _plain(expected)
+
+
+def _plain(value: Any) -> Any:
+    return [*value] if isinstance(value, tuple) else value  # as a config is, read from a file

@@ -1,6 +1,6 @@
 """UNet2DConditionModel as AudioLDM 1 and MusicLDM have it: one embedding of the whole text, beside that of t.
 
-All its attention is of the spectrogram to itself; the embedding, [B, D], is handed as class labels.
+All its attention is of the spectrogram to itself, whose width it therefore has; the embedding, [B, D], is handed as class labels.
 """
 
 from dataclasses import replace
@@ -10,7 +10,7 @@ from agd_fast.spec import Condition, PipelineSpec
 
 VARIANTS = {
     name: {
-        "class_embeddings_concat": replace(
+        "cross_attention_dim=config.block_out_channels": replace(
             spec,
             conditions=(Condition("class_labels", width="config.projection_class_embeddings_input_dim"),),
             pipeline=PipelineSpec(components=("unet",), pictures=False),

@@ -23,6 +23,6 @@ SPECS = {
             Site("final_layer.adaLN_modulation.1"),
             Site("final_layer.linear", form="affine"),
         ),
-        pipeline=PipelineSpec(conditional="first"),
+        pipeline=PipelineSpec(conditional="first", own_negative=True),
     )
 }

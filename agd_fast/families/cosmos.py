@@ -26,6 +26,6 @@ SPECS = {
         ),
         batch_dims={"padding_mask": None},
         omega_offset=1.0,
-        pipeline=PipelineSpec(conditional="first"),
+        pipeline=PipelineSpec(conditional="first", own_negative=True),
     )
 }

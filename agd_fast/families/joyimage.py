@@ -32,6 +32,7 @@ SPECS = {
     "JoyImageEditPlusTransformer3DModel": replace(
         EDIT,
         conditions=(Condition("encoder_hidden_states", width="config.text_dim", mask="encoder_hidden_states_mask"),),
+        repeated=("shape_list",),
         pipeline=PipelineSpec(),
     ),
 }

@@ -97,6 +97,7 @@ def arguments_of(
     if spec.sample not in found:
         raise ValueError(f"inputs need {spec.sample!r}, what the denoiser is called with; found {list(found)}")
     size = len(found[spec.sample])
+    found |= {name: [found[name][0]] * size for name in spec.repeated if name in found}
     found.setdefault(spec.timestep, torch.zeros(size, device=META))
     return found
 

@@ -56,7 +56,7 @@ def asking_for_images(call: Callable[..., Any], given: Mapping[str, Any], name: 
 
 
 def _expected(name: str) -> str:
-    return f"expected inputs={{'prompt': [...], {name!r}: [...]}}, one a prompt, or call={{{name!r}: ...}}, the same for all"
+    return f"expected inputs={{'prompt': [...], {name!r}: [...]}}, one a prompt"
 
 
 def described(value: Any) -> str:

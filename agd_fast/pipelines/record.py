@@ -6,7 +6,7 @@ pipeline itself would have produced.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -92,6 +92,7 @@ class Recorder:
     def _stepped(self, step: Callable[..., Any], model_output: Tensor, *args: Any, **kwargs: Any) -> Any:
         calls, self.calls = self.calls, []
         if calls:  # else another denoiser's step
+            self._require_combined(calls, model_output)
             halves = [half for call in calls for half in self._halves(call)]
             if len(halves) > 2:
                 raise ValueError(
@@ -110,6 +111,14 @@ class Recorder:
             self.calls = []  # without those that the visitor made
         self.done += 1
         return step(model_output, *args, **kwargs)
+
+    def _require_combined(self, calls: list[dict[str, Any]], model_output: Tensor) -> None:
+        """Raises: ValueError where the scheduler is handed two predictions that were made apart, as of Cosmos 1."""
+        if len(model_output) == 2 * self.batch and all(len(call[self.spec.sample]) == self.batch for call in calls):
+            raise ValueError(
+                f"{type(self.pipe).__name__} hands its scheduler the conditional and the unconditional prediction before it "
+                "combines them; expected the guided one"
+            )
 
     def _halves(self, call: dict[str, Any]) -> list[Call]:
         sample = call[self.spec.sample]
@@ -144,6 +153,8 @@ class Recorder:
         for name, value in call.items():
             if name in self.spec.listed:
                 rows[name] = value
+            elif name in self.spec.repeated:
+                constants[name] = _literal(name, [self._entry_of_all(name, value)])
             elif name == self.spec.timestep:
                 t = torch.as_tensor(value, device=_device_of(call[self.spec.sample]))
                 rows[name] = t.reshape(-1).expand(size) if t.ndim < 2 and t.numel() == 1 else t
@@ -159,6 +170,13 @@ class Recorder:
                     else:
                         constants[path] = _literal(path, leaf)
         return rows, constants
+
+    def _entry_of_all(self, name: str, value: Sequence[Any]) -> Any:
+        if any(entry != value[0] for entry in value):
+            raise ValueError(
+                f"{name} differs from sample to sample, {[*value]}; expected one sample a run (shard_size=1), as one is stored"
+            )
+        return value[0]
 
     def _stacked(self, name: str, value: Tensor | list[Tensor]) -> Tensor:
         if isinstance(value, Tensor):

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from agd_fast.attaching import components_of, disabled, guiders_of, own_call, spec_of
+from agd_fast.attaching import components_of, disabled, guiders_of, own_call, require_scale, spec_of
 from agd_fast.attaching.steps import number_of_steps
 from agd_fast.files import fingerprint
 from agd_fast.freezing import frozen
@@ -60,6 +60,7 @@ class _Numbered(Recorder):
 
     def _stepped(self, step: Callable[..., Any], model_output: Tensor, *args: Any, **kwargs: Any) -> Any:
         if self.shape and model_output.any():  # zeros: guiders may begin with a step of them
+            self._require_combined(self.calls, model_output)
             raise _Asked(self._one_half(model_output), self.shape)
         return step(model_output, *args, **kwargs)
 
@@ -96,6 +97,7 @@ class PipelineTeacher(Teacher):
     ) -> PipelineTeacher:
         """Raises: TypeError, ValueError for a pipeline, inputs or a guider that cannot be distilled."""
         spec = spec_of(pipe, spec)
+        require_scale(pipe, spec)
         components = components_of(pipe, spec)
         component = component or next(iter(components))
         for one in guiders_of(pipe, spec) if guider is None else [guider]:
@@ -195,7 +197,8 @@ class PipelineTeacher(Teacher):
         moved |= {name: conditions[name].flatten(0, 1) for name in self.spec.grouped}
         arguments = {self.spec.sample: x, self.spec.timestep: timestep, **nest({**conditions, **moved}), **self._extra}
         listed = {name: list(arguments[name].unbind(0)) for name in self.spec.listed}
-        output = self._call(**{**arguments, **listed})
+        repeated = {name: conditions[name] * len(x) for name in self.spec.repeated}
+        output = self._call(**{**arguments, **listed, **repeated})
         prediction = output if isinstance(output, Tensor) else output[0]
         if isinstance(prediction, list):
             prediction = torch.stack(prediction)
@@ -336,6 +339,7 @@ class PipelineTeacher(Teacher):
             stack.enter_context(frozen(self.denoiser))
             stack.enter_context(torch.no_grad())
             stack.enter_context(_silent(self.pipe))
+            stack.enter_context(self._seeded(generators))
             arguments[spec.omega_arguments[0]] = scale
             vars(self.pipe).pop("_num_timesteps", None)  # of the last call
             try:
@@ -348,7 +352,8 @@ class PipelineTeacher(Teacher):
         """The pipeline's pictures of rows of the inputs, by its call as a user makes it: middle frames of videos, none of sound.
 
         arm: "agd" is the attached adapter, "cfg" the pipeline's own guidance. scale: in the family's own convention.
-        seeds: of the noise, one a row, so that it is the same whatever the rows are that are made together.
+        seeds: of the noise, one a row, so that it is the same whatever the rows are that are made together. What a pipeline
+        draws from torch's own generator, as JoyImage Edit the latents of its picture, follows the first one.
         """
         spec = self.spec.pipeline
         if not spec.pictures:
@@ -361,10 +366,18 @@ class PipelineTeacher(Teacher):
         # of a text an adapter tells whether it has learnt it
         left_out = [n for n, v in arguments.items() if arm == "unguided" or (arm == "agd" and _is_embedded(v))]
         arguments = {n: v for n, v in arguments.items() if not (n.startswith("negative_") and n in left_out)}
-        with nullcontext() if arm == "agd" else disabled(self.pipe), torch.no_grad(), _silent(self.pipe):
+        base = nullcontext() if arm == "agd" else disabled(self.pipe)
+        with base, torch.no_grad(), _silent(self.pipe), self._seeded(generators):
             output = self.pipe(**arguments)[0]
         found = [one[len(one) // 2] if isinstance(one, list) else one for one in output]
         return found if all(isinstance(one, Image.Image) for one in found) else []
+
+    @contextmanager
+    def _seeded(self, generators: list[torch.Generator]) -> Iterator[None]:
+        """Inside, torch's own generators begin as the first of these: some pipelines encode pictures with them."""
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(generators[0].initial_seed())
+            yield
 
     def _rows(self, rows: list[int]) -> dict[str, Any]:
         """Their inputs, and the negative prompts, one a row as well."""

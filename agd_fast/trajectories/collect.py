@@ -60,9 +60,11 @@ def collect(
     if low > high:
         raise ValueError(f"steps must be (lowest, highest), found {steps}")
     if guidance_range[0] < teacher.guides_above:
+        above, offset = teacher.guides_above, teacher.spec.omega_offset
+        scales = " to ".join(f"{omega - offset:g}" for omega in guidance_range)
         raise ValueError(
-            f"{teacher.name} guides above ω = {teacher.guides_above:g} alone; expected a guidance_range from there on, found "
-            f"ω from {guidance_range[0]:g} to {guidance_range[1]:g}"
+            f"{teacher.name} guides by scales above {above - offset:g} (ω = {above:g}) alone; expected a guidance_range from "
+            f"there on, found {scales} (ω from {guidance_range[0]:g} to {guidance_range[1]:g})"
         )
     _require_source(teacher, conditions, source, data)
     teacher.require_conditional(conditions)  # a missing null condition is said before anything runs

@@ -15,7 +15,6 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     HunyuanVideo15ImageToVideoPipeline,
     HunyuanVideo15Transformer3DModel,
-    JoyImageEditPipeline,
     Kandinsky5I2VPipeline,
     LTXConditionPipeline,
     LTXImageToVideoPipeline,
@@ -133,14 +132,6 @@ def kandinsky5_i2v() -> Kandinsky5I2VPipeline:
     return beside(Kandinsky5I2VPipeline, kandinsky5.pipeline(), "prompt_template", "prompt_template_encode_start_idx")
 
 
-def joyimage_edit() -> JoyImageEditPipeline:
-    """With a VAE that gives the mean: the pipeline's would be drawn from torch's own generator."""
-    pipe = joyimage.edit()
-    encode = pipe.vae.encode
-    pipe.vae.encode = lambda x: SimpleNamespace(latent_dist=SimpleNamespace(sample=encode(x).latent_dist.mode))
-    return pipe
-
-
 def qwenimage_with(cls: type) -> Any:
     """With a processor that leaves the pictures out: the transformer sees them, the text encoder does not."""
     pipe = qwenimage.pipeline()
@@ -215,7 +206,7 @@ SIBLINGS = {
         ),
         TinyFamily("ltx_condition", ltx_condition, of_size(64), {**ltx.CALL, "max_sequence_length": 16}),
         TinyFamily("hunyuanvideo15_i2v", hunyuanvideo15_i2v, images, {**STEPS, "num_frames": 5}),
-        TinyFamily("joyimage_edit", joyimage_edit, of_size(32), joyimage.CALL),
+        TinyFamily("joyimage_edit", joyimage.edit, of_size(32), joyimage.CALL),
         TinyFamily(
             "joyimage_edit_plus",
             joyimage.edit_plus,

@@ -5,7 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import DDPMWuerstchenScheduler, StableCascadeDecoderPipeline, StableCascadePriorPipeline, StableCascadeUNet
+from diffusers import (
+    DDPMWuerstchenScheduler,
+    StableCascadeCombinedPipeline,
+    StableCascadeDecoderPipeline,
+    StableCascadePriorPipeline,
+    StableCascadeUNet,
+)
 from diffusers.pipelines.deprecated.wuerstchen import PaellaVQModel
 
 from tiny._parts import lively, quiet
@@ -53,6 +59,14 @@ def decoder() -> StableCascadeDecoderPipeline:
         model, clip_tokenizer(), text, DDPMWuerstchenScheduler(), vqgan.eval(), latent_dim_scale=4
     )
     return quiet(pipe)
+
+
+def combined() -> StableCascadeCombinedPipeline:
+    """Both in one, whose own call has a guidance scale for each."""
+    first, second = prior(), decoder()
+    parts = {name: getattr(second, name) for name in ("tokenizer", "text_encoder", "decoder", "scheduler", "vqgan")}
+    parts |= {f"prior_{name}": getattr(first, name) for name in ("prior", "text_encoder", "tokenizer", "scheduler")}
+    return quiet(StableCascadeCombinedPipeline(**parts, prior_image_encoder=None, prior_feature_extractor=None))
 
 
 def embeddings(count: int) -> dict[str, Any]:
