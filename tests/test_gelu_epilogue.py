@@ -1,5 +1,7 @@
 """Products that end with their gelu, as libraries can."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from diffusers import DiTTransformer2DModel
@@ -14,6 +16,7 @@ from agd_fast.attaching import scoped
 from agd_fast.backend import graphs_info
 from agd_fast.graph.capture import schema_name
 from agd_fast.ops.choice import EPILOGUE
+from agd_fast.ops.measuring import measure_library
 from conftest import assert_as_exact
 from helpers_engine import RECORDED, assert_same, own_forwards
 from helpers_fusing import C, as_list, parameter, rewritten, x, y
@@ -123,6 +126,21 @@ def test_a_kernel_has_to_beat_it():
     assert ops.activated_linear.library is not None
     with pytest.raises(ValueError, match="no product of a library"):
         ops.activated_linear.library(x, *UP, "gelu_tanh")
+
+
+@pytest.mark.parametrize(("milliseconds", "wins"), [((3.0, 2.0, 1.0), True), ((3.0, 1.0, 2.0), False), ((1.0, 3.0, 2.0), False)])
+def test_it_has_to_beat_both_ways_of_torch(milliseconds, wins, monkeypatch):
+    """The race of a card, with times that are given. Here the library's gelu is by definition."""
+    times = iter(milliseconds)  # eager, compiled, library
+    monkeypatch.setattr("triton.testing.do_bench", lambda run, **_: (run(), next(times))[1])
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    op = replace(
+        ops.activated_linear, library=lambda h, weight, bias, _: torch._addmm_activation(bias, h, weight.t(), use_gelu=True)
+    )
+    found = measure_library(op, (x[0], *UP, "gelu"))
+    assert (
+        found["wins"] == wins and dict(zip(("eager", "compiled", "library"), milliseconds, strict=True)) == found["milliseconds"]
+    )
 
 
 @pytest.mark.parametrize("takes", [True, False])

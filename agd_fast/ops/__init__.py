@@ -4,7 +4,7 @@ from agd_fast.ops.absorbed_attention import absorbed_attention
 from agd_fast.ops.activated_linear import activated_linear
 from agd_fast.ops.ada_group_norm import ada_group_norm
 from agd_fast.ops.ada_layer_norm import ada_layer_norm
-from agd_fast.ops.centred import centre, centred
+from agd_fast.ops.centred import centre
 from agd_fast.ops.choice import (
     Kernels,
     checked_policy,
@@ -35,7 +35,6 @@ __all__ = [
     "ada_group_norm",
     "ada_layer_norm",
     "centre",
-    "centred",
     "checked_policy",
     "default_policy",
     "gated_lora",

@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from agd_fast.ops.measuring import Verdicts, key_of, measure, measure_epilogue, measure_join
+from agd_fast.ops.measuring import Verdicts, key_of, measure, measure_join, measure_library
 from agd_fast.ops.registry import NAMESPACE, OPS, Op, tensors_of
 from agd_fast.warning import described, warn
 
@@ -102,8 +102,8 @@ def refusal_of_epilogue(x: Tensor, weight: Tensor, bias: Tensor, approximate: st
     if reason := missing():
         return reason
     with torch.cuda.device(x.device):
-        key = key_of("gelu_epilogue", (x, weight, bias))
-        return _lost(_verdict(key, functools.partial(measure_epilogue, x, weight, bias, approximate)))
+        key, args = key_of("gelu_epilogue", (x, weight, bias)), (x, weight, bias, "gelu_tanh")
+        return _lost(_verdict(key, functools.partial(measure_library, OPS["activated_linear"], args)))
 
 
 def _verdict(key: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -123,17 +123,11 @@ def measure_join(x: Tensor, thin: Tensor, wide: Tensor) -> dict[str, Any]:
     return _race(two, {"joined": one}, given, [one.double() for one in given], {"joined": None})
 
 
-def measure_epilogue(x: Tensor, weight: Tensor, bias: Tensor, approximate: str) -> dict[str, Any]:
-    """The verdict on a library's product with the gelu behind it."""
-    given = [_random(one) for one in (x, weight, bias)]
-
-    def two(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return F.gelu(F.linear(x, weight, bias), approximate=approximate)
-
-    def one(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return torch._addmm_activation(bias, x, weight.t(), use_gelu=True)
-
-    return _race(two, {"epilogue": one}, given, [one.double() for one in given], {"epilogue": None})
+def measure_library(op: Op, args: tuple[Any, ...]) -> dict[str, Any]:
+    """The verdict on a library's form of an op, against the reference."""
+    assert op.library is not None
+    given = [_random(one) for one in args]
+    return _race(op.reference, {"library": op.library}, given, op.in_double(given), {"library": None})
 
 
 def _race(

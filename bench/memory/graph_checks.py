@@ -16,10 +16,9 @@ import json
 import sys
 import tempfile
 from collections.abc import Mapping
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +28,13 @@ from torch import Tensor, nn
 
 import agd_fast as agd
 from agd_fast.distillation.train import LOG_NAME
-from agd_fast.environment import environment
-from agd_fast.files import write_json
 from agd_fast.memory.blocks import checkpointing
 from agd_fast.trajectories import Batch, Trajectories
 from agd_fast.warning import described
 from memory.rows import CHECKPOINTING, EAGER
-from nfe_speed import commit
 from speed.architectures import Architecture, build, find_architecture
 from speed.arms import randomise_zeros
+from speed.checking import all_right
 
 WAYS: dict[str, dict[str, Any]] = {  # arguments of `distill`
     EAGER: {},
@@ -207,16 +204,8 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), metavar="WAY", help=f"default: {' '.join(WAYS)}")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     args = parser.parse_args()
-    rows: list[Row] = []
-    with ProcessPoolExecutor(len(args.ways), get_context("spawn")) as pool:  # whose steps a card waits for
-        checked = [pool.submit(check, way, dtype=dtype) for dtype in DTYPES for way in args.ways]
-        for one in as_completed(checked):
-            rows.append(one.result())
-            print(rows[-1], flush=True)
-            if args.json:
-                complete = len(rows) == len(checked)
-                write_json(args.json, {"environment": environment(), "commit": commit(), "complete": complete, "rows": rows})
-    sys.exit(any(not row["ok"] for row in rows))
+    checks = [partial(check, way, dtype=dtype) for dtype in DTYPES for way in args.ways]
+    sys.exit(not all_right(checks, len(args.ways), args.json))  # at once: a card waits for their steps
 
 
 if __name__ == "__main__":

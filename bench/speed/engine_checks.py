@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +17,9 @@ from torch.utils import _pytree as pytree
 import agd_fast as agd
 from agd_fast.attaching import attachment_of, components_of, scoped, spec_of
 from agd_fast.engine import engine_of
-from agd_fast.environment import environment
-from agd_fast.files import write_json
 from agd_fast.ops import Kernels, kernels_info
 from agd_fast.warning import described
-from nfe_speed import commit
+from speed.checking import all_right
 
 FAMILIES = ("sdxl", "dit", "sd3", "pixart", "wan", "sd15", "qwenimage", "sana", "auraflow")
 OMEGAS = (2.0, 5.0)
@@ -107,16 +104,8 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     args = parser.parse_args()
-    rows = []
-    with ProcessPoolExecutor(len(SETTINGS), get_context("spawn")) as pool:  # of each, most is compilation
-        checked = [pool.submit(check, args.family, args.device, setting) for setting in SETTINGS]
-        for one in as_completed(checked):
-            rows.append(one.result())
-            print(rows[-1], flush=True)
-            if args.json:
-                complete = len(rows) == len(SETTINGS)
-                write_json(args.json, {"environment": environment(), "commit": commit(), "complete": complete, "rows": rows})
-    sys.exit(any(not row["ok"] for row in rows))
+    checks = [partial(check, args.family, args.device, setting) for setting in SETTINGS]
+    sys.exit(not all_right(checks, len(SETTINGS), args.json))  # at once: of each, most is compilation
 
 
 if __name__ == "__main__":
