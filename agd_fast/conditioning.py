@@ -13,7 +13,9 @@ from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor, nn
 
 from agd_fast.adapters.config import AdapterConfig
-from agd_fast.spec import Condition, DenoiserSpec, Layout, apply_modules, config_value, device_of
+from agd_fast.forward import device_of
+from agd_fast.sites import Layout, apply_modules, config_value
+from agd_fast.spec import Condition, DenoiserSpec
 
 SINUSOIDAL_WIDTH = 64  # channels of e_t where the base has no time embedding to reuse
 

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-_METADATA = "agd_fast"
+_METADATA, _SEAL = "agd_fast", "seal"
 PARTIAL = ".partial"  # ending of a file that is still being written
 
 
@@ -88,6 +88,17 @@ def to_json(value: Any) -> str:
     return json.dumps(value, indent=2) + "\n"
 
 
+def read_lines(path: str | os.PathLike[str]) -> list[str]:
+    """Of a text that somebody wrote: without the mark that editors of Windows put first, and whole where a line holds U+2028.
+
+    Raises: ValueError naming `path` when it is not UTF-8.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not a text in UTF-8: {error}") from error
+
+
 def read_json(path: str | os.PathLike[str]) -> Any:
     """Raises: ValueError naming `path` when it is not JSON."""
     try:
@@ -100,20 +111,27 @@ def write_tensors(
     path: str | os.PathLike[str],
     tensors: Mapping[str, torch.Tensor],
     metadata: Mapping[str, str] | None = None,
+    *,
+    sealed: bool = False,
 ) -> None:
     with replacing(path) as partial:
-        save_tensors(partial, tensors, metadata)
+        save_tensors(partial, tensors, metadata, sealed=sealed)
 
 
 def save_tensors(
     path: str | os.PathLike[str],
     tensors: Mapping[str, torch.Tensor],
     metadata: Mapping[str, str] | None = None,
+    *,
+    sealed: bool = False,
 ) -> None:
     """Write to a path that `replacing` gave: the same content, the same bytes (safetensors orders several entries of metadata
-    at random, so ours are one)."""
+    at random, so ours are one). sealed: with a hash of the content, which `read_tensors` compares."""
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(contiguous, path, {_METADATA: json.dumps(dict(metadata or {}), sort_keys=True)})
+    entries = dict(metadata or {})
+    if sealed:
+        entries[_SEAL] = _seal(contiguous, entries)
+    save_file(contiguous, path, {_METADATA: json.dumps(entries, sort_keys=True)})
 
 
 def read_tensors(
@@ -121,7 +139,8 @@ def read_tensors(
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Tensors (memory-mapped) and metadata of a safetensors file.
 
-    Raises: FileNotFoundError, PermissionError; ValueError naming `path` when it is truncated or not safetensors.
+    Raises: FileNotFoundError, PermissionError; ValueError naming `path` when it is truncated or not safetensors, or another
+    content than was sealed.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"expected a safetensors file at {path}, found none")
@@ -130,9 +149,22 @@ def read_tensors(
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return tensors, json.loads((file.metadata() or {}).get(_METADATA, "{}"))
+            metadata = json.loads((file.metadata() or {}).get(_METADATA, "{}"))
     except SafetensorError as error:
         raise ValueError(f"{path} is truncated or not a safetensors file ({error}); expected one written by agd_fast") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is damaged: its metadata is not valid JSON ({error})") from error
+    if not isinstance(metadata, dict):
+        raise ValueError(f"{path} is damaged: expected an object as its metadata, found {metadata!r}")
+    seal = metadata.pop(_SEAL, None)
+    if seal is not None and seal != (found := _seal(tensors, metadata)):
+        raise ValueError(f"{path} is damaged: expected a content with the hash {seal}, found {found}")
+    return tensors, metadata
+
+
+def _seal(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> str:
+    text = fingerprint(tensors) + json.dumps(metadata, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def sha256(path: str | os.PathLike[str]) -> str:

@@ -7,6 +7,9 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from agd_fast.sites import find_modules
+from agd_fast.spec import DenoiserSpec
+
 
 @contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
@@ -21,6 +24,19 @@ def frozen(module: nn.Module) -> Iterator[None]:
             child.training = mode
         for parameter, flag in gradients.items():
             parameter.requires_grad_(flag)
+
+
+@contextmanager
+def differentiable(denoiser: nn.Module, spec: DenoiserSpec) -> Iterator[None]:
+    """Inside, gradients pass all of a denoiser in eval mode: `spec.train_mode` is in train mode.
+
+    Raises: ValueError when a path matches nothing.
+    """
+    modules = [module for path in spec.train_mode for module in find_modules(denoiser, path).values()]
+    with restoring(modules, ("training",)):
+        for module in modules:
+            module.training = True
+        yield
 
 
 @contextmanager

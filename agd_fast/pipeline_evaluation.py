@@ -21,8 +21,8 @@ from agd_fast.evaluation.networks import Asked, load_networks
 from agd_fast.evaluation.pictures import Pictures, Way
 from agd_fast.evaluation.pipeline import PipelineEvaluation, PipelineScale
 from agd_fast.files import fingerprint
-from agd_fast.pipelines import ARMS, PipelineTeacher
-from agd_fast.pipelines.teacher import Inputs
+from agd_fast.locking import only_writer
+from agd_fast.pipelines import ARMS, Inputs, PipelineTeacher
 from agd_fast.reporting.pipeline_report import write_pipeline_report
 from agd_fast.warning import warn
 
@@ -63,7 +63,7 @@ def evaluate_pipeline(
     Writes pictures/, plan.json, report.json, report.html and grid.png. Of a video the middle frame is compared. A number of which
     a picture is black all over, as safety checkers leave it, is left out, and counted.
     Raises: ValueError for a pipeline without adapters or pictures, scales without guidance, or an output_dir of another
-    evaluation; ImportError, OSError naming what a metric lacks.
+    evaluation; ImportError, OSError naming what a metric lacks; OSError when another process is writing to output_dir.
     """
     if prompts is None and inputs is None:
         raise ValueError("expected prompts, or inputs, that the adapter was not distilled on; found neither")
@@ -76,14 +76,15 @@ def evaluate_pipeline(
     networks = load_networks(metrics)
     batch = min(batch_size or teacher.run_size, count)
     pictures = Pictures(Path(output_dir), teacher, steps, seed)
-    pictures.open(_plan(teachers, steps, seed), resume)
     device = pipe._execution_device
     phases = Phases(device)
-    costs = _costs(pictures, scales[0], batch, timing_rounds, progress)
-    phases.done("costs")
     ways = [Way("unguided"), *(Way(arm, scale) for scale in scales for arm in ("cfg", "agd"))]
-    pictures.make(ways, count, batch, progress)
-    phases.done("pictures")
+    with only_writer(output_dir):
+        pictures.open(_plan(teachers, steps, seed), resume)
+        costs = _costs(pictures, scales[0], batch, timing_rounds, progress)
+        phases.done("costs")
+        pictures.make(ways, count, batch, progress)
+        phases.done("pictures")
     explained = _explained(
         teachers, scales, steps, seed, teacher.validation_runs if explained_prompts is None else explained_prompts
     )

@@ -66,3 +66,8 @@ def timesteps_for(scheduler: Any, steps: int, **settings: Any) -> Tensor:
     scheduler = copy.deepcopy(scheduler)
     scheduler.set_timesteps(steps, **settings)
     return scheduler.timesteps
+
+
+def prediction_type_of(scheduler: Any) -> str:
+    """What the denoiser predicts under a diffusers scheduler; those of flow matching do not say it."""
+    return getattr(scheduler.config, "prediction_type", None) or "flow_prediction"

@@ -6,17 +6,9 @@ not a subclass. The entries that ship are in `agd_fast.families`; any `nn.Module
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from difflib import get_close_matches
-from fnmatch import fnmatchcase
-from typing import Any, Literal
-
-import torch
-from diffusers.models.attention import FeedForward
-from diffusers.models.modeling_utils import get_parameter_dtype
-from torch import nn
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
 
 SiteForm = Literal["add", "scale", "affine"]
 Tokens = Literal["all", "first", "last"]
@@ -95,6 +87,7 @@ class PipelineSpec:
     guider: name of the component that holds the guidance scale, where the pipeline has a guider instead of an argument; or of
         several, of which a call uses one.
     pictures: whether its output is pictures, or videos of them; False for sound.
+    batched: whether a guided call takes several prompts, in lists; False where it is one, and one generator.
     """
 
     components: tuple[str, ...] = ("transformer",)
@@ -105,6 +98,7 @@ class PipelineSpec:
     own_negative: bool = False
     guider: str | tuple[str, ...] | None = None
     pictures: bool = True
+    batched: bool = True
 
     @property
     def guiders(self) -> tuple[str, ...]:
@@ -129,6 +123,8 @@ class DenoiserSpec:
         share. A name stands for all that is inside of it.
     attention, feed_forward, convolution: blocks that residual adapters are added to.
     modulation: conditioning sites that modulation adapters move.
+    train_mode: modules, by globs over their names, that let no gradients through in eval mode, such as a mixture of experts: each
+        by itself, without those inside of it, is in train mode while an adapter is trained.
     adapter_kind: of an adapter whose config names none.
     guided_channels: leading output channels that CFG guides; "config.<attribute>" is read off the denoiser, None means all.
         Channels after them (a learned variance) are left as the conditional pass gives them.
@@ -152,6 +148,7 @@ class DenoiserSpec:
     feed_forward: tuple[Site, ...] = ()
     convolution: tuple[Site, ...] = ()
     modulation: tuple[Site, ...] = ()
+    train_mode: tuple[str, ...] = ()
     adapter_kind: str = "modulation"
     guided_channels: int | str | None = None
     prediction_type: str | None = None
@@ -177,222 +174,3 @@ class DenoiserSpec:
         while name and name not in self.batch_dims:
             name = name.rpartition(".")[0]
         return self.batch_dims[name] if name else 0
-
-
-@dataclass(frozen=True)
-class ResolvedSite:
-    """A site found in one denoiser: a module's full name and its widths in channels."""
-
-    path: str
-    width: int
-    input_width: int
-    form: SiteForm
-    channel_dim: int
-    output: int
-    hidden: str
-    argument: str | None = None
-    tokens: Tokens = "all"
-
-
-@dataclass(frozen=True)
-class Layout:
-    """All that the shapes of an adapter depend on; stored beside its weights.
-
-    sites: by kind of adapter, in the order of the denoiser's modules. time_width: channels of e_t.
-    condition_widths: channels of e_c by argument.
-    """
-
-    sites: Mapping[str, tuple[ResolvedSite, ...]]
-    time_width: int
-    condition_widths: Mapping[str, int] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, value: Mapping[str, Any]) -> Layout:
-        sites = {kind: tuple(ResolvedSite(**site) for site in found) for kind, found in value["sites"].items()}
-        return cls(sites, int(value["time_width"]), dict(value["condition_widths"]))
-
-
-def resolve_sites(denoiser: nn.Module, sites: tuple[Site, ...]) -> tuple[ResolvedSite, ...]:
-    """Find every module that `sites` name, in the denoiser's own order.
-
-    Raises: ValueError when a path matches nothing or a width is unknown or wrong.
-    """
-    found: dict[str, ResolvedSite] = {}
-    for site in sites:
-        for name, module in _matching(denoiser, site).items():
-            width, input_width = _widths(name, module, site)
-            found[name] = ResolvedSite(
-                name,
-                width,
-                input_width,
-                site.form,
-                site.channel_dim,
-                site.output,
-                site.hidden,
-                site.argument,
-                site.tokens,
-            )
-    return tuple(found[name] for name, _ in denoiser.named_modules() if name in found)
-
-
-def find_modules(denoiser: nn.Module, path: str) -> dict[str, nn.Module]:
-    """The denoiser's modules by name, where the name matches the glob `path`.
-
-    Raises: ValueError when there is none, naming the nearest.
-    """
-    modules = dict(denoiser.named_modules())
-    matches = {name: module for name, module in modules.items() if fnmatchcase(name, path)}
-    if not matches:
-        nearest = get_close_matches(path, [name for name in modules if name], n=4, cutoff=0.3)
-        raise ValueError(
-            f"no module of {type(denoiser).__name__} matches the path {path!r}; "
-            f"modules nearest to it: {', '.join(nearest) or 'none'}"
-        )
-    return matches
-
-
-def _matching(denoiser: nn.Module, site: Site) -> dict[str, nn.Module]:
-    found = find_modules(denoiser, site.path)
-    if not isinstance(site.width, str):
-        return found
-    having = {name: module for name, module in found.items() if site.width in dict(module.named_parameters())}
-    if not having:
-        raise ValueError(
-            f"expected a parameter {site.width!r} at {site.path!r} to read a width off, found none at {list(found)[:4]}"
-        )
-    return having
-
-
-def _widths(name: str, module: nn.Module, site: Site) -> tuple[int, int]:
-    if isinstance(site.width, str):
-        elements = module.get_parameter(site.width).numel()
-        return elements, site.input_width or elements
-    width, input_width = (None, None) if site.argument else module_widths(module)
-    for what, declared, read in (("width", site.width, width), ("input_width", site.input_width, input_width)):
-        if declared is not None and read is not None and declared != read:
-            raise ValueError(
-                f"width mismatch at {name!r}: the spec says {what}={declared}, the {type(module).__name__} there has {read}"
-            )
-    width = site.width if width is None else width
-    if width is None:
-        raise ValueError(
-            f"the width of {name!r} cannot be read off a {type(module).__name__}; "
-            f"expected Site({site.path!r}, width=...) in the spec"
-        )
-    return width, site.input_width or input_width or width
-
-
-def module_widths(module: nn.Module) -> tuple[int | None, int | None]:
-    """Output and input channels of a module, None where they cannot be told."""
-    if isinstance(module, nn.Linear):
-        return module.out_features, module.in_features
-    if isinstance(module, nn.Conv2d):
-        return module.out_channels, module.in_channels
-    if isinstance(module, nn.LayerNorm):
-        return module.normalized_shape[-1], module.normalized_shape[-1]
-    if isinstance(module, nn.GroupNorm):
-        return module.num_channels, module.num_channels
-    out_dim, query_dim = getattr(module, "out_dim", None), getattr(module, "query_dim", None)
-    if isinstance(out_dim, int) and isinstance(query_dim, int):  # diffusers' Attention
-        return out_dim, query_dim
-    if isinstance(module, FeedForward):
-        linears = [child for child in module.modules() if isinstance(child, nn.Linear)]
-        return linears[-1].out_features, linears[0].in_features
-    return None, None
-
-
-def config_value(denoiser: nn.Module, value: Any) -> Any:
-    """`value`, or what it names when it is a string "config.<attribute>", or, in a list there, "config.<attribute>.<index>"."""
-    if isinstance(value, str) and value.startswith("config."):
-        found: Any = getattr(denoiser, "config", {})
-        for name in value.split(".")[1:]:
-            found = _entry(found, name)
-        if found is None:
-            raise ValueError(f"the spec names {value}, but {type(denoiser).__name__} has no such entry in its config")
-        return found
-    return value
-
-
-def _entry(found: Any, name: str) -> Any:
-    if isinstance(found, Mapping):
-        return found.get(name)
-    if isinstance(found, (list, tuple)) and name.isdigit():
-        return found[int(name)] if int(name) < len(found) else None
-    return getattr(found, name, None)
-
-
-def device_of(module: nn.Module) -> torch.device:
-    """Where its forward runs: in between, what accelerate offloads by modules lies on "meta", diffusers' groups on the CPU."""
-    device = next(module.parameters()).device
-    if device.type == "cpu":
-        for inner in module.modules():
-            registry = vars(inner).get("_diffusers_hook")
-            if registry is not None and (hook := registry.get_hook("group_offloading")) is not None:
-                return hook.config.onload_device
-    if device.type == "meta":
-        for inner in module.modules():
-            if (found := getattr(getattr(inner, "_hf_hook", None), "execution_device", None)) is not None:
-                return torch.device(found)
-    return device
-
-
-def label_count(denoiser: nn.Module, condition: Condition) -> int | None:
-    """How many labels the base can look up, its null label among them; None where the condition is no label."""
-    for name in condition.embedding:
-        for module in find_modules(denoiser, name)[name].modules():
-            if isinstance(module, nn.Embedding):
-                return module.num_embeddings
-    return None
-
-
-def apply_modules(denoiser: nn.Module, names: tuple[str, ...], x: torch.Tensor) -> torch.Tensor:
-    """Pass `x` through the base's modules `names` in turn, each in its own dtype."""
-    for name in names:
-        module = denoiser.get_submodule(name)
-        if x.is_floating_point() and next(module.parameters(), None) is not None:
-            x = x.to(get_parameter_dtype(module))  # what it computes in, under layerwise casting too
-        x = module(x)
-    return x
-
-
-def prediction_type_of(scheduler: Any) -> str:
-    """What the denoiser predicts under a diffusers scheduler; those of flow matching do not say it."""
-    return getattr(scheduler.config, "prediction_type", None) or "flow_prediction"
-
-
-def forward_parameters(denoiser: nn.Module) -> tuple[str, ...]:
-    """Names of the denoiser's forward parameters, in positional order."""
-    return tuple(inspect.signature(denoiser.forward).parameters)
-
-
-def required_parameters(denoiser: nn.Module) -> frozenset[str]:
-    """Names of the denoiser's forward parameters that have no default."""
-    parameters = inspect.signature(denoiser.forward).parameters.items()
-    return frozenset(name for name, one in parameters if one.default is one.empty)
-
-
-def argument_of(name: str, parameters: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """The value of a (dotted) name in a call of a forward with these parameters; None where it is not passed."""
-    outer, _, inner = name.partition(".")
-    position = parameters.index(outer) if outer in parameters else len(args)
-    value = kwargs[outer] if outer in kwargs else args[position] if position < len(args) else None
-    return value.get(inner) if inner and value is not None else value
-
-
-def nest(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Keyword arguments of the denoiser from values by (dotted) name; where the inner names are numbers they are a list's."""
-    arguments: dict[str, Any] = {}
-    inner: dict[str, dict[str, Any]] = {}
-    for name, value in values.items():
-        outer, _, rest = name.partition(".")
-        if rest:
-            inner.setdefault(outer, {})[rest] = value
-        else:
-            arguments[outer] = value
-    for outer, found in inner.items():
-        nested = nest(found)
-        arguments[outer] = [nested[key] for key in sorted(nested, key=int)] if all(map(str.isdigit, nested)) else nested
-    return arguments

@@ -24,11 +24,14 @@ from agd_fast.attaching import (
     spec_of,
     wrap,
 )
+from agd_fast.checking import is_finite
 from agd_fast.files import read_json, read_tensors, replacing, save_tensors, to_json
-from agd_fast.spec import DenoiserSpec, Layout, prediction_type_of
+from agd_fast.schedule import prediction_type_of
+from agd_fast.sites import Layout
+from agd_fast.sources import CONFIG_NAME, WEIGHTS_NAME, resolve
+from agd_fast.spec import DenoiserSpec
 from agd_fast.version import __version__
 
-WEIGHTS_NAME, CONFIG_NAME = "adapter.safetensors", "adapter_config.json"
 FORMAT_VERSION = 1
 
 
@@ -66,7 +69,7 @@ def _save_one(model: Any, component: nn.Module, directory: Path, about: Mapping[
     config = json.loads(json.dumps(config))  # what a reader will find, to the last key
     metadata = {"config_id": _config_id(config)}
     with replacing(directory / WEIGHTS_NAME) as weights, replacing(directory / CONFIG_NAME) as text:  # both or neither
-        save_tensors(weights, attachment.adapter.state_dict(), metadata)
+        save_tensors(weights, attachment.adapter.state_dict(), metadata, sealed=True)
         text.write_text(to_json(config), encoding="utf-8")
 
 
@@ -95,13 +98,11 @@ def load(
     its argument.
 
     source: a folder that `save` or `distill` wrote, or the id of a Hub repo ("name/repo") when no such folder is here.
-    revision, token: of that repo; see `agd_fast.hub.resolve`.
+    revision, token: of that repo; see `agd_fast.sources.resolve`.
     Raises: FileNotFoundError when a file or the repo is missing; ValueError when one is truncated, from a newer format, or
     made for another base (naming what was expected and what was found), or a pipeline's call takes no guidance scale. The model
     is then as it was.
     """
-    from agd_fast.hub import resolve  # which reads adapters by this module
-
     directory = resolve(source, revision=revision, token=token)
     spec = spec_of(model, spec)
     require_scale(model, spec)
@@ -165,7 +166,7 @@ def _prediction_type(model: Any) -> str | None:
 def read_adapter(directory: Path, config: dict[str, Any]) -> Adapter:
     """The adapter of a directory, on the CPU; config: its `read_config`.
 
-    Raises: FileNotFoundError, ValueError when the weights are missing, truncated or not those of `config`.
+    Raises: FileNotFoundError, ValueError when the weights are missing, damaged, not finite or not those of `config`.
     """
     path = directory / WEIGHTS_NAME
     tensors, metadata = read_tensors(path)
@@ -182,6 +183,10 @@ def read_adapter(directory: Path, config: dict[str, Any]) -> Adapter:
             f"{path} differs from its config in {len(differing)} tensors, first {name!r}: "
             f"expected {expected.get(name, 'none')}, found {found.get(name, 'none')}"
         )
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or not is_finite(tensor).all():
+            what = "values that are not finite" if tensor.is_floating_point() else tensor.dtype
+            raise ValueError(f"{path} holds no weights in {name!r}: expected finite numbers of floating point, found {what}")
     adapter.to_empty(device="cpu").load_state_dict(tensors)
     return adapter
 

@@ -18,9 +18,11 @@ from agd_fast import ops
 from agd_fast.attaching import Attachment, armed, attachment_of, component_of, denoiser_of, disabled
 from agd_fast.families import find_spec
 from agd_fast.files import fingerprint
+from agd_fast.forward import device_of, nest
 from agd_fast.freezing import frozen
-from agd_fast.schedule import integrate, visit_noised
-from agd_fast.spec import DenoiserSpec, config_value, device_of, label_count, nest, prediction_type_of
+from agd_fast.schedule import integrate, prediction_type_of, visit_noised
+from agd_fast.sites import config_value, label_count
+from agd_fast.spec import DenoiserSpec
 
 Conditions = Mapping[str, Tensor]
 Guidance = Callable[[Tensor, Tensor, Tensor], Tensor]  # ε(∅), ε(c) [B, C, ...], ω [B] → guided prediction [B, C, ...]

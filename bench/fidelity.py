@@ -2,6 +2,7 @@
 
 python bench/fidelity.py teacher --data digits --model unet
 python bench/fidelity.py teacher --data PATH/cifar10_train_jpeg.npz --model dit        # one GPU, 8 minutes
+python bench/fidelity.py teacher --data PATH/cifar10_train_jpeg.npz --model unet --size 16   # hours of two CPU cores
 python bench/fidelity.py run --teacher bench/teachers/digits-unet --adapters modulation cross_attention:paper full --seeds 3
 python bench/fidelity.py claims --teacher bench/teachers/digits-unet
 python bench/fidelity.py report
@@ -21,7 +22,7 @@ from agd_fast.distillation.presets import PRESETS
 from agd_fast.evaluation.explained import SCALES
 from quality.arms import make_arms
 from quality.claims import CLAIMS, run_claims
-from quality.data import load_data
+from quality.data import ImageData, load_data
 from quality.report import write_report
 from quality.run import merge, run_arms
 from quality.scoring import Sizes
@@ -32,6 +33,7 @@ RESULTS = Path(__file__).parent / "results" / "fidelity"
 INCEPTION = (
     "file of Inception's weights, to measure FID too (needs torch-fidelity); images that are measured already stay as they are"
 )
+SIZE = "shrink photographs to that side, which a CPU can do; default: as they are"
 TEACHER_MINUTES = 7.0  # of training; the classifier and what is drawn of the data take the better part of another two
 
 
@@ -47,11 +49,13 @@ def main() -> None:
     teacher.add_argument("--minutes", type=float, help="of training at most; default 8")
     teacher.add_argument("--steps", type=int, help="of training at most")
     teacher.add_argument("--limit", type=int, help="use that many images only")
+    teacher.add_argument("--size", type=int, help=SIZE)
     teacher.add_argument("--smoke", action="store_true", help="a tiny model for a few steps, into runs/smoke")
     teacher.set_defaults(call=_teacher)
     run = commands.add_parser("run", help="train arms and score them; one JSON a run, so that it continues where it stopped")
     run.add_argument("--teacher", type=Path, default=TEACHERS / "digits-dit", help="folder of a finished teacher")
     run.add_argument("--data", type=Path, help="what it was trained on, where that is not 'digits'")
+    run.add_argument("--size", type=int, help=SIZE)
     run.add_argument(
         "--adapters",
         nargs="+",
@@ -78,6 +82,7 @@ def main() -> None:
     claims = commands.add_parser("claims", help="measure the paper's other claims for the default adapter; skips what is there")
     claims.add_argument("--teacher", type=Path, default=TEACHERS / "digits-dit", help="folder of a finished teacher")
     claims.add_argument("--data", type=Path, help="what it was trained on, where that is not 'digits'")
+    claims.add_argument("--size", type=int, help=SIZE)
     claims.add_argument("--names", nargs="+", choices=CLAIMS, help="default: all")
     claims.add_argument("--steps", type=int, default=TrainConfig.steps, help="of training")
     claims.add_argument("--trajectories", type=int, default=STANDARD.trajectories, help="to train on")
@@ -120,12 +125,17 @@ def _teacher(args: argparse.Namespace) -> None:
         minutes=args.minutes,
         steps=args.steps,
         limit=args.limit,
+        size=args.size,
         smoke=args.smoke,
     )
 
 
+def _data(args: argparse.Namespace) -> ImageData | None:
+    return None if args.data is None else load_data(args.data, size=args.size)
+
+
 def _run(args: argparse.Namespace) -> None:
-    bench = load_teacher(args.teacher, None if args.data is None else load_data(args.data), args.device, args.inception)
+    bench = load_teacher(args.teacher, _data(args), args.device, args.inception)
     sizes = Sizes(args.samples, args.held_out, args.sampling_steps)
     seeds = list(range(args.seeds))
     arms = make_arms(
@@ -144,7 +154,7 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _claims(args: argparse.Namespace) -> None:
-    bench = load_teacher(args.teacher, None if args.data is None else load_data(args.data), args.device)
+    bench = load_teacher(args.teacher, _data(args), args.device)
     sizes = Sizes(args.samples, args.held_out, args.sampling_steps)
     output = args.output or Path("runs/fidelity") / args.teacher.name
     run_claims(bench, output, sizes, names=args.names, steps=args.steps, trajectories=args.trajectories)

@@ -30,11 +30,13 @@ from agd_fast.distillation.loss import distillation_loss
 from agd_fast.environment import environment
 from agd_fast.families import SPECS
 from agd_fast.files import write_json
+from agd_fast.forward import nest
 from agd_fast.memory import MODES
 from agd_fast.memory.estimate import count
 from agd_fast.memory.twin import first_call
 from agd_fast.reporting.tables import rich_table
-from agd_fast.spec import DenoiserSpec, config_value, nest
+from agd_fast.sites import config_value
+from agd_fast.spec import DenoiserSpec
 from memory.ideas import BESIDE, IDEAS, NOT_TAKEN, Way
 from memory.outliers import inject_outliers
 from memory.students import arguments, student
@@ -150,7 +152,7 @@ def load(args: argparse.Namespace, seed: int = 0) -> Case:
     elif args.model:
         from diffusers import DiffusionPipeline
 
-        pipe = DiffusionPipeline.from_pretrained(args.model, torch_dtype=torch.float32)
+        pipe = DiffusionPipeline.from_pretrained(args.model).to(torch.float32)
         denoiser, spec = denoiser_of(pipe), agd.attaching.spec_of(pipe)
         torch.manual_seed(seed)
         found = first_call(pipe, spec, args.resolution, args.batch, {})

@@ -22,7 +22,7 @@ from agd_fast.engine.pieces import Pieces
 from agd_fast.engine.tables import Table
 from agd_fast.graph.partition import Part
 from agd_fast.graph.repeats import Call
-from helpers_pipelines import attach, sample
+from helpers_pipelines import attach, noise, sample
 from tiny import sd15
 from tiny._parts import quiet
 
@@ -32,6 +32,11 @@ SCALE = 4.0
 def small_unet() -> nn.Module:
     blocks = {"down_block_types": ("CrossAttnDownBlock2D",), "mid_block_type": None, "up_block_types": ("UpBlock2D",)}
     return sd15.unet(**blocks, block_out_channels=(8,))
+
+
+def unet_inputs(count: int = 2) -> dict[str, Tensor]:
+    prompt = torch.randn(count, 5, 16, generator=torch.Generator().manual_seed(0))
+    return {"sample": noise(count), "timestep": torch.tensor(500), "encoder_hidden_states": prompt}
 
 
 def small_pipeline() -> StableDiffusionPipeline:

@@ -17,7 +17,8 @@ import agd_fast as agd
 from agd_fast.attaching import attachment_of, components_of, denoiser_of, require_attachment
 from agd_fast.attaching.wrapping import is_wrapped
 from agd_fast.families import find_spec
-from agd_fast.spec import DenoiserSpec, forward_parameters
+from agd_fast.forward import forward_parameters
+from agd_fast.spec import DenoiserSpec
 from conftest import trained
 from tiny import TinyFamily
 

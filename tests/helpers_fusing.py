@@ -7,17 +7,28 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from agd_fast import ops
-from agd_fast.backend.compile import _joined
-from agd_fast.graph.capture import capture
+from agd_fast.graph.capture import add_call, capture
 from agd_fast.graph.levels import Level
 from agd_fast.graph.rewriting import rewrite
 from conftest import assert_as_exact
+
+aten = torch.ops.aten
 
 B, T, C = 3, 7, 8
 
 
 def as_list(found):
     return list(found) if isinstance(found, tuple) else [found]
+
+
+def concatenated(graph, pieces):
+    """A `cat` of weights, behind the last of them."""
+    first = next(node for node in graph.nodes if node.op != "placeholder")
+    last = max(piece for piece in pieces if not isinstance(piece, int))
+    like = next(piece for piece in pieces if not isinstance(piece, int))
+    with graph.inserting_before(first if last < first else last.next):
+        nodes = [add_call(graph, aten.new_zeros.default, like, [one]) if isinstance(one, int) else one for one in pieces]
+        return add_call(graph, aten.cat.default, nodes)
 
 
 def rewritten(function, *inputs, policy="always", **options):
@@ -28,7 +39,7 @@ def rewritten(function, *inputs, policy="always", **options):
         node: Level.STATIC if isinstance(one, nn.Parameter) else Level.MOVING
         for node, one in zip(captured.inputs, inputs, strict=True)
     }
-    done = rewrite(graph, levels, policy, lambda pieces: _joined(graph, pieces), **options)
+    done = rewrite(graph, levels, policy, lambda pieces: concatenated(graph, pieces), **options)
     graph.lint()
     return fx.GraphModule({}, graph)(*inputs, *captured.constants.values()), done
 

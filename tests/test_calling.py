@@ -1,5 +1,6 @@
 """The call of a wrapped pipeline."""
 
+import copy
 import inspect
 
 import pytest
@@ -223,6 +224,43 @@ def test_inside_guided_an_interval_applies_and_the_scale_comes_back(wrapped):
     with agd.guided(wrapped, SCALE):
         assert torch.equal(sample(wrapped, SD15, guidance_interval=(0.5, 1.0)), expected)
         assert attachment_of(wrapped).omega.tolist() == [SCALE]
+
+
+# one call at a time
+
+
+@pytest.mark.parametrize(
+    "first", [{"guidance_scale": SCALE}, {"guidance_scale": 1.0}, {"negative_prompt": ["x"], "negative": "cfg"}]
+)
+@pytest.mark.parametrize("second", [{"guidance_scale": SCALE}, {"guidance_scale": 1.0}, {}])
+def test_a_call_inside_another_is_an_error_and_leaves_that_as_it_is(wrapped, first, second):
+    """As from two threads at once."""
+    partner = share(wrapped, StableDiffusionPipeline.from_pipe(wrapped))
+    expected = sample(wrapped, SD15, **first)
+    seen = []
+
+    def callback(pipe, step, t, tensors):
+        for other in (pipe, partner):
+            with pytest.raises(RuntimeError, match="another call of this StableDiffusionPipeline, or of one that shares its"):
+                sample(other, SD15, **second)
+        seen.append(step)
+        return tensors
+
+    assert torch.equal(sample(wrapped, SD15, **first, callback_on_step_end=callback), expected)
+    assert seen == [*range(STEPS)]
+    assert torch.equal(sample(partner, SD15, **first), expected)
+
+
+def test_a_copy_that_is_made_during_a_call_is_in_none(wrapped):
+    copies = []
+
+    def callback(pipe, step, t, tensors):
+        assert attachment_of(pipe).calling
+        copies.append(copy.deepcopy(attachment_of(pipe)))
+        return tensors
+
+    sample(wrapped, SD15, guidance_scale=SCALE, callback_on_step_end=callback)
+    assert not any(one.calling for one in copies)
 
 
 # what a call leaves behind

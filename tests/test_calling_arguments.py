@@ -1,11 +1,14 @@
 """What a wrapped pipeline's call takes: scales per prompt, a guidance interval, a negative prompt."""
 
+import inspect
+import re
+
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
 import agd_fast as agd
-from agd_fast.attaching import attachment_of
+from agd_fast.attaching import attachment_of, share
 from conftest import assert_as_exact
 from helpers_families import attach_trained, run
 from helpers_pipelines import SCALE, attach, exact, forwards, no_warnings, noise, quiet, sample
@@ -57,12 +60,31 @@ def test_scales_per_prompt_take_embeddings_and_tensors(wrapped):
         ({"prompt": "red cat", "guidance_scale": None}, "expected guidance_scale=..., a number or one a prompt; found None"),
         ({"prompt": "red cat", "guidance_scale": float("nan")}, "one finite guidance scale"),
         ({"prompt": "red cat", "guidance_scale": [[2.0], [3.0]]}, r"found shape \(2, 1\)"),
+        (
+            {"prompt": "red cat", "guidance_scale": []},
+            r"one finite guidance scale or one a sample \[B\], found shape \(0,\): \[\]",
+        ),
     ],
 )
 def test_scales_that_do_not_go_with_the_prompts_are_an_error(wrapped, given, message):
     with pytest.raises(ValueError, match=message):
         wrapped(**given, **SD15.call)
     assert quiet(wrapped)
+
+
+@pytest.mark.parametrize("wrong", ["7.5", {"scale": 2.0}, [2.0, None]])
+@pytest.mark.parametrize("further", [{}, {"negative_prompt": "blurred", "negative": "cfg"}], ids=["one pass", "two"])
+def test_scales_that_are_no_numbers_are_an_error(wrapped, wrong, further):
+    found = re.escape(repr(wrong))
+    for scale in (wrong, lambda done: wrong) if not further else (wrong,):
+        with pytest.raises(TypeError, match=rf"expected one finite guidance scale or one a sample \[B\], found {found}"):
+            sample(wrapped, SD15, guidance_scale=scale, **further)
+    assert quiet(wrapped)
+
+
+def test_a_function_that_gives_none_is_an_error(wrapped):
+    with pytest.raises(TypeError, match="expected one finite guidance scale .* found None"):
+        sample(wrapped, SD15, guidance_scale=lambda done: None)
 
 
 # guidance_interval
@@ -94,12 +116,26 @@ def test_guidance_interval_equals_switching_by_hand(wrapped, interval):
     assert torch.equal(found, by_hand)
 
 
-@pytest.mark.parametrize("interval", [(0.5, 0.5), (0.8, 0.2), (-0.1, 0.5), (0.5, 1.1)])
-def test_bad_guidance_interval_is_an_error(wrapped, interval):
-    with pytest.raises(ValueError, match=r"guidance_interval must be \(start, stop\).*found \(") as caught:
-        sample(wrapped, SD15, guidance_scale=SCALE, guidance_interval=interval)
-    assert str(interval) in str(caught.value)
+@pytest.mark.parametrize("interval", [(0.5, 0.5), (0.8, 0.2), (-0.1, 0.5), (0.5, 1.1), 0.5, (0.5,), ("a", "b"), "0.1"])
+@pytest.mark.parametrize("scale", [SCALE, 1.0])
+def test_bad_guidance_interval_is_an_error(wrapped, interval, scale):
+    with pytest.raises(ValueError, match=r"guidance_interval must be \(start, stop\)") as caught:
+        sample(wrapped, SD15, guidance_scale=scale, guidance_interval=interval)
+    assert str(caught.value).endswith(f"found {interval!r}")
     assert quiet(wrapped)
+
+
+def test_a_guidance_interval_where_no_adapter_acts_is_an_error(wrapped):
+    partner = share(wrapped, StableDiffusionPipeline.from_pipe(wrapped))
+    arguments = {"guidance_scale": SCALE, "guidance_interval": (0.0, 0.5)}
+    message = r"in this call none does .* expected no guidance_interval, found \(0\.0, 0\.5\)"
+    with pytest.raises(ValueError, match=message):
+        sample(wrapped, SD15, **arguments, negative_prompt="blurred", negative="cfg")
+    with agd.disabled(wrapped), pytest.raises(ValueError, match=message):
+        sample(wrapped, SD15, **arguments)
+    agd.unload(wrapped)
+    with pytest.raises(ValueError, match=message):
+        sample(partner, SD15, **arguments)
 
 
 # negative prompts
@@ -123,11 +159,51 @@ def test_no_negative_prompt_is_another_where_the_pipeline_has_its_own(trained_fo
         run(pipe, family, guidance_scale=SCALE)
 
 
-def test_negative_embeddings_are_left_out_with_a_warning(wrapped):
+@pytest.mark.parametrize("encodes", [True, False])
+def test_negative_embeddings_are_left_out_with_a_warning(wrapped, encodes):
     expected = sample(wrapped, SD15, guidance_scale=SCALE)
-    with pytest.warns(UserWarning, match="negative prompt is left out"):
-        found = sample(wrapped, SD15, guidance_scale=SCALE, negative_prompt_embeds=torch.zeros(1, 16, 16))
-    assert torch.equal(found, expected)
+    embeds = wrapped.encode_prompt(SD15.inputs(1)["prompt"], "cpu", 1, False)[0].detach()
+    given = {"guidance_scale": SCALE, "prompt": None, "prompt_embeds": embeds, "negative_prompt_embeds": embeds}
+    why = "are not those that this pipeline makes of it"
+    if not encodes:
+        wrapped.text_encoder, why = None, "may be others, as this pipeline has none to compare with"
+    message = f"left out: this adapter was trained for the empty prompt, and negative_prompt_embeds {why}; negative='cfg'"
+    with pytest.warns(UserWarning, match=message):
+        assert torch.equal(sample(wrapped, SD15, **given), expected)
+
+
+NEGATIVES = {
+    "sd15": {},
+    "sdxl": {},
+    "sd3": {"prompt_2": None, "prompt_3": None, "max_sequence_length": 16},
+    "pixart": {"max_sequence_length": 16},
+    "wan": {"max_sequence_length": 16},
+}
+
+
+@pytest.mark.parametrize("name", NEGATIVES)
+@pytest.mark.parametrize("trained_for", [None, "a blue ship"])
+def test_negative_embeddings_of_what_the_adapter_was_trained_for_are_known(name, trained_for):
+    family = FAMILIES[name]
+    pipe = family.pipeline()
+    attach_trained(pipe, negative_prompt=trained_for)
+    names = [*inspect.signature(pipe.encode_prompt).parameters]
+    given = {"device": "cpu", "num_images_per_prompt": 1, "do_classifier_free_guidance": True, **NEGATIVES[name]}
+    given = {key: value for key, value in given.items() if key in names}
+
+    def negatives(text):
+        negative = {} if text is None else {"negative_prompt": [text] * 2}
+        found = torch.no_grad()(pipe.encode_prompt)(["a", "b"], **negative, **given)
+        if name == "pixart":
+            return {"negative_prompt_embeds": found[2], "negative_prompt_attention_mask": found[3]}
+        pooled = {"negative_pooled_prompt_embeds": found[3]} if len(found) > 3 else {}
+        return {"negative_prompt_embeds": found[1], **pooled}
+
+    with no_warnings(), forwards(pipe) as seen:
+        sample(pipe, family, 2, guidance_scale=SCALE, **negatives(trained_for), negative="cfg")
+    assert {*seen} == {2}
+    with pytest.warns(UserWarning, match=f"trained for {'the negative prompt .a blue' if trained_for else 'the empty prompt'}"):
+        sample(pipe, family, 2, guidance_scale=SCALE, **negatives("a red cat"))
 
 
 @pytest.mark.parametrize("scale", [SCALE, [SCALE, SCALE], torch.tensor([SCALE, SCALE])])
@@ -140,6 +216,8 @@ def test_negative_cfg_is_the_bases_own_guidance(pipe, scale):
     assert seen == [4] * STEPS
     assert torch.equal(found, base)
     assert quiet(pipe)
+    with agd.guided(pipe, SCALE):
+        assert torch.equal(sample(pipe, SD15, 2, **{**arguments, "guidance_scale": scale}, negative="cfg"), base)
 
 
 def test_negative_cfg_without_a_negative_prompt_is_one_pass(wrapped):

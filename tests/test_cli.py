@@ -8,12 +8,15 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+from diffusers import DiffusionPipeline
 from PIL import Image, ImageChops, ImageStat
 from typer.testing import CliRunner
 
+import agd_fast
 from agd_fast import cli
 from agd_fast.cli import app
 from agd_fast.cli.reading import parse_labels
+from agd_fast.distillation.presets import PRESETS
 from agd_fast.ops import OPS, kernels_info
 
 AGD_FAST = Path(sys.executable).with_name("agd-fast")
@@ -71,7 +74,10 @@ def test_evaluate_writes_a_report(distilled, tmp_path):
     ("options", "message"),
     [
         (["--samples", 3], "--samples: precision and recall of digits expect at least 4, found 3"),
-        (["--model", "nowhere", "--inputs", __file__, "--labels", "0-3"], "expected --inputs or --labels, found both"),
+        (
+            ["--model", "nowhere", "--inputs", __file__, "--labels", "0-3"],
+            "expected one of --prompts, --inputs, --labels; found --inputs and --labels",
+        ),
     ],
 )
 def test_evaluate_says_what_it_cannot_measure(options, message, tmp_path):
@@ -85,12 +91,11 @@ def test_info_describes_an_adapter(distilled):
 
 
 def test_info_says_whether_kernels_run(monkeypatch):
-    from agd_fast import environment
-    from agd_fast.cli import info
+    from agd_fast import environment, ops
 
     def shown(**changed):
         found = {**kernels_info(), "missing": "", "failed": {}, **changed}
-        monkeypatch.setattr(info, "kernels_info", lambda: found)
+        monkeypatch.setattr(ops, "kernels_info", lambda: found)
         monkeypatch.setattr(environment, "kernels_info", lambda: found)
         return CliRunner().invoke(app, "info", catch_exceptions=False, env={"COLUMNS": "300"}).stdout
 
@@ -126,6 +131,59 @@ def test_demo_report_holds_what_it_promises(tmp_path):
 def test_no_name_of_the_package_hides_a_file_of_it():
     for found in pkgutil.iter_modules(cli.__path__):
         assert import_module(f"agd_fast.cli.{found.name}") is getattr(cli, found.name)
+
+
+def test_version():
+    done = CliRunner().invoke(app, "--version")
+    assert done.exit_code == 0 and done.output == f"agd-fast {agd_fast.__version__}\n"
+
+
+def test_help_of_distill_says_what_there_is():
+    said = " ".join(CliRunner().invoke(app, ["distill", "--help"], env={"COLUMNS": "300"}).output.split())
+    assert f"Settings that go together: {', '.join(PRESETS)}." in said
+    assert "[default: (1 6, or 1 12 of a text pipeline)]" in said
+
+
+TEXT = ["--model", "nowhere", "--prompts"]
+HERE = Path(__file__)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["distill", *TEXT, "none.txt"], "found no file none.txt"),
+        (["distill", *TEXT, "empty.txt"], "at least one prompt in empty.txt"),
+        (["distill", *TEXT, "latin.txt"], "latin.txt is not a text in UTF-8"),
+        (["distill", *TEXT, HERE, "--labels", 1], "expected one of --prompts, --inputs, --labels; found --prompts and --labels"),
+        (["distill", *TEXT, HERE, "--call", "{bad"], "expected JSON"),
+        (["distill", *TEXT, HERE, "--kind", "foo"], "kind must be one of"),
+        (["distill", *TEXT, HERE, "--guidance", 5, 2], "guidance_range must be (low, high)"),
+        (["distill", *TEXT, HERE, "--sampling-steps", 8, 3], "expected --sampling-steps LOWEST HIGHEST, found 8 3"),
+        (["distill", *TEXT, HERE, "--memory", "foo"], "memory must be one of"),
+        (["distill", *TEXT, HERE, "--base-weights", "foo"], "base_weights must be one of"),
+        (["distill", *TEXT, HERE, "--mixed-precision", "foo"], "mixed_precision must be one of"),
+        (["distill", *TEXT, HERE, "--source", "foo"], "source must be one of"),
+        (["distill", *TEXT, HERE, "--init", "none"], "expected adapter_config.json"),
+        (["distill", "--prompts", HERE], "--prompts go(es) with a pipeline; expected --model as well"),
+        (["sample", "none", "--model", "nowhere", "--prompt", "a"], "expected adapter_config.json"),
+        (["sample", "none", "--model", "nowhere", "--inputs", "none.jsonl"], "found no file none.jsonl"),
+        (["sample", "none", "--prompt", "a"], "--prompt go(es) with a pipeline; expected --model as well"),
+        (["evaluate", "none", *TEXT, HERE], "expected adapter_config.json"),
+        (["evaluate", "none", *TEXT, "none.txt"], "found no file none.txt"),
+        (["evaluate", "none", *TEXT, HERE, "--metrics", "foo"], "expected metrics of lpips, clip, fid; found foo"),
+        (["evaluate", "none", "--model", "nowhere"], "expected --prompts, --inputs or --labels"),
+        (["estimate", "nowhere", "--kind", "foo"], "kind must be one of"),
+        (["estimate", "nowhere", "--base-weights", "foo"], "base_weights must be one of"),
+        (["convert", "none.pt", "--config", HERE, "--model", "nowhere"], "'none.pt' does not exist"),
+    ],
+)
+def test_what_is_wrong_is_said_before_a_model_is_loaded(options, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.chdir(tmp_path)
+    Path("empty.txt").write_text("\n")
+    Path("latin.txt").write_bytes(b"ein M\xe4dchen")
+    done = CliRunner().invoke(app, [*map(str, options)], env={"COLUMNS": "300"})
+    assert message in " ".join(done.output.replace("│", " ").split()) + str(done.exception)
 
 
 @pytest.mark.parametrize("command", ["demo", "distill", "sample", "evaluate", "info"])

@@ -1,14 +1,17 @@
 """The command line on pipelines of diffusers that lie in folders, and on the Hub."""
 
 import json
+import warnings
 from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub import constants
 from PIL import Image
 from typer.testing import CliRunner
 
 from agd_fast.cli import app
+from agd_fast.cli.reading import load_model
 from fake_hub import TOKEN, FakeHub
 from helpers_evaluation import save_clip
 from helpers_reference import ASSETS, make_base
@@ -62,6 +65,19 @@ def test_sample_draws_prompts(pipeline, distilled, tmp_path):
     assert Image.open(picture).size == (2 * 16, 3 * 16)
     done = run("sample", distilled, "--output", picture, *options, "--call", "[1]", check=False)
     assert done.exit_code == 2 and "expected a JSON object" in done.output
+
+
+def test_sample_of_a_text_pipeline_expects_prompts(pipeline, distilled, tmp_path):
+    done = run("sample", distilled, "--output", tmp_path / "a.png", "--model", pipeline, "--steps", 2, check=False)
+    said = " ".join(done.output.replace("│", " ").split())
+    assert done.exit_code == 2 and "a text pipeline expects --prompt or --inputs; found neither for StableDiffusionP" in said
+
+
+def test_models_are_loaded_in_their_precision_without_a_word(pipeline):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        assert load_model(str(pipeline), "bfloat16").unet.dtype == torch.bfloat16
+        assert load_model("digits").denoiser.dtype == torch.float32
 
 
 def test_evaluate_compares_an_adapter_with_its_pipeline(pipeline, distilled, tmp_path):

@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DiTPipeline, EulerDiscreteScheduler, HeunDiscreteScheduler
+from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, EulerDiscreteScheduler, HeunDiscreteScheduler
 
 import agd_fast as agd
 from agd_fast.attaching import attachment_of
@@ -13,11 +13,13 @@ from agd_fast.distillation import TrainConfig
 from agd_fast.files import read_json
 from agd_fast.trajectories import Trajectories
 from helpers_distillation import (
+    collect_tiny,
     contents,
     custom_teacher,
     ddim,
     distill_tiny,
     dit,
+    short,
     small,
     tiny_teacher,
     unet,
@@ -136,6 +138,7 @@ def test_distill_on_trajectories_collected_before(tmp_path):
         ({"teacher": custom_teacher()}, "model.class: expected 'Net', found 'DiTTransformer2DModel'"),
         ({"guidance_range": (1, 12)}, r"guidance_range: expected \[1.0, 12.0\], found \[1.0, 6.0\]"),
         ({"scheduler": EulerDiscreteScheduler()}, "prediction_type: expected 'epsilon', found 'v_prediction'"),
+        ({"null_condition": {"class_labels": torch.tensor([2])}, "class_labels": [0, 1]}, "null_condition.class_labels: expect"),
     ],
 )
 def test_distill_refuses_trajectories_that_do_not_fit(tmp_path, change, message):
@@ -153,6 +156,36 @@ def test_distill_warns_of_trajectories_of_other_weights(tmp_path):
     states = Trajectories(tmp_path / "a" / "trajectories")
     with pytest.warns(UserWarning, match="collected from other weights than this DiTTransformer2DModel"):
         distill_tiny(tmp_path / "b", tiny_teacher(seed=1), trajectories=states)
+
+
+def test_distill_warns_of_trajectories_of_another_noise_or_other_conditions(tmp_path):
+    collect_tiny(tmp_path / "states", trajectories=6, steps=(3, 4))
+    given = {"trajectories": Trajectories(tmp_path / "states"), "train_config": short(steps=1)}
+    same, other = (DDIMScheduler.from_config(ddim().config, beta_end=end, set_alpha_to_one=False) for end in (0.02, 0.03))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        distill_tiny(tmp_path / "same", scheduler=same, **given)
+    with pytest.warns(UserWarning, match=r"with another schedule of noise \(beta_end: expected 0.03, found 0.02\)"):
+        distill_tiny(tmp_path / "noise", scheduler=other, **given)
+    with pytest.warns(UserWarning, match=r"from other conditions .*which are for validation alone"):
+        distill_tiny(tmp_path / "labels", class_labels=[1], **given)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"validation": 0, "validate_every": 1}, "validate_every=1 expects held-out trajectories .*, found validation=0"),
+        ({"validate_every": 0}, "validate_every must be an int of at least 1, found 0"),
+        ({"validation": -1}, "validation must be an int of at least 0, found -1"),
+        ({"seed": 2**63 - 1}, "seed must be an int of at least 0 and at most"),
+        ({"guidance_range": 5}, r"guidance_range must be \(low, high\), .* found 5"),
+        ({"guidance_range": (1, float("inf"))}, r"guidance_range must be .* found \(1, inf\)"),
+    ],
+)
+def test_distill_says_what_numbers_must_be_before_anything_runs(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        distill_tiny(tmp_path / "run", **changes)
+    assert not (tmp_path / "run").exists()
 
 
 def test_distill_of_the_null_label_is_an_error(tmp_path):

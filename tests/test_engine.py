@@ -1,4 +1,4 @@
-"""The engine on and off, beside what else happens to a model, and where it leaves the plain path in place."""
+"""The engine on and off, beside what else happens to a model."""
 
 import copy
 import pickle
@@ -12,6 +12,7 @@ from agd_fast.attaching import attachment_of, scoped
 from agd_fast.attaching.scope import scope_of
 from agd_fast.attaching.wrapping import is_wrapped
 from agd_fast.engine import engine_of
+from agd_fast.engine.fingerprint import Fingerprint
 from conftest import TINY_SPEC, assert_as_exact, make_backbone, trained
 from helpers_engine import (
     RECORDED,
@@ -25,10 +26,10 @@ from helpers_engine import (
     reasons,
     small_pipeline,
     small_unet,
-    tables,
     twins,
+    unet_inputs,
 )
-from helpers_pipelines import attach, model, noise
+from helpers_pipelines import attach, model
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
@@ -36,11 +37,6 @@ pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 @pytest.fixture
 def pair():
     return twins()
-
-
-def inputs(count=2):
-    prompt = torch.randn(count, 5, 16, generator=torch.Generator().manual_seed(0))
-    return {"sample": noise(count), "timestep": torch.tensor(500), "encoder_hidden_states": prompt}
 
 
 # on and off
@@ -172,7 +168,7 @@ def test_a_denoiser_alone_is_optimized_inside_guided():
     for denoiser in (plain, fast):
         attach(denoiser)
     agd.optimize(fast)
-    given = inputs()
+    given = unet_inputs()
     with torch.no_grad(), own_forwards(fast) as seen:
         assert torch.equal(fast(**given).sample, plain(**given).sample)  # outside of guided: as it is
         seen.clear()
@@ -239,7 +235,7 @@ def test_a_denoiser_of_any_kind_is_as_exact(name, kind):
 def test_positional_and_keyword_arguments_tuples_and_objects_are_all_served():
     denoiser = small_unet()
     attach(denoiser)
-    given = inputs()
+    given = unet_inputs()
     positional = tuple(given.values())
     with agd.guided(denoiser, SCALE):
         expected = denoiser(**given).sample
@@ -274,7 +270,7 @@ def test_conditions_made_in_inference_mode_move():
         attach(denoiser)
     agd.optimize(fast)
     with torch.inference_mode():
-        given = {**inputs(), "encoder_hidden_states": torch.randn(2, 5, 16)}
+        given = {**unet_inputs(), "encoder_hidden_states": torch.randn(2, 5, 16)}
         with agd.guided(plain, SCALE), agd.guided(fast, SCALE):
             for _ in range(3):
                 assert_same(fast(**given).sample, plain(**given).sample)
@@ -288,53 +284,25 @@ def test_a_model_made_in_inference_mode_runs_as_it_is():
     attach(denoiser)
     agd.optimize(denoiser)
     with torch.inference_mode(), pytest.warns(UserWarning, match="was made in torch.inference_mode"), agd.guided(denoiser, SCALE):
-        found = denoiser(**inputs()).sample
+        found = denoiser(**unet_inputs()).sample
     agd.optimize(denoiser, None)
     with torch.inference_mode(), agd.guided(denoiser, SCALE):
-        assert torch.equal(denoiser(**inputs()).sample, found)
+        assert torch.equal(denoiser(**unet_inputs()).sample, found)
 
 
-# the table
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("bound", [0, 2**30])
-def test_a_table_above_the_bound_is_left_out(bound):
+@pytest.mark.parametrize("modes", [(torch.inference_mode, torch.no_grad), (torch.no_grad, torch.inference_mode)])
+def test_a_denoiser_called_in_inference_mode_and_out_of_it(modes):
     plain, fast = small_unet(), small_unet()
     for denoiser in (plain, fast):
         attach(denoiser)
-    agd.optimize(fast, agd.EngineConfig(max_table_bytes=bound))
-    given, times = inputs(), torch.tensor([900, 500, 100])
-    with scoped(fast, times), agd.guided(plain, SCALE), agd.guided(fast, SCALE):
-        for t in times:
-            assert_same(fast(**{**given, "timestep": t}).sample, plain(**{**given, "timestep": t}).sample)
-        assert len(tables(fast)) == (bound > 0)
-    static = agd.info(fast)["engine"]["ahead_bytes"] - (tables_bytes(fast, times) if bound else 0)
-    assert static > 0
-
-
-def tables_bytes(denoiser, times):
-    (program,) = programs(denoiser)
-    return (len(times) + 1) * program.layout.row_bytes
-
-
-def test_a_row_more_than_the_bound_is_too_much():
-    denoiser = small_unet()
-    attach(denoiser)
-    agd.optimize(denoiser)
-    times, given = torch.tensor([900, 500, 100]), inputs()
-
-    def count():
-        with torch.no_grad(), scoped(denoiser, times), agd.guided(denoiser, SCALE):
-            for t in times:
-                denoiser(**{**given, "timestep": t})
-            return len(tables(denoiser))
-
-    assert count() == 1
-    needed = tables_bytes(denoiser, times)
-    for bound, expected in ((needed, 1), (needed - 1, 0)):
-        agd.optimize(denoiser, agd.EngineConfig(max_table_bytes=bound))
-        assert count() == expected
+    agd.optimize(fast)
+    times, given = torch.tensor([900, 500, 20]), unet_inputs()
+    with own_forwards(fast) as seen:
+        for mode in (*modes, modes[0]):
+            with mode(), scoped(fast, times), agd.guided(plain, SCALE), agd.guided(fast, SCALE):
+                for t in times:
+                    assert_same(fast(**{**given, "timestep": t}).sample, plain(**{**given, "timestep": t}).sample)
+    assert len(seen) == RECORDED and not reasons(fast)
 
 
 # compiled
@@ -381,13 +349,30 @@ def test_samples_of_an_optimized_teacher(method):
     assert len(seen) == 2 * RECORDED  # batches of two, and the last of one
 
 
+def test_the_model_is_looked_at_between_the_steps_of_a_callers_loop_alone(monkeypatch):
+    holds, looks = Fingerprint.holds, []
+    monkeypatch.setattr(Fingerprint, "holds", lambda self, roots: looks.append(1) or holds(self, roots))
+    backbone = make_backbone("dit")
+    agd.attach(backbone.denoiser, agd.AdapterConfig(hidden=4), spec=backbone.spec)
+    teacher, times = agd.optimize(backbone.teacher()), torch.tensor([900, 500, 20])
+    for _ in range(2):
+        looks.clear()
+        agd.sample(teacher, [0, 1], steps=6)
+    assert len(looks) == 1
+    looks.clear()
+    with torch.no_grad(), scoped(teacher, times), agd.guided(teacher, SCALE):
+        for t in times:
+            backbone(**{**backbone.inputs(), "timestep": t.expand(3)})
+    assert len(looks) == 3 + 1  # and after the forward that is recorded anew
+
+
 def test_training_an_optimized_model_leaves_the_engine_with_the_new_weights(pair):
     plain, fast = pair
     call(fast)
     for pipe in pair:
         optimizer = torch.optim.AdamW(attachment_of(pipe).adapter.parameters(), lr=0.1)
         with agd.guided(pipe.unet, SCALE):
-            pipe.unet(**inputs()).sample.square().mean().backward()
+            pipe.unet(**unet_inputs()).sample.square().mean().backward()
         optimizer.step()
     for _ in range(2):
         assert_same(call(fast), call(plain))

@@ -13,16 +13,16 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 import agd_fast as agd
 from agd_fast.attaching import guided, scoped, to_omega
 from agd_fast.engine import engine_of
+from agd_fast.forward import forward_parameters
 from agd_fast.graph import repeats
 from agd_fast.graph.repeats import calls_of
-from agd_fast.spec import forward_parameters
 from conftest import assert_as_exact
 from helpers_engine import RECORDED, Reading, assert_same, in_pieces, own_forwards, programs, reasons, tables
 from helpers_families import Forward, attach_trained, denoisers, exact_output, run, spec_for
 from tiny import FAMILIES
 
 PLAIN = {"hidream": "values of a tensor that depends on x_t"}
-FORWARDS = {"joyimage_plus": 2}  # that are captured: x_t lies otherwise from the second step on
+FORWARDS = {"joyimage_plus": 2, "unet3d": 2}  # that are captured: x_t lies otherwise from the second step on
 NOT_AHEAD = ("cosmos",)  # whose t is none of the scheduler's timesteps, which are rounded
 CAPTURED = [name for name in FAMILIES if name not in PLAIN]
 KINDS = [(name, kind) for name in ("sd15", "dit", "pixart", "sd3") for kind in ("cross_attention", "offset")]

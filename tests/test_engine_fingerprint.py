@@ -86,6 +86,7 @@ CHANGES += [
     lambda this: this.train(),
     lambda this: this.double(),
     lambda this: setattr(this[2][0].weight, "data", this[2][0].weight.data.clone()),
+    lambda this: setattr(this[1].running_mean, "data", this[1].running_mean.data.view(torch.int32)),
     lambda this: delattr(this[0], "scaling"),
 ]
 

@@ -113,13 +113,13 @@ def test_what_is_written_in_place_is_read_when_it_was():
 
 @torch.no_grad()
 def test_parts_that_are_made_behind_the_convolution_are_brought_before_it():
-    def function(x, weight, bias, down, up):
-        y = F.conv2d(x, weight, bias, 1, 1)
-        return ops.gated_lora(x, y, down * 2, up, None, True)
+    def function(x, weight, bias, down, up, weight_2, down_2, up_2):
+        x = ops.gated_lora(x, F.conv2d(x, weight, bias, 1, 1), down * 2, up, None, True)
+        return ops.gated_lora(x, F.conv2d(x, weight_2, bias, 1, 1), down_2, up_2 * 2, None, True)
 
-    given = image, *weights()
+    given = image, *weights(), parameter(C, C, 3, 3), parameter(R, C), parameter(C, R)
     count, (found,) = merged(function, *given)
-    assert count == 1
+    assert count == 2
     assert_as_exact(found, function(*given), function(*(one.double() for one in given)))
 
 

@@ -346,8 +346,7 @@ def test_where_pieces_cannot_be_compiled_all_of_a_step_is_and_then_nothing(monke
         (reason,) = info(this)["slower_because"]
         assert expected in reason and "no compiler" in reason and not info(this)["plain_because"]
         (one,) = programs(this.denoiser)
-        one.let_move(0)
-        assert not one.pieces  # not tried again
+        assert not one.moving([0]).pieces  # not tried again
     assert whole
 
 

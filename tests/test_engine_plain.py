@@ -1,11 +1,13 @@
 """Where the engine leaves the plain path in place, and says why."""
 
+import threading
 import warnings
 
 import accelerate
 import pytest
 import torch
 from diffusers.hooks import apply_layerwise_casting
+from diffusers.models.attention_processor import AttnProcessor2_0
 
 import agd_fast as agd
 from helpers_engine import (
@@ -14,7 +16,9 @@ from helpers_engine import (
     assert_same,
     call,
     own_forwards,
+    programs,
     reasons,
+    small_pipeline,
     twins,
 )
 from helpers_pipelines import attach, model
@@ -66,6 +70,23 @@ def compile_blocks(pipe):
     pipe.unet.compile_repeated_blocks(backend="eager")
 
 
+class Counting(AttnProcessor2_0):
+    calls = 0
+
+    def __call__(self, *args, **kwargs):
+        self.calls += 1
+        return super().__call__(*args, **kwargs) * (1 + 0.1 * self.calls)
+
+
+class Keeping(AttnProcessor2_0):
+    table = None
+
+    def __call__(self, *args, **kwargs):
+        if self.table is None:
+            self.table = torch.full((1,), 1.5)
+        return super().__call__(*args, **kwargs) * self.table
+
+
 OBSTACLES = {
     "offloaded by accelerate": (offload, "accelerate's"),
     "hook of accelerate": (put_hook, "accelerate's AlignDevicesHook acts on conv_in"),
@@ -73,6 +94,7 @@ OBSTACLES = {
     "cast by layers": (cast_layers, "diffusers' hook 'layerwise_casting'"),
     "foreign hook": (put_foreign_hook, "conv_out (Conv2d) has a hook that is not ours"),
     "compiled by blocks": (compile_blocks, "is compiled by itself"),
+    "counts its calls": (lambda pipe: pipe.unet.set_attn_processor(Counting()), "its forward changes the model"),
 }
 
 
@@ -104,6 +126,16 @@ def test_what_stood_in_the_way_may_go_again(pair):
             assert_same(call(fast), call(plain))
     assert len(seen) == RECORDED
     assert reasons(fast) == []
+
+
+def test_what_the_first_forward_keeps_for_all_others_is_no_change(pair):
+    plain, fast = pair
+    for pipe in pair:
+        pipe.unet.set_attn_processor(Keeping())
+    with own_forwards(fast.unet) as seen:
+        for _ in range(2):
+            assert_same(call(fast), call(plain))
+    assert len(seen) == 1 + RECORDED and not reasons(fast)
 
 
 def test_a_timestep_that_is_a_number_is_no_input():
@@ -164,3 +196,27 @@ def test_a_compiler_that_fails_is_done_without(monkeypatch):
         assert_same(call(fast), call(plain))
     info = agd.info(fast)["engine"]
     assert info["captured"] == 1 and not info["plain_because"] and "run uncompiled" in info["slower_because"][0]
+
+
+def test_models_that_are_captured_in_two_threads_at_once():
+    pipes = [small_pipeline(), small_pipeline()]
+    for pipe in pipes:
+        attach(pipe)
+    expected = call(pipes[0])
+    start, found = threading.Barrier(len(pipes)), {}
+
+    def run(index):
+        agd.optimize(pipes[index])
+        start.wait()
+        found[index] = [call(pipes[index]) for _ in range(2)]
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(len(pipes))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [reasons(pipe) for pipe in pipes] == [[], []]
+    for index, pipe in enumerate(pipes):
+        assert len(programs(pipe.unet)) == 1
+        for one in found[index]:
+            assert_same(one, expected)

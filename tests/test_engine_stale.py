@@ -11,8 +11,23 @@ from torch import nn
 import agd_fast as agd
 from agd_fast.attaching import attachment_of, require_attachment, scoped
 from agd_fast.engine import engine_of
+from agd_fast.engine.engine import VALUES
+from agd_fast.engine.program import Program
 from agd_fast.graph.levels import Level
-from helpers_engine import RECORDED, SCALE, add_lora, assert_same, call, differs, own_forwards, programs, small_unet, twins
+from helpers_engine import (
+    RECORDED,
+    SCALE,
+    add_lora,
+    assert_same,
+    call,
+    differs,
+    own_forwards,
+    programs,
+    reasons,
+    small_unet,
+    twins,
+    unet_inputs,
+)
 from helpers_pipelines import attach, noise, sample
 from tiny import sd15
 from tiny._parts import lively
@@ -351,6 +366,57 @@ def test_the_adapter_switched_off_in_the_middle_of_a_call():
 
     pair = twins()
     assert_follows_within(pair, during(switch_off))
+
+
+@torch.no_grad()
+def test_changes_between_the_steps_of_a_loop_that_says_its_schedule():
+    plain, fast = Holder(), Holder()
+    agd.optimize(fast.unet)
+    times, given = torch.tensor([900, 500, 20]), unet_inputs()
+    with scoped(fast.unet, times), agd.guided(plain.unet, SCALE), agd.guided(fast.unet, SCALE):
+        for t in times:
+            assert_same(fast.unet(**{**given, "timestep": t}).sample, plain.unet(**{**given, "timestep": t}).sample)
+            write_base(plain)
+            write_base(fast)
+
+
+@torch.no_grad()
+def test_a_prompt_that_is_written_to_at_every_step_moves(monkeypatch):
+    prepare, prepared = Program.prepare, []
+    monkeypatch.setattr(Program, "prepare", lambda self, *args: prepared.append(1) or prepare(self, *args))
+    plain, fast = Holder(), Holder()
+    agd.optimize(fast.unet)
+    times, given = torch.arange(900, 0, -100), unet_inputs()
+    with scoped(fast.unet, times), agd.guided(plain.unet, SCALE), agd.guided(fast.unet, SCALE):
+        for t in times:
+            given["encoder_hidden_states"].mul_(0.9)
+            assert_same(fast.unet(**{**given, "timestep": t}).sample, plain.unet(**{**given, "timestep": t}).sample)
+    assert len(prepared) <= 1 + VALUES + 1  # for the recording, for each value, and of what moves then
+
+
+@torch.no_grad()
+def test_a_graph_that_was_interrupted_while_it_was_cut_anew(monkeypatch):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    plain, fast = Holder(), Holder()
+    agd.optimize(fast.unet)
+    times, given = torch.tensor([900, 700, 500, 300, 20]), unet_inputs()
+
+    def follow():
+        with scoped(fast.unet, times), agd.guided(plain.unet, SCALE), agd.guided(fast.unet, SCALE):
+            for t in times:
+                other = {**given, "timestep": t, "encoder_hidden_states": torch.randn(2, 5, 16)}
+                assert_same(fast.unet(**other).sample, plain.unet(**other).sample)
+
+    with agd.guided(fast.unet, SCALE):
+        fast.unet(**given)  # which records it
+    with monkeypatch.context() as patch:
+        patch.setattr("agd_fast.engine.program.partition", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            follow()
+    follow()
+    assert not reasons(fast.unet)
 
 
 def test_a_schedule_that_is_set_anew_in_the_middle_of_a_block():

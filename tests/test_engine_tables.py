@@ -12,7 +12,7 @@ from agd_fast.engine.tables import RowLayout, Rows, Table, fill_rows, find, inde
 from agd_fast.graph.capture import capture
 from agd_fast.graph.levels import Level
 from agd_fast.spec import DenoiserSpec
-from helpers_engine import SCALE, assert_same, small_unet, tables
+from helpers_engine import SCALE, assert_same, programs, small_unet, tables, unet_inputs
 from helpers_pipelines import attach, noise
 
 STATIC, STEP, MOVING = Level.STATIC, Level.STEP, Level.MOVING
@@ -46,7 +46,7 @@ def test_a_program_gives_every_step_from_its_table_or_without_one(bound):
 @torch.no_grad()
 def test_an_input_that_is_let_move_is_read_at_every_step():
     program = Program(captured(lambda c, x: c.exp() @ x, torch.ones(3, 3), torch.ones(3, 3)), [STEP, MOVING], 0, EngineConfig())
-    program.let_move(0)
+    program = program.moving([0])
     c, x = torch.randn(3, 3), torch.randn(3, 3)
     prepared = program.prepare([torch.ones(3, 3), x])
     assert torch.allclose(program.run([c, x], prepared)[0], c.exp() @ x)
@@ -227,4 +227,47 @@ def test_timesteps_that_come_to_differ_within_a_batch(both):
     times = torch.tensor([900, 600, 300, 20])
     given = [torch.tensor([900, 900]), torch.tensor([600, 600]), torch.tensor([300, 300]), torch.tensor([300, 20])]
     for found, expected in one_after_another(both, times, given):
-        assert found.isnan().all() or (found - expected).abs().max() < 1e-4
+        assert_same(found, expected)
+
+
+# how large a table may be
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bound", [0, 2**30])
+def test_a_table_above_the_bound_is_left_out(bound):
+    plain, fast = small_unet(), small_unet()
+    for denoiser in (plain, fast):
+        attach(denoiser)
+    agd.optimize(fast, agd.EngineConfig(max_table_bytes=bound))
+    given, times = unet_inputs(), torch.tensor([900, 500, 100])
+    with scoped(fast, times), agd.guided(plain, SCALE), agd.guided(fast, SCALE):
+        for t in times:
+            assert_same(fast(**{**given, "timestep": t}).sample, plain(**{**given, "timestep": t}).sample)
+        assert len(tables(fast)) == (bound > 0)
+    static = agd.info(fast)["engine"]["ahead_bytes"] - (tables_bytes(fast, times) if bound else 0)
+    assert static > 0
+
+
+def tables_bytes(denoiser, times):
+    (program,) = programs(denoiser)
+    return (len(times) + 1) * program.layout.row_bytes
+
+
+def test_a_row_more_than_the_bound_is_too_much():
+    denoiser = small_unet()
+    attach(denoiser)
+    agd.optimize(denoiser)
+    times, given = torch.tensor([900, 500, 100]), unet_inputs()
+
+    def count():
+        with torch.no_grad(), scoped(denoiser, times), agd.guided(denoiser, SCALE):
+            for t in times:
+                denoiser(**{**given, "timestep": t})
+            return len(tables(denoiser))
+
+    assert count() == 1
+    needed = tables_bytes(denoiser, times)
+    for bound, expected in ((needed, 1), (needed - 1, 0)):
+        agd.optimize(denoiser, agd.EngineConfig(max_table_bytes=bound))
+        assert count() == expected

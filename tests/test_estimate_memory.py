@@ -15,12 +15,12 @@ sys.path.append(str(Path(__file__).parents[1] / "bench"))
 
 import agd_fast as agd
 from agd_fast.attaching import armed, attachment_of, denoiser_of, require_attachment, spec_of
+from agd_fast.forward import nest
 from agd_fast.memory.base_weights import packed_base
 from agd_fast.memory.counting import Live, run_backward, saving, storages_of
 from agd_fast.memory.estimate import MODES, count, count_forward, estimate_memory, keeping
 from agd_fast.memory.streaming import streamed
 from agd_fast.memory.twin import first_call, meta_twin
-from agd_fast.spec import nest
 from helpers_memory import keeping as counted
 from speed.architectures import ARCHITECTURES, build
 from tiny import FAMILIES

@@ -82,7 +82,7 @@ def test_an_interrupted_evaluation_goes_on(tmp_path):
         evaluate(pipe, tmp_path / "stopped", batch_size=2)
     hook.remove()
     there = {name: path.stat().st_mtime_ns for name, path in files(tmp_path / "stopped").items()}
-    assert len(there) == 6 and not list((tmp_path / "stopped").rglob(".*"))
+    assert len(there) == 6 and not list((tmp_path / "stopped").rglob(".*.partial"))
     forwards.clear()
     hook = stop_after(None)
     result = evaluate(pipe, tmp_path / "stopped", batch_size=2)

@@ -15,7 +15,7 @@ from agd_fast.demo import digits_reference
 from agd_fast.evaluation import Reference, evaluate, frechet_distance, guidance_explained, precision_recall
 from agd_fast.evaluation.bars import quality_bars, speed_bars
 from agd_fast.evaluation.evaluate import arm_sampler, count_evaluations
-from agd_fast.evaluation.speed import time_interleaved
+from agd_fast.evaluation.speed import Timing, time_interleaved
 from conftest import assert_as_exact, double, trained
 
 
@@ -267,6 +267,15 @@ def test_time_interleaved_turns_the_order():
     timing = time_interleaved(arms, rounds=3, warmup=0)
     assert "".join(calls) == "abcbcacab"
     assert all(entry.rounds == 3 and entry.p20 <= entry.median <= entry.p80 for entry in timing.values())
+
+
+def test_timings_are_compared_round_by_round():
+    fast, slow = Timing.of([1.0, 5.0, 2.0]), Timing.of([2.0, 10.0, 4.0])
+    ratio = fast.over(slow)
+    assert ratio.seconds == (0.5, 0.5, 0.5) and ratio.p20 == ratio.median == ratio.p80 == 0.5 and ratio.rounds == 3
+    assert Timing.of([1.0, 4.0]).over(Timing.of([4.0, 2.0])).median == 1.125
+    with pytest.raises(ValueError, match="shorter"):
+        fast.over(Timing.of([1.0]))
 
 
 @pytest.fixture(scope="module")

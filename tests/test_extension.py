@@ -18,7 +18,7 @@ from agd_fast.memory.extension import covers, extension, extension_info
 from agd_fast.memory.ops import launching
 from agd_fast.memory.ops.activations import gelu_derivative, silu_derivative
 from agd_fast.memory.ops.layout import pitch, quantise
-from test_packing import arguments
+from helpers_packing import arguments
 
 compiled = pytest.mark.skipif(extension() is None, reason=f"not compiled here: {extension_info()['reason']}")
 without_gpu = pytest.mark.skipif(

@@ -12,6 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
+sys.path.append(str(Path(__file__).parents[1] / "bench"))
+
+from quality.data import load_data
+
 BENCH = Path(__file__).parents[1] / "bench"
 SIZES = ["--samples", 20, "--held-out", 4, "--sampling-steps", 2]
 
@@ -51,6 +55,24 @@ def test_photographs_from_training_to_merged_results(photos, tmp_path, model):
     assert merged["teacher"]["data"] == "photos" and merged["floor"] > 0 and merged["references"][0]["cfg"]["2"]["frechet"] > 0
     teacher = tmp_path / "teachers" / f"photos-{model}"
     assert "is finished" in fidelity("teacher", "--data", photos, "--model", model, "--smoke", "--output", teacher)
+
+
+def test_photographs_are_shrunk_to_means_of_their_pixels(photos):
+    whole, shrunk = load_data(photos), load_data(photos, size=16)
+    assert shrunk.name == "photos-16" and shrunk.shape == (3, 16, 16) and shrunk.test_images.shape[-1] == 16
+    expected = whole.images.float().unfold(2, 2, 2).unfold(3, 2, 2).mean((-1, -2))
+    assert torch.equal(shrunk.images, expected.round().to(torch.uint8))
+    with pytest.raises(ValueError, match="expected a size that divides the images' side of 32, found 12"):
+        load_data(photos, size=12)
+    with pytest.raises(ValueError, match="expected photographs to shrink"):
+        load_data("digits", size=4)
+
+
+def test_a_teacher_of_shrunk_photographs_is_distilled(photos, tmp_path):
+    teacher = tmp_path / "photos-16-unet"
+    fidelity("teacher", "--data", photos, "--model", "unet", "--size", 16, "--smoke", "--output", teacher)
+    command = ["run", "--teacher", teacher, "--data", photos, "--steps", 2, "--trajectories", 4, "--scales", 2, *SIZES]
+    assert "merged into" in fidelity(*command, "--size", 16, "--output", tmp_path / "runs")
 
 
 def test_photographs_start_no_teacher_that_the_minutes_are_too_few_for(photos, tmp_path):

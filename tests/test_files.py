@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from agd_fast.files import (
     append_text,
@@ -114,6 +115,29 @@ def test_read_tensors_names_a_damaged_file(tmp_path, damage):
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(ValueError, match=f"{path} is truncated or not a safetensors file"):
         read_tensors(path)
+
+
+@pytest.mark.parametrize("metadata", ["{", "[]", "3"])
+def test_read_tensors_names_a_file_of_other_metadata(tmp_path, metadata):
+    save_file({"a": torch.zeros(10)}, path := tmp_path / "file", {"agd_fast": metadata})
+    with pytest.raises(ValueError, match=f"{path} is damaged"):
+        read_tensors(path)
+
+
+def test_read_tensors_compares_what_was_sealed(tmp_path):
+    """In every bit of it, names and metadata too."""
+    tensors, metadata = {"a": torch.tensor(1.0), "b": torch.zeros(2, dtype=torch.bfloat16)}, {"step": "3"}
+    write_tensors(path := tmp_path / "file", tensors, metadata, sealed=True)
+    found, entries = read_tensors(path)
+    assert (found.keys(), entries) == (tensors.keys(), metadata)
+    content = path.read_bytes()
+    for changed in (content[-1:], b'"a"', b"BF16", b"step", b"3"):
+        place = content.rindex(changed) if changed == content[-1:] else content.index(changed)
+        damaged = bytearray(content)
+        damaged[place + len(changed) // 2] ^= 1
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=f"{path} is (damaged|truncated or not)"):
+            read_tensors(path)
 
 
 def test_read_tensors_names_a_missing_file(tmp_path):

@@ -22,12 +22,12 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 import agd_fast as agd
 from agd_fast.attaching import require_attachment
 from agd_fast.families import find_spec
+from agd_fast.forward import nest
 from agd_fast.memory import MODES, frozen_backward, interception
 from agd_fast.memory.blocks import _Again, checkpointing
 from agd_fast.memory.counting import FusedAttention
 from agd_fast.memory.interception import FrozenBackward
 from agd_fast.memory.ops import NAMESPACE
-from agd_fast.spec import nest
 from conftest import assert_as_exact, double, make_backbone, trained
 from helpers_families import _Wide
 from helpers_memory import SMALLEST, Problem, digits_problem, keeping, nodes, problem_of, tensors_in

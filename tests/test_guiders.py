@@ -138,7 +138,7 @@ def test_cfg_as_a_guider_teaches_what_the_pipeline_itself_computes(name, origina
     family = FAMILIES[name]
     pipe = family.pipeline()
     teacher = teacher_of(pipe, family)
-    teacher.ask_what_is_handed(0)
+    teacher.runs.ask_what_is_handed(0)
     with watched(pipe) as found:
         own = states_of(teacher)[0].target
     guided = states_of(teacher_of(pipe, family, ClassifierFreeGuidance(use_original_formulation=original)))[0].target

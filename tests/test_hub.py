@@ -11,12 +11,11 @@ import yaml
 from huggingface_hub import constants
 
 import agd_fast as agd
-from agd_fast import hub
 from agd_fast.attaching import attachment_of
 from agd_fast.files import read_json, write_json
-from agd_fast.hub import push_to_hub, resolve
+from agd_fast.hub import find_picture, push_to_hub
 from agd_fast.reporting.card import model_card
-from agd_fast.storage import CONFIG_NAME, WEIGHTS_NAME
+from agd_fast.sources import CONFIG_NAME, WEIGHTS_NAME, adapter_folders, resolve
 from fake_hub import TOKEN, FakeHub
 from helpers_distillation import NET_SPEC, contents, custom_teacher, small, tiny_teacher
 from tiny import FAMILIES
@@ -108,12 +107,12 @@ def test_a_push_without_a_further_denoiser_takes_it_out_of_the_repo(server, adap
 
 
 def test_a_picture_of_its_own_comes_first(run):
-    assert hub.find_picture(run).name == "step-2.png"
+    assert find_picture(run).name == "step-2.png"
     (run / "grid.png").write_bytes(PNG)
-    assert hub.find_picture(run) == run / "grid.png"
+    assert find_picture(run) == run / "grid.png"
     (run / "samples.png").write_bytes(PNG)
-    assert hub.find_picture(run) == run / "samples.png"
-    assert hub.find_picture(run / "notes") is None
+    assert find_picture(run) == run / "samples.png"
+    assert find_picture(run / "notes") is None
 
 
 def test_a_readme_in_the_folder_is_pushed_as_it_is(server, adapter):
@@ -302,7 +301,7 @@ def test_the_card_says_what_the_run_recorded(tmp_path):
     for expected in (
         "# tiny-agd",
         "![Samples](samples.png)",
-        "Base model: `tiny`, class `DiTTransformer2DModel`",
+        "Base model: `tiny` (a local folder, or a name that its maker gave: no repo of the Hub), class `DiTTransformer2DModel`",
         "Kind: `modulation`, width `4`",
         f"Size: {result['parameters']:,} parameters; share of the base's: {result['fraction']:.1%}",
         "ω from 1 to 6, which is `guidance_scale` from 1 to 6",
@@ -357,7 +356,8 @@ def test_the_base_model_is_linked_where_it_is_a_repo(tmp_path, monkeypatch, base
     teacher.name = base_model
     random_adapter(tmp_path, teacher, about={"pipeline_tag": "text-to-image"})
     card = model_card([tmp_path], "me/tiny-agd")
-    assert f"Base model: `{shown}`" in card and "somewhere/" not in card
+    remark = "" if is_repo else " (a local folder, or a name that its maker gave: no repo of the Hub)"
+    assert f"Base model: `{shown}`{remark}, class" in card and "somewhere/" not in card
     assert header(card).get("base_model") == (base_model if is_repo else None)
     assert header(card).get("base_model_relation") == ("adapter" if is_repo else None)
     assert (f'DiffusionPipeline.from_pretrained("{base_model}")' in card) == is_repo
@@ -387,7 +387,7 @@ def test_the_cards_code_is_python_and_its_lines_are_whole(tmp_path):
 def test_the_card_of_several_denoisers(tmp_path):
     random_adapter(tmp_path)
     random_adapter(tmp_path / "transformer_2", config=small(kind="offset"))
-    card = model_card(hub.adapter_folders(tmp_path), "me/wan-agd")
+    card = model_card(adapter_folders(tmp_path), "me/wan-agd")
     assert card.index("## Adapter\n") < card.index("Kind: `modulation`") < card.index("denoiser `transformer_2`")
     assert card.index("denoiser `transformer_2`") < card.index("Kind: `offset`")
 

@@ -1,20 +1,20 @@
-"""Pipelines that are given images beside a prompt: what is recorded of them, one forward a step, and pictures as rows."""
+"""Pipelines that are given images beside a prompt: what is recorded of them, one forward a step, and pictures as rows.
+
+And those that take one prompt a call, as they are recorded in the same way.
+"""
 
 import json
 
 import numpy as np
 import pytest
 import torch
-from PIL import ExifTags, Image
-from typer.testing import CliRunner
+from PIL import Image
 
 import agd_fast as agd
-from agd_fast.cli import app
-from agd_fast.datasets import read_inputs
 from agd_fast.distillation import TrainConfig
 from agd_fast.distillation.loss import distillation_loss
 from agd_fast.distillation.passes import first_few
-from agd_fast.distillation.preview import grid_of, preview
+from agd_fast.distillation.preview import preview
 from agd_fast.pipelines import PipelineTeacher
 from agd_fast.pipelines.handed import find_handed, numbered, shape_of
 from agd_fast.pipelines.inputs import described
@@ -24,12 +24,13 @@ from helpers_distillation import contents
 from helpers_families import denoisers, spec_for, watched
 from helpers_pipeline_teacher import assert_untouched, distill_pipe, states_in
 from test_families import RULES, standard
-from tiny import FAMILIES, joyimage, ltx, sd15
+from tiny import FAMILIES, joyimage, ltx, sd15, single
 from tiny.images import SIBLINGS, beside, images, latent_upscale
 from tiny.text import prompts
 
 PARTS = {  # of the denoiser's output, where the scheduler is not handed all of it
     "ltx_i2v": ((4, 8), (0, 8)),  # without the tokens of the first frame
+    "kandinsky21": ((0, 4), (0, 8), (0, 8)),  # without the learned sigma
     "kandinsky5_i2v": ((1, 6), (0, 4), (0, 4), (0, 4)),  # without the first frame
     "qwenimage_edit": ((0, 16), (0, 16)),  # without the tokens of one picture
     "qwenimage_edit_plus": ((0, 16), (0, 16)),  # without those of two
@@ -44,7 +45,9 @@ def call(pipe, family, row=0, **arguments):
     if getattr(pipe, "guider", None) is not None and not hasattr(type(pipe), "_agd_pipeline"):
         pipe.guider.guidance_scale = arguments.pop("guidance_scale")
     torch.manual_seed(row)  # of which JoyImage Edit draws the latents of its picture
-    return torch.as_tensor(pipe(**{**inputs, **family.call, "generator": [torch.Generator().manual_seed(row)], **arguments})[0])
+    generator = torch.Generator().manual_seed(row)
+    seeded = {"generator": [generator] if spec_for(pipe).pipeline.batched else generator}
+    return torch.as_tensor(pipe(**{**inputs, **family.call, **seeded, **arguments})[0])
 
 
 def teacher_of(pipe, family, component=None, count=1):
@@ -69,16 +72,16 @@ def followed(teacher, family):
     return found
 
 
-@pytest.mark.parametrize("name", SIBLINGS)
-def test_an_image_pipeline_is_recorded_as_it_guides_and_makes_one_forward_a_step(name):
-    family = SIBLINGS[name]
+@pytest.mark.parametrize("name", [*SIBLINGS, *single.SIBLINGS])
+def test_a_pipeline_is_recorded_as_it_guides_and_makes_one_forward_a_step(name):
+    family = {**SIBLINGS, **single.SIBLINGS}[name]
     pipe = family.pipeline()
     spec, rule = spec_for(pipe), RULES.get(name.split("_")[0], standard)
     with watched(pipe) as own:
         plain = call(pipe, family, **family.guided)
     for component in denoisers(pipe):
         teacher = teacher_of(pipe, family, component)
-        (handed,) = teacher.ask_what_is_handed(0).values()
+        (handed,) = teacher.runs.ask_what_is_handed(0).values()
         assert handed.sign == SIGNS.get(name, 1)
         assert handed.part == PARTS.get(name, tuple((0, size) for size in handed.shape))
         inside = (slice(None), *(slice(*ends) for ends in handed.part))
@@ -131,7 +134,7 @@ def test_a_pipeline_that_hands_on_something_else_is_refused():
     with pytest.raises(
         ValueError, match="StableDiffusionLatentUpscalePipeline hands its scheduler something else than its unet's"
     ):
-        teacher.ask_what_is_handed(0)
+        teacher.runs.ask_what_is_handed(0)
 
 
 def test_several_tensors_a_sample_are_refused():
@@ -177,7 +180,7 @@ def test_what_is_drawn_of_torchs_own_generator_is_the_same_every_time():
     """The latents of the picture that JoyImage Edit edits."""
     family = SIBLINGS["joyimage_edit"]
     teacher = teacher_of(family.pipeline(), family)
-    first, again, other = (teacher.generate([0], "cfg", 3.0, 2, [seed])[0].tobytes() for seed in (5, 5, 6))
+    first, again, other = (teacher.runs.generate([0], "cfg", 3.0, 2, [seed])[0].tobytes() for seed in (5, 5, 6))
     assert first == again != other
     before = torch.get_rng_state()
     states, repeated = followed(teacher, family), followed(teacher, family)
@@ -315,97 +318,3 @@ def test_a_pipeline_whose_output_is_no_pictures_runs_once_for_its_preview():
     with watched(pipe) as found:
         assert preview(teacher, {}, 3.0, 2, 0) is None
     assert len(found.steps) == 2
-
-
-# rows from a file
-
-
-@pytest.fixture
-def rows(tmp_path):
-    """A file of two rows, whose pictures lie beside it."""
-    lines = []
-    for row, prompt in enumerate(prompts(2)):
-        sd15.image(row).save(tmp_path / f"{row}.png")
-        lines.append(json.dumps({"prompt": prompt, "image": f"{row}.png"}))
-    (tmp_path / "rows.jsonl").write_text("\n".join([*lines, ""]))
-    return tmp_path / "rows.jsonl"
-
-
-def test_rows_are_read_with_their_pictures(rows):
-    assert described(read_inputs(rows)) == described(images(2))
-    rows.write_text(json.dumps({"prompt": "cat.png", "image": ["0.png", "1.png"], "noise_level": 20}))
-    found = read_inputs(rows)
-    assert (found["prompt"], found["noise_level"]) == (["cat.png"], [20])
-    assert described(found["image"]) == described([[sd15.image(0), sd15.image(1)]])
-
-
-def test_pictures_of_rows_are_as_one_sees_them(rows):
-    turned = Image.new("RGB", (8, 4))
-    exif = turned.getexif()
-    exif[ExifTags.Base.Orientation] = 6
-    turned.save(rows.with_name("turned.jpg"), exif=exif)
-    rows.write_text(json.dumps({"prompt": "a\u2028cat", "image": "turned.jpg"}, ensure_ascii=False), encoding="utf-8")
-    found = read_inputs(rows)
-    assert (found["prompt"], found["image"][0].size) == (["a\u2028cat"], (4, 8))
-    Image.fromarray(np.zeros((4, 4), np.uint16)).save(rows.with_name("depth.png"))
-    rows.write_text(json.dumps({"image": "depth.png"}))
-    with pytest.raises(ValueError, match="line 1: expected a picture of 8 bits a channel, found mode I;16 in .*depth.png"):
-        read_inputs(rows)
-
-
-def test_pictures_with_palettes_are_told_apart():
-    red, blue = (Image.new("P", (2, 2)) for _ in range(2))
-    red.putpalette([255, 0, 0])
-    blue.putpalette([0, 0, 255])
-    assert described(red) != described(blue)
-
-
-def test_pictures_of_several_sizes_make_a_grid():
-    small, large = Image.new("RGB", (2, 4), "red"), Image.new("RGB", (3, 2), "blue")
-    grid = grid_of([[large, small], [small, large]])
-    assert grid.size == (6, 8)
-    assert [grid.getpixel(at) for at in ((2, 1), (3, 3), (5, 3), (1, 7), (3, 4))] == [
-        (0, 0, 255),
-        (255, 0, 0),
-        (0, 0, 0),
-        (255, 0, 0),
-        (0, 0, 255),
-    ]
-
-
-@pytest.mark.parametrize(
-    ("text", "error", "message"),
-    [
-        (None, FileNotFoundError, "one JSON object a line, found no file"),
-        ("", ValueError, "expected at least one line"),
-        ("a red cat", ValueError, "line 1: expected a JSON object, found 'a red cat'"),
-        ("[1]", ValueError, r"line 1: expected a JSON object, found '\[1\]'"),
-        ('{"prompt": "a"}\n\n{"image": 1}', ValueError, r"line 3: expected \['prompt'\] as before, found \['image'\]"),
-        ('{"image": "none.png"}', FileNotFoundError, "line 1: found no picture .*none.png"),
-    ],
-)
-def test_rows_that_cannot_be_read_are_named(tmp_path, text, error, message):
-    if text is not None:
-        (tmp_path / "rows.jsonl").write_text(text)
-    with pytest.raises(error, match=message):
-        read_inputs(tmp_path / "rows.jsonl")
-
-
-def test_the_command_line_takes_rows_of_pictures(rows, tmp_path, monkeypatch):
-    family = SIBLINGS["sdxl_img2img"]
-    for command in ("distill", "sample"):
-        monkeypatch.setattr(f"agd_fast.cli.{command}.load_model", lambda *_, **__: family.pipeline())
-    common = ["--model", "tiny", "--inputs", rows, "--call", '{"strength": 1.0}']
-    sizes = ["--trajectories", 2, "--sampling-steps", 2, 2, "--steps", 1, "--batch-size", 1, "--hidden", 2, "--validation", 0]
-    commands = [
-        ["distill", "--output", tmp_path / "run", *common, *sizes, "--quiet"],
-        ["sample", tmp_path / "run", "--output", tmp_path / "grid.png", *common, "--steps", 2],
-    ]
-    for command in commands:
-        done = CliRunner().invoke(app, list(map(str, command)))
-        assert done.exit_code == 0, done.output
-    assert len(states_in(tmp_path / "run")) == 2
-    with Image.open(tmp_path / "grid.png") as grid:
-        assert grid.size == (32, 16)
-    done = CliRunner().invoke(app, list(map(str, [*commands[1], "--prompt", "a"])))
-    assert done.exit_code == 2 and "--prompt or --inputs, found both" in done.output

@@ -9,7 +9,7 @@ import agd_fast as agd
 from agd_fast.adapters import AdapterConfig
 from agd_fast.attaching import layout_for
 from agd_fast.families import find_spec
-from agd_fast.storage import CONFIG_NAME
+from agd_fast.sources import CONFIG_NAME
 from conftest import trained
 from helpers_reference import DOWN, UP, calls_of, make_base, run
 

@@ -11,8 +11,8 @@ from agd_fast.distillation import TrainConfig
 from agd_fast.distillation.passes import few_at_once
 from agd_fast.distillation.student import Student
 from agd_fast.distillation.train import _gradients, make_accelerator
+from agd_fast.forward import forward_parameters
 from agd_fast.freezing import frozen
-from agd_fast.spec import forward_parameters
 from agd_fast.trajectories import Trajectories
 from conftest import assert_as_exact, trained
 from helpers_distillation import collect_tiny, distill_tiny, logged, short, small, tiny_teacher

@@ -13,7 +13,7 @@ from agd_fast.attaching.wrapping import is_wrapped
 from agd_fast.datasets import captions
 from agd_fast.distillation import TrainConfig
 from agd_fast.pipelines import PipelineTeacher
-from agd_fast.pipelines.record import Recorder
+from agd_fast.pipelines.inputs import require_arguments
 from helpers_distillation import assert_same_tensors, contents
 from helpers_pipeline_teacher import SD15, SIZE, assert_untouched, distill_pipe, plan_of, states_in, teacher_of
 from tiny import FAMILIES, cosmos, sd15, stable_cascade
@@ -35,8 +35,10 @@ def test_prompts_are_a_list_or_the_lines_of_a_file(tmp_path):
     ("given", "error", "message"),
     [
         ("nowhere.txt", FileNotFoundError, "a text file with one a line, found no file nowhere.txt"),
+        ("a red cat", FileNotFoundError, "found no file a red cat; one prompt goes in as a list"),
         ([], ValueError, "expected at least one prompt, found none"),
         (["", "  "], ValueError, "expected at least one prompt, found none"),
+        (["a cat", 2], ValueError, "expected prompts as texts, found 2"),
     ],
 )
 def test_missing_prompts_are_said_before_anything_runs(pipe, given, error, message, tmp_path):
@@ -44,6 +46,25 @@ def test_missing_prompts_are_said_before_anything_runs(pipe, given, error, messa
         distill_pipe(pipe, tmp_path / "run", prompts=given)
     assert not (tmp_path / "run").exists()
     assert_untouched(pipe)
+
+
+def test_a_file_of_prompts_that_is_no_text_is_named(pipe, tmp_path):
+    (file := tmp_path / "prompts.txt").write_bytes(b"\xff\xfe a cat")
+    with pytest.raises(ValueError, match=f"{file} is not a text in UTF-8"):
+        distill_pipe(pipe, tmp_path / "run", prompts=file)
+
+
+@pytest.mark.parametrize("given", [{"call": {**SIZE, "heigth": 16}}, {"inputs": {"prompt": ["a"], "heigth": [16]}}])
+def test_arguments_that_the_call_does_not_take_are_refused(pipe, given, tmp_path):
+    """Though Stable Diffusion 1.5 takes any by **kwargs."""
+    with pytest.raises(ValueError, match="StableDiffusionPipeline has no argument heigth; expected .*, the nearest are height, "):
+        distill_pipe(pipe, tmp_path / "run", **given)
+    assert not (tmp_path / "run").exists()
+    assert_untouched(pipe)
+
+
+def test_a_call_that_passes_all_on_takes_any_argument():
+    require_arguments(lambda *args, prompt=None, **kwargs: None, {"prompt": ["a"], "height": 16}, "Pipe")
 
 
 def test_a_bare_call_takes_the_captions_that_ship(pipe, tmp_path):
@@ -66,7 +87,7 @@ def test_targets_are_of_scales_by_which_the_pipeline_guides(tmp_path):
         adapter = agd.AdapterConfig(hidden=2, **({"guidance_range": (1.5, 6.0)} if name == "config" else {}))
         with pytest.raises(ValueError, match=r"above 1 \(ω = 2\) alone; expected .*, found 0.5 to 5 \(ω from 1.5 to 6\)"):
             distill_pipe(family.pipeline(), tmp_path / name, family, adapter=adapter, **settings)
-        assert not (tmp_path / name).exists()
+        assert contents(tmp_path / name).keys() <= {".lock"}
 
 
 def test_prompt_embeddings_give_the_same_states_as_their_prompts(pipe, tmp_path):
@@ -180,10 +201,7 @@ def test_predictions_that_are_combined_behind_the_scheduler_are_refused():
     teacher = PipelineTeacher.of(pipe, inputs={"prompt": prompts(1)}, call=size)
     message = "CosmosTextToWorldPipeline hands its scheduler the conditional and the unconditional prediction before it combines"
     with pytest.raises(ValueError, match=message):
-        teacher.ask_what_is_handed(0)
-    recorder = Recorder(pipe, pipe.transformer, teacher.spec, 1, lambda step: step.guided, {})
-    with pytest.raises(ValueError, match=message):
-        recorder.run(lambda: pipe(prompts(1), **size, num_inference_steps=2, guidance_scale=4.0, output_type="latent"))
+        teacher.runs.follow([0], 4.0, 2, [0], lambda step: step.guided)
     assert_untouched(pipe)
 
 

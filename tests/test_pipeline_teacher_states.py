@@ -9,8 +9,8 @@ from torch import Tensor
 import agd_fast as agd
 from agd_fast.distillation import TrainConfig
 from agd_fast.distillation.loss import distillation_loss
+from agd_fast.forward import nest
 from agd_fast.pipelines import PipelineTeacher
-from agd_fast.spec import nest
 from agd_fast.trajectories import Trajectories, collect
 from agd_fast.trajectories.manifest import Manifest, Plan
 from conftest import assert_as_exact

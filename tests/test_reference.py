@@ -13,8 +13,8 @@ from agd_fast.families import find_spec
 from agd_fast.files import read_json, read_tensors
 from agd_fast.reference import convert
 from agd_fast.reference.convert import left_out
-from agd_fast.spec import resolve_sites
-from agd_fast.storage import CONFIG_NAME, WEIGHTS_NAME
+from agd_fast.sites import resolve_sites
+from agd_fast.sources import CONFIG_NAME, WEIGHTS_NAME
 from conftest import make_backbone, trained
 from helpers_reference import ASSETS, STEP, UP, calls_of, changed, config_of, converted, make_base, run
 

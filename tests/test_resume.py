@@ -1,6 +1,7 @@
 """A run that was killed goes on to what it would have been."""
 
 import json
+import shutil
 from functools import partial
 
 import pytest
@@ -172,18 +173,52 @@ def test_distill_continues_in_the_middle_of_an_epoch_and_of_a_log_entry(tmp_path
     interrupt(tmp_path / "cut", 6, train_config=config)
     distill_tiny(tmp_path / "cut", train_config=config)
     assert_same_run(tmp_path / "cut", tmp_path / "whole")
-    assert [entry["step"] for entry in entries(tmp_path / "cut")] == [3, 6, 9]
+    assert entries(tmp_path / "cut") == entries(tmp_path / "whole")
 
 
 def test_distill_continues_the_log_after_the_steps_it_keeps(tmp_path):
     config = short(checkpoint_every=6)
     distill_tiny(tmp_path / "whole", train_config=config)
     interrupt(tmp_path / "cut", 10, train_config=config)
-    with open(tmp_path / "cut" / "log.jsonl", "a") as file:
-        file.write('{"step": 12, "lo')  # a line cut short
+    with open(tmp_path / "cut" / "log.jsonl", "ab") as file:
+        file.write(b'null\n{"step": "x"}\n\xff\n{"step": 12, "lo')  # a line cut short, after what is none
     result = distill_tiny(tmp_path / "cut", train_config=config)
     assert entries(tmp_path / "cut") == entries(tmp_path / "whole")
     assert result.loss == entries(tmp_path / "whole")[-1]["loss"]
+
+
+def test_distill_continues_with_other_intervals(tmp_path, whole):
+    """Also a log entry that had begun."""
+    interrupt(tmp_path, 8)
+    result = distill_tiny(tmp_path, train_config=short(checkpoint_every=7, log_every=2))
+    assert_same_tensors(result.adapter.state_dict(), read_tensors(whole / "default" / "adapter.safetensors")[0])
+    found, expected = ({entry["step"]: entry["loss"] for entry in entries(folder)} for folder in (tmp_path, whole / "default"))
+    assert list(found) == [3, 6, 8, 10, 12]
+    assert (found[3], found[6]) == (expected[3], expected[6])
+
+
+@pytest.mark.parametrize("cut", [1, 2])  # in the middle, after the last step
+def test_distill_makes_up_for_a_validation_that_was_cut_short(tmp_path, monkeypatch, cut):
+    import agd_fast.distillation.job as job
+
+    settings = {"train_config": short(checkpoint_every=6, ema=0.9), "validation": 1, "validate_every": 6}
+    settings |= {"guidance_range": (2.5, 3.5)}  # of one scale
+    distill_tiny(tmp_path / "whole", **settings)
+    measure, calls = job.guidance_explained, []
+
+    def stop(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == cut:
+            raise KeyboardInterrupt
+        return measure(*args, **kwargs)
+
+    monkeypatch.setattr(job, "guidance_explained", stop)
+    with pytest.raises(KeyboardInterrupt):
+        distill_tiny(tmp_path / "cut", **settings)
+    distill_tiny(tmp_path / "cut", **settings)
+    assert len(calls) == 4  # steps 6 and 12, one of them twice, and the end
+    assert_same_run(tmp_path / "cut", tmp_path / "whole")
+    assert entries(tmp_path / "cut") == entries(tmp_path / "whole")
 
 
 def test_distill_continues_tensorboard(tmp_path):
@@ -232,20 +267,55 @@ def test_distill_refuses_to_continue_with_other_settings(tmp_path, settings, mes
     assert attachment_of(teacher) is None
 
 
-def test_distill_refuses_a_damaged_checkpoint(tmp_path):
-    interrupt(tmp_path, 8)
-    path = tmp_path / "checkpoint.safetensors"
-    path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(ValueError, match=f"{path} is truncated or not a safetensors file"):
-        distill_tiny(tmp_path)
-
-
 def test_distill_refuses_a_foreign_checkpoint(tmp_path, whole):
     interrupt(tmp_path, 8)
     (tmp_path / "adapter.safetensors").write_bytes((whole / "default" / "adapter.safetensors").read_bytes())
     (tmp_path / "adapter.safetensors").rename(tmp_path / "checkpoint.safetensors")
     with pytest.raises(ValueError, match="belongs to a run with other settings"):
         distill_tiny(tmp_path)
+
+
+def flipped(part, content):
+    """With another bit in the first letter of where `part` is last."""
+    place = content.rindex(part)
+    return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: content[:-1],
+        partial(flipped, b"way"),  # in the metadata
+        partial(flipped, b"U8"),  # in what is said of a tensor
+        lambda content: flipped(content[-1:], content),
+    ],
+)
+def test_distill_refuses_a_damaged_checkpoint(tmp_path, whole, damage):
+    path = shutil.copytree(whole / "default", tmp_path / "run") / "checkpoint.safetensors"
+    path.write_bytes(damage(path.read_bytes()))
+    advice = "remove it, or give resume=False, to start anew"
+    with pytest.raises(ValueError, match=f"{path} is (damaged|truncated or not a).*; {advice}"):
+        distill_tiny(path.parent)
+
+
+def test_distill_of_a_finished_run_leaves_damaged_entries_of_its_log_and_needs_none(tmp_path, whole):
+    log = shutil.copytree(whole / "default", tmp_path / "run") / "log.jsonl"
+    log.write_bytes(log.read_bytes() + b'\xff\xfe\x00\n{"step": "a"}\nnull\n[1]\n')
+    distill_tiny(log.parent)
+    assert [entry["step"] for entry in entries(log.parent)] == [3, 6, 9, 12]
+    log.unlink()
+    distill_tiny(log.parent)
+    assert json.loads((log.parent / "distill.json").read_text(), parse_constant=pytest.fail)["loss"] is None
+
+
+def test_distill_anew_forgets_what_was_measured_on_the_way(tmp_path):
+    (tmp_path / "validation").mkdir()
+    for name in ("mine.txt", "step-000006.json", "step-000006.png"):
+        (tmp_path / "validation" / name).touch()
+    distill_tiny(tmp_path, train_config=short(steps=1), trajectories=2)
+    assert len(list((tmp_path / "validation").iterdir())) == 3
+    distill_tiny(tmp_path, train_config=short(steps=1), trajectories=2, resume=False)
+    assert [path.name for path in (tmp_path / "validation").iterdir()] == ["mine.txt"]
 
 
 def test_distill_anew_forgets_the_run_before(tmp_path):

@@ -12,7 +12,8 @@ from torch import nn
 import agd_fast as agd
 from agd_fast.attaching import layout_for
 from agd_fast.families import SPECS, VARIANTS, find_spec
-from agd_fast.spec import Layout, config_value, find_modules, label_count, module_widths, nest, resolve_sites
+from agd_fast.forward import nest
+from agd_fast.sites import Layout, config_value, find_modules, label_count, module_widths, resolve_sites
 from conftest import TINY_SPEC, TinyDenoiser
 from tiny import FAMILIES, sd15, sdxl
 

@@ -11,7 +11,7 @@ from safetensors import safe_open
 import agd_fast as agd
 from agd_fast.attaching import attachment_of
 from agd_fast.files import read_json, read_tensors, write_json, write_tensors
-from agd_fast.storage import CONFIG_NAME, WEIGHTS_NAME
+from agd_fast.sources import CONFIG_NAME, WEIGHTS_NAME
 from helpers_distillation import NET_SPEC, Net, assert_same_tensors, contents, custom_teacher, small, tiny_teacher, unet
 
 KINDS = ("modulation", "gated_lora", "cross_attention", "offset", "modulation+cross_attention")
@@ -206,6 +206,18 @@ def drop(directory):
     write_tensors(directory / WEIGHTS_NAME, {key: value for key, value in tensors.items() if key != name}, metadata)
 
 
+def flip(directory):
+    path = directory / WEIGHTS_NAME
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+
+
+def convert(directory, change):
+    tensors, metadata = read_tensors(directory / WEIGHTS_NAME)
+    write_tensors(directory / WEIGHTS_NAME, {name: change(value) for name, value in tensors.items()}, metadata)
+
+
 def drop_entry(directory, name):
     config = read_json(directory / CONFIG_NAME)
     del config[name]
@@ -244,6 +256,9 @@ def spoil(directory, part, name):
         (lambda d: edit(d, adapter={"kind": 3}), ValueError, "does not describe an adapter"),
         (reshape, ValueError, r"first 'conditioning.*expected \(.*found \(2, 2, 2\)"),
         (drop, ValueError, r"in 1 tensors, first 'conditioning.*found none"),
+        (flip, ValueError, "adapter.safetensors is damaged: expected a content with the hash"),
+        (lambda d: convert(d, torch.Tensor.int), ValueError, r"no weights in 'cond.*of floating point, found torch.int32"),
+        (lambda d: convert(d, lambda w: w / 0), ValueError, r"no weights in 'cond.*finite numbers .*, found values that are not"),
     ],
 )
 def test_load_names_what_is_wrong_and_leaves_the_model(copied, untouched, damage, error, message):
@@ -251,6 +266,14 @@ def test_load_names_what_is_wrong_and_leaves_the_model(copied, untouched, damage
     with pytest.raises(error, match=message) as raised:
         agd.load(untouched, copied)
     assert str(copied) in str(raised.value)
+
+
+def test_load_takes_weights_without_a_hash_of_them(copied, saved):
+    """As older versions wrote them."""
+    convert(copied, torch.clone)
+    assert (copied / WEIGHTS_NAME).read_bytes() != (saved / WEIGHTS_NAME).read_bytes()
+    loaded = attachment_of(agd.load(tiny_teacher(), copied)).adapter.state_dict()
+    assert_same_tensors(loaded, read_tensors(saved / WEIGHTS_NAME)[0])
 
 
 def test_load_refuses_weights_of_another_config(copied, tmp_path, untouched):

@@ -16,11 +16,11 @@ from agd_fast.attaching import attachment_of
 from agd_fast.distillation import job, residency
 from agd_fast.distillation.residency import Residency
 from agd_fast.distillation.tiling import tiled
+from agd_fast.forward import device_of
 from agd_fast.memory import base_weights
 from agd_fast.memory.base_weights import PackedBase, packed_base
 from agd_fast.memory.choose import budget_on
 from agd_fast.memory.streaming import offloads, streamable, streamed
-from agd_fast.spec import device_of
 from helpers_distillation import after_calls, assert_same_tensors, contents, ddim, distill_tiny, short, unet
 from helpers_pipeline_teacher import distill_pipe
 from tiny import FAMILIES

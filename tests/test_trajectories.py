@@ -147,12 +147,53 @@ def test_collect_refuses_a_rule_of_guidance_without_a_name(tmp_path):
 
 @pytest.mark.parametrize(
     "change",
-    [{"trajectories": 0}, {"steps": 0}, {"steps": (5, 4)}, {"keep": 0}, {"shard_size": 0}, {"source": "images"}],
+    [
+        {"trajectories": 0},
+        {"trajectories": 1.5},
+        {"steps": 0},
+        {"steps": 2.5},
+        {"steps": (5, 4)},
+        {"steps": (3, 4, 5)},
+        {"keep": 0},
+        {"shard_size": 0},
+        {"source": "images"},
+        {"seed": 1.5},
+        {"guidance_range": 5},
+        {"dtype": torch.int8},
+    ],
 )
 def test_collect_refuses_numbers_out_of_range(tmp_path, change):
     with pytest.raises(ValueError, match=next(iter(change))):
         collect_tiny(tmp_path, **change)
     assert contents(tmp_path) == {}
+
+
+@pytest.mark.parametrize(
+    ("scale", "dtype", "base", "message"),
+    [
+        (1e6, torch.float16, torch.float32, "float16; torch.float16 ends at 65504: expected a base .* of torch.bfloat16 or"),
+        (6e4, None, torch.float16, "float16; torch.float16 ends at 65504: expected a base"),
+        (1e6, torch.float8_e5m2, torch.float32, "float8_e5m2; torch.float8_e5m2 ends at 57344"),
+        (float("nan"), None, torch.float32, "float32; expected finite numbers of the base"),
+    ],
+)
+def test_collect_refuses_states_that_are_not_finite_as_they_are_stored(tmp_path, scale, dtype, base, message):
+    teacher = tiny_teacher()
+    teacher.denoiser.proj_out_2.weight.data.mul_(scale)
+    teacher.denoiser.to(base)
+    where = r"the target of a state of shard-00000.safetensors, at step 0 with ω = \d.*, is NaN or infinite in torch"
+    with pytest.raises(FloatingPointError, match=rf"{where}\.{message}"):
+        collect_tiny(tmp_path, teacher, dtype=dtype)
+    assert not list(tmp_path.glob("shard-*"))
+    assert len(collect_tiny(tmp_path)) == 20  # with the cause gone, into the same folder
+
+
+def test_collect_refuses_samples_that_are_not_finite(tmp_path, monkeypatch):
+    """Of which targets are zeros."""
+    monkeypatch.setattr(agd.Teacher, "start", lambda self, count, generator: torch.full((count, 1, 4, 4), float("inf")))
+    monkeypatch.setattr(agd.Teacher, "predict", lambda self, x, timestep, conditions: torch.zeros_like(x))
+    with pytest.raises(FloatingPointError, match="the sample of a state of shard-00000.safetensors, at step 0"):
+        collect_tiny(tmp_path)
 
 
 def test_collect_names_a_missing_null_condition(tmp_path):

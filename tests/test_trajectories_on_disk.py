@@ -2,11 +2,12 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
 from agd_fast.files import read_json, write_json
 from agd_fast.trajectories import Trajectories
@@ -119,16 +120,34 @@ def foreign_and_unlisted(path, other):
     write_json(path.parent / "manifest.json", manifest)
 
 
-@pytest.mark.parametrize("damage", [truncated, bit_flipped, missing, foreign, foreign_and_unlisted])
-@pytest.mark.parametrize("name", ["shard-00001.safetensors"])
-def test_collect_and_trajectories_name_a_damaged_file(tmp_path, copied, name, damage):
+def truncated_and_unlisted(path, other):
+    foreign_and_unlisted(path, other)
+    truncated(path, other)
+
+
+@pytest.mark.parametrize("damage", [foreign, foreign_and_unlisted])
+def test_collect_and_trajectories_name_a_foreign_file(tmp_path, copied, damage):
+    path = copied / "shard-00001.safetensors"
     collect_tiny(tmp_path / "other", seed=1, labels=[2, 1, 0])
-    damage(copied / name, tmp_path / "other")
+    damage(path, tmp_path / "other")
     before = contents(copied)
     for read in (collect_tiny, Trajectories):
-        with pytest.raises(ValueError, match=f"{copied / name} is (corrupted|listed|foreign)"):
+        with pytest.raises(ValueError, match=f"{path} is (corrupted|foreign)"):
             read(copied)
     assert contents(copied) == before
+
+
+@pytest.mark.parametrize("damage", [truncated, bit_flipped, missing, truncated_and_unlisted])
+def test_collect_makes_a_damaged_file_again_and_trajectories_name_it(copied, folder, damage):
+    path, listed = copied / "shard-00001.safetensors", damage is not truncated_and_unlisted
+    damage(path, folder)
+    with pytest.raises(ValueError, match=f"{path} is (corrupted|listed).*; collect again to make it anew|is unfinished"):
+        Trajectories(copied)
+    with pytest.warns(UserWarning, match=f"{path} is .*; it is collected again") if listed else nullcontext():
+        collect_tiny(copied)
+    found, expected = contents(copied), contents(folder)
+    assert json.loads(found.pop("manifest.json")) == json.loads(expected.pop("manifest.json"))
+    assert found == expected
 
 
 def test_collect_refuses_foreign_files_in_a_new_folder(tmp_path, folder, trajectories):
@@ -150,6 +169,25 @@ def test_collect_and_trajectories_name_a_damaged_manifest(copied, content, messa
     (copied / "manifest.json").write_text(content)
     for read in (collect_tiny, Trajectories):
         with pytest.raises(ValueError, match=f"{copied / 'manifest.json'} .*{message}"):
+            read(copied)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"plan": None},
+        {"plan": {}},
+        {"plan_id": 3},
+        {"files": []},
+        {"files": {"shard-00000.safetensors": 3}},
+        {"files": {"shard-00000.safetensors": {"rows": 8, "bytes": "8", "sha256": ""}}},
+        {"files": {"../shard-00000.safetensors": {"rows": 8, "bytes": 8, "sha256": ""}}},
+    ],
+)
+def test_collect_and_trajectories_name_a_manifest_of_other_types(copied, damage):
+    write_json(copied / "manifest.json", {**read_json(copied / "manifest.json"), **damage})
+    for read in (collect_tiny, Trajectories):
+        with pytest.raises(ValueError, match=f"{copied / 'manifest.json'} is damaged: expected .*; remove it to collect again"):
             read(copied)
 
 
@@ -177,6 +215,19 @@ def test_collect_names_what_differs_from_the_plan_in_the_folder(copied, folder, 
     assert all(f"{entry}" in str(error.value) for entry in entries)
     assert "prediction_type" not in str(error.value)
     assert contents(copied) == contents(folder)
+
+
+def test_collect_goes_on_with_a_scheduler_of_infinite_settings(tmp_path):
+    """JSON has no number for them."""
+    teacher = tiny_teacher()
+    teacher.scheduler = DPMSolverMultistepScheduler(prediction_type="v_prediction")
+    assert teacher.scheduler.config.lambda_min_clipped == float("-inf")
+    collect_tiny(tmp_path, teacher)
+    before = contents(tmp_path)
+    (tmp_path / "shard-00001.safetensors").unlink()
+    with pytest.warns(UserWarning, match="collected again"):
+        collect_tiny(tmp_path, teacher)
+    assert json.loads(contents(tmp_path)["manifest.json"]) == json.loads(before["manifest.json"])
 
 
 def test_collect_names_another_scheduler(copied):

@@ -39,10 +39,6 @@ def _fresh_dynamo():
     torch._dynamo.reset()
 
 
-def sites_of(denoiser):
-    return [denoiser.get_submodule(part.site.path) for part in attachment_of(denoiser).adapter.sites]
-
-
 # torch.compile block by block
 
 

@@ -11,7 +11,8 @@ from torch import nn
 
 from agd_fast.adapters.adapter import Adapter
 from agd_fast.adapters.config import AdapterConfig
-from agd_fast.spec import DenoiserSpec, Layout, Site
+from agd_fast.sites import Layout
+from agd_fast.spec import DenoiserSpec, Site
 
 LARGEST_HIDDEN = 320  # the paper's width for UNets; wider brings little
 LARGEST_RANK = 16  # of gated_lora, whose products are paid at every token of every step

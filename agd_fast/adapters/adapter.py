@@ -15,7 +15,7 @@ from agd_fast.adapters.modulation import Modulation
 from agd_fast.adapters.offset import Offset
 from agd_fast.adapters.reference import ReferenceCrossAttention, ReferenceOffset
 from agd_fast.conditioning import Conditioning, check_masks
-from agd_fast.spec import Layout
+from agd_fast.sites import Layout
 
 PARTS: dict[str, type[Part]] = {
     "modulation": Modulation,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from agd_fast.adapters.config import AdapterConfig
 from agd_fast.conditioning import Conditioning
-from agd_fast.spec import Layout, ResolvedSite
+from agd_fast.sites import Layout, ResolvedSite
 
 Prepared = tuple[Any, ...]  # one entry a site
 

@@ -6,6 +6,8 @@ import json
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
+from agd_fast.checking import number_range, require_whole
+
 Kind = Literal["modulation", "gated_lora", "cross_attention", "offset", "reference_cross_attention", "reference_offset"]
 OmegaFeatures = Literal["smooth", "fourier"]
 Blocks = Literal["attention", "feed_forward", "convolution"]
@@ -55,8 +57,7 @@ class AdapterConfig:
         for name in ("blocks", "layers", "sees"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, tuple(getattr(self, name)))
-        low, high = (float(omega) for omega in self.guidance_range)
-        object.__setattr__(self, "guidance_range", (low, high))
+        object.__setattr__(self, "guidance_range", number_range("guidance_range", self.guidance_range))
         for kind in self.kinds:
             _one_of("kind", kind, get_args(Kind))
         if len(set(self.kinds)) != len(self.kinds):
@@ -70,15 +71,10 @@ class AdapterConfig:
             _one_of("sees", seen, get_args(Seen))
         if self.layers == ():
             raise ValueError("layers must name at least one module, or be None for all; found none")
-        if not low < high:
-            raise ValueError(f"guidance_range must be (low, high) with low < high, found {self.guidance_range}")
-        for name in ("hidden", "rank"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be a positive integer or None, found {value}")
+        require_whole(hidden=self.hidden, rank=self.rank, heads=self.heads)
         if not self.max_fraction > 0:
             raise ValueError(f"max_fraction must be positive, found {self.max_fraction}")
-        if self.heads < 1 or (self.hidden is not None and self.hidden % self.heads):
+        if self.hidden is not None and self.hidden % self.heads:
             raise ValueError(f"heads must divide hidden; found heads={self.heads}, hidden={self.hidden}")
 
     @property

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from agd_fast import ops
 from agd_fast.adapters.base import Ahead, Context, Part, Prepared, SiteAdapter
 from agd_fast.adapters.config import AdapterConfig
-from agd_fast.spec import Layout, ResolvedSite
+from agd_fast.sites import Layout, ResolvedSite
 
 
 def sinusoidal_positions(positions: Tensor, width: int) -> Tensor:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from agd_fast import ops
 from agd_fast.adapters.base import Context, Part, Prepared, SiteAdapter, gained, pooled
 from agd_fast.adapters.config import AdapterConfig
-from agd_fast.spec import Layout, ResolvedSite
+from agd_fast.sites import Layout, ResolvedSite
 
 
 class ScaledUp(NamedTuple):

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from agd_fast.adapters.base import Context, Part, Prepared, SiteAdapter, broadcast, gained, pooled
 from agd_fast.adapters.config import AdapterConfig
-from agd_fast.spec import Layout, ResolvedSite
+from agd_fast.sites import Layout, ResolvedSite
 
 
 class ScaleSite(SiteAdapter):

@@ -6,7 +6,7 @@ from torch import nn
 
 from agd_fast.adapters.base import Context, Part, Prepared, SiteAdapter, gained, pooled
 from agd_fast.adapters.config import AdapterConfig
-from agd_fast.spec import Layout, ResolvedSite
+from agd_fast.sites import Layout, ResolvedSite
 
 
 class OffsetSite(SiteAdapter):

@@ -14,7 +14,7 @@ from agd_fast.adapters.config import AdapterConfig
 from agd_fast.adapters.cross_attention import CrossAttention, rows_of
 from agd_fast.adapters.offset import Offset
 from agd_fast.conditioning import Conditioning
-from agd_fast.spec import Layout, ResolvedSite
+from agd_fast.sites import Layout, ResolvedSite
 
 
 class ReferenceCrossAttention(CrossAttention):

@@ -9,6 +9,7 @@ along. An attached adapter does nothing until it is armed: by `guided`, a wrappe
 from agd_fast.attaching.arming import GuidanceScale, armed, disabled, guided, to_omega, warn_outside
 from agd_fast.attaching.attach import Model, attach, install, layout_for, spec_of, unload
 from agd_fast.attaching.attachment import Attachment, attachment_of, require_attachment
+from agd_fast.attaching.calling import without_negatives
 from agd_fast.attaching.find import component_of, components_of, denoiser_of, uncompiled
 from agd_fast.attaching.scope import scoped
 from agd_fast.attaching.wrapping import guiders_of, own_call, require_scale, share, unwrap, wrap
@@ -39,5 +40,6 @@ __all__ = [
     "unload",
     "unwrap",
     "warn_outside",
+    "without_negatives",
     "wrap",
 ]

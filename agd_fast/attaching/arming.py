@@ -14,7 +14,8 @@ from agd_fast.adapters.base import Ahead
 from agd_fast.attaching.attachment import Attachment, attachment_of, require_attachment
 from agd_fast.attaching.find import components_of, uncompiled
 from agd_fast.attaching.scope import Scope, in_scope, scope_of
-from agd_fast.spec import DenoiserSpec, device_of
+from agd_fast.forward import device_of
+from agd_fast.spec import DenoiserSpec
 from agd_fast.warning import warn
 
 GuidanceScale = float | Sequence[float] | Tensor
@@ -59,7 +60,10 @@ def armed(
 
 @contextmanager
 def disabled(model: Any) -> Iterator[None]:
-    """The base, bit-exact, whatever is attached or armed; a pipeline inside makes its own two-pass guidance."""
+    """The base, whatever is attached or armed; a pipeline inside makes its own two-pass guidance.
+
+    Bit-exact; to rounding where the engine is on (`optimize`), which runs the base too.
+    """
     first = attachment_of(model)
     components = () if first is None else components_of(model, first.spec).values()
     attachments = [found for found in map(attachment_of, components) if found is not None]
@@ -74,12 +78,14 @@ def disabled(model: Any) -> Iterator[None]:
 
 
 def to_omega(guidance_scale: GuidanceScale, spec: DenoiserSpec) -> Tensor:
-    """ω in the standard convention (ω = 1: no guidance), [1] or [B] float32."""
-    scale = torch.as_tensor(guidance_scale, dtype=torch.float32).detach()
-    if scale.ndim > 1 or not torch.isfinite(scale).all():
-        raise ValueError(
-            f"expected one finite guidance scale or one a sample [B], found shape {tuple(scale.shape)}: {scale.tolist()}"
-        )
+    """ω in the standard convention (ω = 1: no guidance), [1] or [B] float32. Raises: TypeError, ValueError for what is none."""
+    expected = "expected one finite guidance scale or one a sample [B]"
+    try:
+        scale = torch.as_tensor(guidance_scale, dtype=torch.float32).detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{expected}, found {guidance_scale!r}") from error
+    if scale.ndim > 1 or not scale.numel() or not torch.isfinite(scale).all():
+        raise ValueError(f"{expected}, found shape {tuple(scale.shape)}: {scale.tolist()}")
     return scale.reshape(-1) + spec.omega_offset
 
 

@@ -17,7 +17,9 @@ from agd_fast.attaching.scope import optimized
 from agd_fast.attaching.wrapping import require_scale, unwrap, wrap
 from agd_fast.conditioning import condition_width, embed_time
 from agd_fast.families import find_spec
-from agd_fast.spec import DenoiserSpec, Layout, ResolvedSite, device_of, find_modules, forward_parameters, resolve_sites
+from agd_fast.forward import device_of, forward_parameters
+from agd_fast.sites import Layout, ResolvedSite, find_modules, resolve_sites
+from agd_fast.spec import DenoiserSpec
 
 Model = TypeVar("Model")
 
@@ -82,7 +84,8 @@ def install(denoiser: nn.Module, adapter: Adapter, spec: DenoiserSpec) -> Adapte
     """
     if attachment_of(denoiser) is not None:
         raise ValueError(
-            f"this {type(denoiser).__name__} already has an adapter; expected agd_fast.unload(...) before another one"
+            f"this {type(denoiser).__name__} already has an adapter; expected agd_fast.unload(...) before another one, or a "
+            "fresh model to load it into, also where a notebook's cell runs again"
         )
     adapter.to(device_of(denoiser))
     with own_modules(denoiser):
@@ -137,7 +140,11 @@ def _require_undistilled(model: Any) -> None:
 
 
 def unload(model: Model) -> Model:
-    """Take the adapter off; the base is bit-exact again. Returns its argument."""
+    """Take the adapter off. Returns its argument.
+
+    The base is bit-exact again; to rounding where the engine is on, which stays until `optimize(model, None)`. Pipelines that
+    share the denoiser are without the adapter too, and go by the next one that is put on.
+    """
     first = attachment_of(model)
     for component in () if first is None else components_of(model, first.spec).values():
         denoiser = uncompiled(component)

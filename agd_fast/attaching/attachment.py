@@ -15,7 +15,9 @@ from agd_fast.adapters import Adapter
 from agd_fast.adapters.base import Ahead, Prepared, SiteAdapter
 from agd_fast.attaching.find import bring, bring_embedders, denoiser_of
 from agd_fast.conditioning import embed_conditions, embed_time
-from agd_fast.spec import Condition, DenoiserSpec, argument_of, config_value
+from agd_fast.forward import argument_of
+from agd_fast.sites import config_value
+from agd_fast.spec import Condition, DenoiserSpec
 
 ROOT, SITES = "_agd", "_agd_sites"
 # asked once: older versions of torch cannot trace the question
@@ -45,12 +47,14 @@ class Attachment:
         self.handles: list[Any] = []
         self.checkpoints: list[tuple[Any, Any]] = []  # modules whose checkpointing was wrapped for one forward, and their own
         self.enabled = True
+        self.calling = False  # whether a pipeline's call that it is for is under way
+        self.negatives: dict[Any, list[Tensor]] = {}  # what a pipeline made of the negative prompt that it was trained for
         self.omega: Tensor | None = None  # [1] or [B] float32 while armed
         self.gate: Tensor | None = None  # [1], what the adapter is multiplied by; None is 1
         self.ahead: Ahead | None = None  # where entries are made before the first step, as the engine does
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "enabled": True, "omega": None, "gate": None, "ahead": None}
+        return {**vars(self), "enabled": True, "calling": False, "negatives": {}, "omega": None, "gate": None, "ahead": None}
 
     @property
     def active(self) -> bool:

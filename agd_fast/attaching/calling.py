@@ -3,31 +3,27 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, ExitStack, nullcontext
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from agd_fast.adapters import AdapterConfig
-from agd_fast.attaching.arming import TOLERANCE, armed, disabled, to_omega, warn_outside
-from agd_fast.attaching.attachment import attachment_of, require_attachment
-from agd_fast.attaching.find import components_of, uncompiled
-from agd_fast.attaching.scope import Guidance, optimized, scope_of, scoped
-from agd_fast.attaching.steps import around_step, before_forward, number_of_steps
-from agd_fast.attaching.timesteps import position_of
-from agd_fast.spec import DenoiserSpec, device_of
+from agd_fast.attaching.arming import armed, to_omega
+from agd_fast.attaching.attachment import Attachment, attachment_of, require_attachment
+from agd_fast.attaching.callbacks import has_callbacks, with_scales
+from agd_fast.attaching.find import components_of
+from agd_fast.attaching.negatives import other_negative
+from agd_fast.attaching.scales import scales_inside_guided, scales_of
+from agd_fast.attaching.scope import optimized, scoped
+from agd_fast.attaching.stepping import Interval, arm
+from agd_fast.spec import DenoiserSpec
 from agd_fast.warning import warn
 
 Negative = Literal["warn", "cfg"]
-Interval = tuple[float, float]
-Scale = Tensor | Callable[[float], Tensor]  # ω [B], or [1] for all; or that at a fraction of the schedule
 
-_ROWS = ("prompt", "class_labels", "prompt_embeds", "prompt_embeds_qwen", "prompt_embeds_t5")
 _OF_THE_RULE = ("guidance_rescale", "guess_mode", "skip_guidance_layers", "use_dynamic_cfg", "cfg_trunc_ratio")
-_REPEATS = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt")
 
 
 def call_pipeline(
@@ -42,15 +38,24 @@ def call_pipeline(
     """`call(*args, **kwargs)`, the pipeline's own, with its adapters armed and its own guidance off.
 
     The guidance scale is one number, one a prompt, or a function of the fraction of the steps that is done (0 ≤ · < 1), which
-    gives either. guidance_interval: the (start, stop) fractions of the steps in which the adapters act, as in diffusers' guiders.
-    negative: what to do with a negative prompt, which adapters do not know: "warn" that it is left out, or "cfg": two passes by
-    the base, for this call.
-    Raises: ValueError for scales that do not go with the prompts; RuntimeError when the pipeline calls a denoiser twice a step.
+    gives either; a callback may change it. guidance_interval: the (start, stop) fractions of the steps in which the adapters act,
+    as in diffusers' guiders. negative: what to do with a negative prompt, which adapters do not know: "warn" that it is left out,
+    or "cfg": two passes by the base, for this call.
+    Raises: ValueError for scales that do not go with the prompts, and for a guidance_interval where no adapter acts; RuntimeError
+        when the pipeline calls a denoiser twice a step, and inside another call that its adapters are there for.
     """
-    watched = any(kwargs.get(name) is not None for name in ("callback_on_step_end", "callback"))
-    with scoped(pipe, lambda: pipe.scheduler.timesteps, watched=watched), _counting_versions(pipe):
+    if negative not in get_args(Negative):
+        raise ValueError(f"negative must be one of {', '.join(map(repr, get_args(Negative)))}; found {negative!r}")
+    _require_interval(guidance_interval)
+    found = attachment_of(pipe)
+    attachment = found if found is not None and found.enabled else None
+    timesteps, watched = (lambda: pipe.scheduler.timesteps), has_callbacks(kwargs)
+    with _alone(pipe, attachment), scoped(pipe, timesteps, watched=watched), _counting_versions(pipe):
         vars(pipe).pop("_num_timesteps", None)  # of the last call
-        return _call(pipe, call, args, kwargs, guidance_interval, negative)
+        if attachment is not None:
+            return _call(pipe, call, args, kwargs, attachment, guidance_interval, negative)
+        _require_no_interval(guidance_interval)
+        return call(*args, **kwargs)
 
 
 def _call(
@@ -58,196 +63,75 @@ def _call(
     call: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
+    first: Attachment,
     guidance_interval: Interval | None,
     negative: Negative,
 ) -> Any:
-    if negative not in get_args(Negative):
-        raise ValueError(f"negative must be one of {', '.join(map(repr, get_args(Negative)))}; found {negative!r}")
-    first = attachment_of(pipe)
-    if first is None or not first.enabled:
-        return call(*args, **kwargs)
     spec, parameters = first.spec, inspect.signature(call).parameters
     arguments = {**inspect.signature(call).bind(*args, **kwargs).arguments}
     arguments |= arguments.pop("kwargs", {})
-    empty = None if spec.pipeline.own_negative else ""
-    if _has_negative(arguments, (None, empty, spec.pipeline.negative_prompt, first.adapter.config.negative_prompt)):
+    if unknown := other_negative(pipe, arguments, first):
         if negative == "cfg":
+            _require_no_interval(guidance_interval)
             return _two_pass(pipe, call, arguments, spec)
-        warn(
-            "the negative prompt is left out: this adapter was trained for the unconditional prediction; "
-            "negative='cfg' runs the base with two passes instead",
-        )
+        warn(f"the negative prompt is left out: {unknown}; negative='cfg' runs the base with two passes instead")
     if others := sorted(name for name in _OF_THE_RULE if arguments.get(name)):
         warn(
             f"without effect: {', '.join(others)}. It belongs to the pipeline's own guidance, which one pass has as it was "
             "distilled (agd_fast.distill(..., call=...))",
         )
     if first.omega is not None:
-        return _call_inside_guided(pipe, call, arguments, spec, guidance_interval)
-    omegas = _omegas(pipe, arguments, parameters, spec)
-    if all(not callable(omega) and (omega == 1).all() for omega in omegas.values()):
-        with disabled(pipe):
-            return call(**_without_guidance(arguments, spec))
+        scales = scales_inside_guided(pipe, arguments, spec)
+        guides = spec.pipeline.omega_arguments[0] not in arguments
+    else:
+        scales = scales_of(pipe, arguments, parameters, spec)
+        guides = not all(one.is_off for one in scales.values())
+        if not guides and not has_callbacks(arguments):
+            return call(**_without_guidance(arguments, parameters, spec))
+    if guides:
+        arguments = _positive_images(arguments, parameters)
     with ExitStack() as stack:
-        _arm(stack, pipe, omegas, spec, guidance_interval)
-        return call(**_without_guidance(_positive_images(arguments, parameters), spec))
+        steps = arm(stack, pipe, scales, spec, guidance_interval)
+        arguments = with_scales(arguments, pipe, steps.scales, steps.change)
+        return call(**_without_guidance(arguments, parameters, spec))
 
 
-def _call_inside_guided(
-    pipe: Any, call: Callable[..., Any], arguments: dict[str, Any], spec: DenoiserSpec, interval: Interval | None
-) -> Any:
-    """A call inside `agd_fast.guided`, which has decided ω. Raises: ValueError when the call has a guidance scale too."""
-    name, off = spec.pipeline.omega_arguments[0], spec.pipeline.cfg_off_value
-    if arguments.get(name, off) != off:
-        raise ValueError(
-            f"agd_fast.guided(...) decides the guidance scale of this call; expected {name} left out or {off:g}, "
-            f"found {arguments[name]} (double guidance)"
+@contextmanager
+def _alone(pipe: Any, attachment: Attachment | None) -> Iterator[None]:
+    """Raises: RuntimeError inside another call that the same adapter is there for."""
+    if attachment is None:
+        yield
+        return
+    if attachment.calling:
+        raise RuntimeError(
+            f"another call of this {type(pipe).__name__}, or of one that shares its denoiser, is under way; expected one after "
+            "another: in several threads, a pipeline each (copy.deepcopy(pipe))"
         )
-    if name not in arguments:
-        arguments = _positive_images(arguments, inspect.signature(call).parameters)
-    omegas: dict[str, Scale] = {}
-    for component, module in components_of(pipe, spec).items():
-        omega = require_attachment(module).omega
-        assert omega is not None
-        omegas[component] = omega
-    with ExitStack() as stack:
-        _arm(stack, pipe, omegas, spec, interval)
-        return call(**_without_guidance(arguments, spec))
+    attachment.calling = True
+    try:
+        yield
+    finally:
+        attachment.calling = False
 
 
-def _omegas(
-    pipe: Any, arguments: Mapping[str, Any], parameters: Mapping[str, inspect.Parameter], spec: DenoiserSpec
-) -> dict[str, Scale]:
-    """ω of each denoiser."""
-    found: dict[str, Scale] = {}
-    value: Any = None
-    for index, (name, module) in enumerate(components_of(pipe, spec).items()):
-        argument = spec.pipeline.omega_arguments[min(index, len(spec.pipeline.omega_arguments) - 1)]
-        default = parameters[argument].default if argument in parameters else None
-        given = arguments.get(argument, default)
-        value = value if given is None else given  # a second denoiser goes by the first's
-        if value is None:
-            raise ValueError(f"expected {argument}=..., a number or one a prompt; found None")
-        rows = partial(_rows, argument, spec, require_attachment(module).adapter.config, _batch(arguments))
-        found[name] = partial(_scheduled, value, rows) if callable(value) else rows(value)
-    return found
+def _require_interval(interval: Any) -> None:
+    if interval is None:
+        return
+    try:
+        start, stop = map(float, interval)
+    except (TypeError, ValueError):
+        start = stop = 0.0
+    if not 0 <= start < stop <= 1:
+        raise ValueError(f"guidance_interval must be (start, stop), fractions with 0 ≤ start < stop ≤ 1; found {interval!r}")
 
 
-def _scheduled(schedule: Callable[[float], Any], rows: Callable[[Any], Tensor], fraction: float) -> Tensor:
-    return rows(schedule(fraction))
-
-
-def _rows(argument: str, spec: DenoiserSpec, config: AdapterConfig, batch: tuple[int | None, int], scale: Any) -> Tensor:
-    """ω [B] of a guidance scale where the call tells B, else [1]; 1 where no pipeline guides and the adapter did not learn to."""
-    (low, _), above = config.guidance_range, spec.guides_above
-    omega, (prompts, repeats) = to_omega(scale, spec), batch
-    omega = omega.where(omega >= low - TOLERANCE if low < above else omega > above, 1.0)  # a guider may teach what none do
-    if len(omega) > 1 and len(omega) != prompts:
+def _require_no_interval(interval: Interval | None) -> None:
+    if interval is not None:
         raise ValueError(
-            f"{argument} has {len(omega)} values for {prompts if prompts else 'an unknown number of'} prompt(s); "
-            "expected one number, or a list with one a prompt beside a list of prompts"
+            "guidance_interval says when an adapter acts, and in this call none does (it is disabled, unloaded, or "
+            "negative='cfg'): the pipeline's own two passes guide at every step; expected no guidance_interval, found "
+            f"{interval}"
         )
-    return omega if prompts is None else omega.expand(prompts).repeat_interleave(repeats)
-
-
-def _batch(arguments: Mapping[str, Any]) -> tuple[int | None, int]:
-    """Number of prompts, where the call tells it, and of samples a prompt."""
-    repeats = next((arguments[name] for name in _REPEATS if arguments.get(name)), 1)
-    for name in _ROWS:
-        value = arguments.get(name)
-        if isinstance(value, (str, int)):
-            return 1, repeats
-        if isinstance(value, (list, tuple, Tensor)):
-            return len(value), repeats
-    return None, repeats
-
-
-def _arm(stack: ExitStack, pipe: Any, omegas: Mapping[str, Scale], spec: DenoiserSpec, interval: Interval | None) -> None:
-    if interval is not None and not 0 <= interval[0] < interval[1] <= 1:
-        raise ValueError(f"guidance_interval must be (start, stop), fractions with 0 ≤ start < stop ≤ 1; found {interval}")
-    components = components_of(pipe, spec)
-    placed: list[_Placed] = []
-    for name, component in components.items():
-        scale = omegas[name]
-        omega = scale(0.0) if callable(scale) else scale
-        placed.append(_Placed(component, scale))
-        if not callable(scale):
-            warn_outside(omega, placed[-1].attachment.adapter.config)
-        stack.enter_context(armed(placed[-1].attachment, omega.to(device_of(component))))
-    steps = _Steps(pipe, placed, interval)
-    for component in components.values():
-        stack.enter_context(before_forward(component, steps.forward))
-    stack.enter_context(around_step(pipe.scheduler, steps.step))
-
-
-class _Placed:
-    """An armed denoiser and its ω."""
-
-    def __init__(self, component: nn.Module, scale: Scale) -> None:
-        self.component, self.scale = component, scale
-        self.attachment = require_attachment(component)
-        self.guidance: Guidance | None = None
-
-    def plan(self, first: int, fractions: list[float], gates: list[float]) -> None:
-        """Lay out ω and the adapter's factor for all steps. first: the scheduler's timestep that the first of them is at."""
-        scale = self.scale
-        rows = [scale(fraction) for fraction in fractions] if callable(scale) else [scale] * len(fractions)
-        omegas = torch.stack(rows)
-        if callable(scale):
-            warn_outside(omegas, self.attachment.adapter.config)
-        device = device_of(self.component)
-        numbers = torch.arange(len(omegas), dtype=torch.float32)
-        self.guidance = Guidance(omegas.to(device), torch.tensor(gates).to(device), numbers.to(device), first)
-        if (scope := scope_of(uncompiled(self.component))) is not None:
-            scope.guidance = self.guidance
-
-    def at(self, step: int, acts: bool) -> None:
-        assert self.guidance is not None
-        self.guidance.step = step
-        self.attachment.omega = self.guidance.omegas[step] if acts else None
-
-
-class _Steps:
-    """Guards that there is one forward a step, and sets what changes from step to step: ω, and whether the adapters act."""
-
-    def __init__(self, pipe: Any, placed: list[_Placed], interval: Interval | None) -> None:
-        self.pipe, self.placed, self.interval = pipe, placed, interval
-        self.varies = interval is not None or any(callable(one.scale) for one in placed)
-        self.firsts: list[int] = []  # of each step, the first one at the same timestep
-        self.acts: list[bool] = []
-        self.done, self.called = 0, False
-
-    def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.called:
-            raise RuntimeError(
-                "the pipeline called a denoiser twice in one step while its adapter was armed (double guidance); expected one "
-                "forward a step: this pipeline needs agd_fast.disabled(pipe), or guides in a way that adapters do not know"
-            )
-        self.called = True
-        if self.varies:
-            if not self.firsts:
-                self._plan(args, kwargs)
-            step = self.firsts[min(self.done, len(self.firsts) - 1)]
-            for one in self.placed:
-                one.at(step, self.acts[step])
-
-    def _plan(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        total, times = number_of_steps(self.pipe), self.pipe.scheduler.timesteps
-        attachment = self.placed[0].attachment
-        first = position_of(times, attachment.spec, torch.as_tensor(attachment.argument(attachment.spec.timestep, args, kwargs)))
-        first = len(times) - total if first is None else first  # as image-to-image does it, which makes the last steps
-        times = times[first : first + total].tolist()
-        self.firsts = [times.index(time) for time in times]
-        total = len(times)
-        start, stop = self.interval or (0.0, 1.0)
-        self.acts = [int(start * total) <= step < int(stop * total) for step in range(total)]
-        for one in self.placed:
-            one.plan(first, [same / total for same in self.firsts], [float(self.acts[same]) for same in self.firsts])
-
-    def step(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        self.called = False
-        self.done += 1
-        return step(*args, **kwargs)
 
 
 def _counting_versions(pipe: Any) -> AbstractContextManager[Any]:
@@ -255,18 +139,19 @@ def _counting_versions(pipe: Any) -> AbstractContextManager[Any]:
     return torch.inference_mode(False) if optimized(pipe) and torch.is_inference_mode_enabled() else nullcontext()
 
 
-def _has_negative(arguments: Mapping[str, Any], known: tuple[str | None, ...]) -> bool:
-    """Whether the call has a negative prompt that the adapter was not trained for."""
-    for name, value in arguments.items():
-        if name.startswith("negative_prompt"):
-            values = value if isinstance(value, (list, tuple)) else [value]
-            if any(isinstance(one, Tensor) or one not in known for one in values):
-                return True
-    return False
+def without_negatives(arguments: Mapping[str, Any], parameters: Mapping[str, inspect.Parameter]) -> dict[str, Any]:
+    """A call's arguments but those of the unconditional prediction that it can do without."""
+
+    def needed(name: str) -> bool:
+        return name in parameters and parameters[name].default is inspect.Parameter.empty
+
+    return {name: value for name, value in arguments.items() if not name.startswith("negative_") or needed(name)}
 
 
-def _without_guidance(arguments: Mapping[str, Any], spec: DenoiserSpec) -> dict[str, Any]:
-    kept = {name: value for name, value in arguments.items() if not name.startswith("negative_")}
+def _without_guidance(
+    arguments: Mapping[str, Any], parameters: Mapping[str, inspect.Parameter], spec: DenoiserSpec
+) -> dict[str, Any]:
+    kept = without_negatives(arguments, parameters)
     first, *others = spec.pipeline.omega_arguments
     off = dict.fromkeys([first, *(name for name in others if kept.get(name) is not None)], spec.pipeline.cfg_off_value)
     return {**kept, **off}
@@ -296,9 +181,12 @@ def _two_pass(pipe: Any, call: Callable[..., Any], arguments: dict[str, Any], sp
             raise ValueError(
                 f"negative='cfg' runs the pipeline's own guidance, which takes one {name}; found a function of the step"
             )
+        to_omega(arguments[name], spec)  # or raises
         scales = torch.as_tensor(arguments[name]).flatten()
         if len(scales.unique()) > 1:
             raise ValueError(f"negative='cfg' runs the pipeline's own guidance, which takes one {name}; found {scales.tolist()}")
         arguments[name] = float(scales[0])
-    with disabled(pipe):
+    with ExitStack() as stack:
+        for component in components_of(pipe, spec).values():
+            stack.enter_context(armed(require_attachment(component), None))
         return call(**arguments)

@@ -85,12 +85,12 @@ def scope_of(denoiser: nn.Module) -> Scope | None:
 
 
 @contextmanager
-def scoped(model: Any, timesteps: Callable[[], Tensor] | Tensor | None = None, *, watched: bool = False) -> Iterator[None]:
+def scoped(model: Any, timesteps: Callable[[], Tensor] | Tensor | None = None, *, watched: bool = True) -> Iterator[None]:
     """One run of a schedule, for which optimized denoisers may compute ahead: once for the same conditions, if it is known for
     all steps.
 
-    timesteps: the scheduler's [T], or what gives them at the first forward. watched: whether code that may change the model runs
-    between the forwards.
+    timesteps: the scheduler's [T], or what gives them at the first forward. watched: whether code that may change the model, or
+    pass t of its own for each sample, runs between the forwards; where none does, False saves a look at the model in each step.
     """
     times = (lambda: timesteps) if isinstance(timesteps, Tensor) else timesteps
     with ExitStack() as stack:

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from agd_fast.backend.once import Once
 from agd_fast.backend.torch_versions import (
     CompiledFn,
     compile_with,
@@ -18,14 +17,11 @@ from agd_fast.backend.torch_versions import (
     is_weight,
     outside_of_dynamo,
 )
-from agd_fast.graph.capture import Captured, NotCapturableError, add_call, capture
-from agd_fast.graph.levels import Level, is_view
-from agd_fast.graph.partition import Part, partition
+from agd_fast.graph.capture import NotCapturableError, capture
+from agd_fast.graph.levels import Level
 from agd_fast.graph.rewriting import Rewritten, rewrite
 from agd_fast.ops import Kernels, checked_policy, default_policy
 from agd_fast.warning import described, warn
-
-aten = torch.ops.aten
 
 _graphs: deque[dict[str, Any]] = deque(maxlen=64)
 
@@ -38,9 +34,9 @@ def agd_fast(
     mode: of torch.compile, but for those that record CUDA graphs. options: "kernels" ("auto", "always", "never"; default: what
     AGD_FAST_KERNELS says, else "auto"), "compiler" (the backend underneath, default "inductor"); all others go to inductor.
 
-    Pieces that agd_fast has kernels for are put on these where they are faster, and thin projections, as adapters have them, ride
-    along with wider ones. A graph with none of these goes to inductor as it is; so do graphs for training, under autocast, and
-    for more than one shape.
+    Pieces that agd_fast has kernels for are put on these where they are faster, and products end with their gelu. A graph with
+    none of these goes to inductor as it is; so do graphs for training, under autocast, and for more than one shape. Weights are
+    read at every call, and nothing is made of them ahead: nobody tells when they are written to.
     Raises: ValueError for an unknown mode or policy.
     """
     options = dict(options or {})
@@ -54,7 +50,7 @@ def agd_fast(
                 return _compiled(gm, example_inputs, policy, compiler, options)
             except _UntouchedError as error:
                 reason = str(error)
-            except Exception as error:  # it costs no model: no memory for joined weights, perhaps
+            except Exception as error:  # it costs no model
                 reason = f"it could not be rewritten ({described(error)})"
                 warn(f"a graph goes to {compiler} as it is: {reason}")
     _graphs.append(_told(Rewritten(), reason))
@@ -62,9 +58,8 @@ def agd_fast(
 
 
 def graphs_info() -> list[dict[str, Any]]:
-    """What became of the last graphs, for a reader. kernels, not_on_kernels: pieces by op, and by op and reason. joined: thin
-    projections that ride along with others. gelu_epilogues: those that end with their gelu. untouched_because: why a graph went
-    to the compiler as it was, or empty."""
+    """What became of the last graphs, for a reader. kernels, not_on_kernels: pieces by op, and by op and reason.
+    gelu_epilogues: products that end with their gelu. untouched_because: why a graph went to the compiler as it was, or empty."""
     return list(_graphs)
 
 
@@ -89,52 +84,20 @@ def _compiled(
         raise _UntouchedError(str(error)) from error
     graph = captured.graph
     levels = {node: Level.STATIC if is_weight(one) else Level.MOVING for node, one in zip(captured.inputs, inputs, strict=True)}
-    rewritten = rewrite(graph, levels, policy, lambda pieces: _joined(graph, pieces), gelu_epilogue="auto")
+    rewritten = rewrite(graph, levels, policy, gelu_epilogue="auto")
     _require_changed(rewritten)
-    views = frozenset(node for node in graph.nodes if node.op == "call_function" and is_view(node))  # free where they are
-    parts = partition(graph, levels, rewritten.kept | views)
-    compiled = _assembled(captured, parts.once, parts.body, inputs, compiler, options)
+    constants = [*captured.constants.values()]
+    with torch.no_grad():
+        compiled = compile_with(compiler, fx.GraphModule({}, graph), [*inputs, *constants], options)
     _graphs.append(_told(rewritten, ""))
-    return compiled
+    return lambda *given: compiled(*given, *constants)
 
 
 def _require_changed(rewritten: Rewritten) -> None:
-    if not rewritten.kernels["kernels"] and not rewritten.joined and not rewritten.gelu_epilogues:
+    if not rewritten.kernels["kernels"] and not rewritten.gelu_epilogues:
         refused = ", ".join(rewritten.kernels["not_on_kernels"])
         raise _UntouchedError(f"no kernel of ours is to run in it{f' ({refused})' if refused else ''}")
 
 
 def _told(done: Rewritten, untouched_because: str) -> dict[str, Any]:
-    counts = {"joined": done.joined, "gelu_epilogues": done.gelu_epilogues}
-    return {**done.kernels, **counts, "untouched_because": untouched_because}
-
-
-def _assembled(
-    captured: Captured,
-    once_part: Part,
-    body: Part,
-    inputs: Sequence[Tensor],
-    compiler: str,
-    options: dict[str, Any],
-) -> CompiledFn:
-    """What runs: the part of the weights, where they are not the same as before, and the compiled rest."""
-    constants, places = captured.constants, {node: index for index, node in enumerate(captured.inputs)}
-    once = Once(once_part, [constants[node] if node in constants else places[node] for node in once_part.arguments])
-
-    def arguments(given: Sequence[Tensor]) -> list[Tensor]:
-        values = {**constants, **dict(zip(once_part.results, once(given), strict=True))}
-        return [values[node] if node in values else given[places[node]] for node in body.arguments]
-
-    with torch.no_grad():
-        compiled = compile_with(compiler, body.module, arguments(inputs), options)
-    return lambda *given: compiled(*arguments(given))
-
-
-def _joined(graph: fx.Graph, pieces: Sequence[fx.Node | int]) -> fx.Node:
-    """A `cat` of weights, behind the last of them."""
-    like = next(piece for piece in pieces if not isinstance(piece, int))
-    first = next(node for node in graph.nodes if node.op != "placeholder")
-    last = max(piece for piece in pieces if not isinstance(piece, int))
-    with graph.inserting_before(first if last < first else last.next):
-        nodes = [add_call(graph, aten.new_zeros.default, like, [one]) if isinstance(one, int) else one for one in pieces]
-        return add_call(graph, aten.cat.default, nodes)
+    return {**done.kernels, "gelu_epilogues": done.gelu_epilogues, "untouched_because": untouched_because}

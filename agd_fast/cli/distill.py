@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 import agd_fast as agd
 from agd_fast.cli.console import console
 from agd_fast.cli.options import DtypeOption, InputsOption, LabelsOption, ModelOption, OutputOption, QuietOption, SeedOption
-from agd_fast.cli.reading import given, load_model, parse_call, parse_labels
-from agd_fast.datasets import read_inputs
-from agd_fast.distillation.presets import PRESETS, find_preset
+from agd_fast.cli.reading import find_adapter, given, load_model, parse_call, parse_labels, require_one, require_pipeline
+
+PRESETS = "small, dit, sd15, sd21, sdxl, paper-dit, paper-sd21, paper-sdxl"
 
 
 def distill(
@@ -30,7 +30,7 @@ def distill(
         typer.Option(help='Further arguments of the pipeline\'s call as JSON, e.g. \'{"height": 768, "width": 768}\'.'),
     ] = None,
     dtype: DtypeOption = "float32",
-    preset: Annotated[str | None, typer.Option(help=f"Settings that go together: {', '.join(PRESETS)}.")] = None,
+    preset: Annotated[str | None, typer.Option(help=f"Settings that go together: {PRESETS}.")] = None,
     kind: Annotated[
         str | None,
         typer.Option(
@@ -42,7 +42,8 @@ def distill(
         float | None, typer.Option(help="Most parameters, as a share of the base's.", show_default="0.05")
     ] = None,
     guidance: Annotated[
-        tuple[float, float] | None, typer.Option(help="Lowest and highest guidance scale.", show_default="1 6")
+        tuple[float, float] | None,
+        typer.Option(help="Lowest and highest guidance scale.", show_default="1 6, or 1 12 of a text pipeline"),
     ] = None,
     init: Annotated[str | None, typer.Option(help="Folder or Hub repo of a trained adapter to start from.")] = None,
     source: Annotated[str, typer.Option(help="Whose states to train on: trajectories (guided), or student (of --init).")] = (
@@ -75,7 +76,14 @@ def distill(
     quiet: QuietOption = False,
 ) -> None:
     """Distil guidance of a model into an adapter. Continues an interrupted run."""
-    settings = find_preset(preset)
+    from agd_fast.distillation.distill import require_settings
+    from agd_fast.distillation.presets import find_preset
+
+    require_pipeline(model, prompts=prompts, inputs=inputs, call=call)
+    require_one(prompts=prompts, inputs=inputs, labels=labels)
+    if sampling_steps is not None and sampling_steps[0] > sampling_steps[1]:
+        raise typer.BadParameter(f"expected --sampling-steps LOWEST HIGHEST, found {sampling_steps[0]} {sampling_steps[1]}")
+    preset_settings = find_preset(preset)
     of_training = {
         "steps": steps,
         "batch_size": batch_size,
@@ -86,26 +94,32 @@ def distill(
     }
     of_adapter = {"kind": kind, "hidden": hidden, "max_fraction": max_fraction}
     chosen = given(of_adapter)
+    settings: dict[str, Any] = {
+        "output_dir": output,
+        "guidance_range": guidance,
+        "init": None if init is None else find_adapter(init),
+        "source": source,
+        "validation": validation,
+        "validate_every": validate_every,
+        "memory": memory,
+        "base_weights": base_weights,
+        "seed": seed,
+    }
+    require_settings(**settings)
+    settings |= {
+        "class_labels": None if labels is None else parse_labels(labels),
+        "prompts": None if prompts is None else agd.datasets.read_prompts(prompts),
+        "inputs": None if inputs is None else agd.datasets.read_inputs(inputs),
+        "call": None if call is None else parse_call(call),
+        "adapter": replace(preset_settings.adapter, **chosen) if chosen else None,
+        "train_config": replace(preset_settings.train, **given(of_training)),
+    }
     result = agd.distill(
         load_model(model, dtype, place=memory is None),
-        class_labels=None if labels is None else parse_labels(labels),
-        prompts=prompts,
-        inputs=None if inputs is None else read_inputs(inputs),
-        call=None if call is None else parse_call(call),
-        guidance_range=guidance,
+        **settings,
         preset=preset,
-        adapter=replace(settings.adapter, **chosen) if chosen else None,
-        init=init,
-        source=source,  # type: ignore[arg-type]
-        train_config=replace(settings.train, **given(of_training)),
         trajectories=trajectories,
         sampling_steps=sampling_steps,
-        output_dir=output,
-        validation=validation,
-        validate_every=validate_every,
-        memory=memory,  # type: ignore[arg-type]
-        base_weights=base_weights,  # type: ignore[arg-type]
-        seed=seed,
         resume=not fresh,
         tensorboard=tensorboard,
         progress=not quiet,

@@ -23,11 +23,15 @@ def estimate(
     dtype: DtypeOption = "bfloat16",
 ) -> None:
     """How much memory distilling a model takes, by what is kept for backward. Needs no GPU."""
+    from agd_fast.memory.choose import ways_of
+
+    ways_of(None, base_weights, None)  # type: ignore[arg-type]
+    adapter = None if kind is None else agd.AdapterConfig(kind)
     found = agd.estimate_memory(
         load_model(model, dtype, place=False),
         resolution=resolution,
         batch_size=batch_size,
-        adapter=None if kind is None else agd.AdapterConfig(kind),
+        adapter=adapter,
         base_weights=base_weights,  # type: ignore[arg-type]
     )
     console.print(str(found), markup=False, highlight=False)

@@ -10,8 +10,17 @@ import typer
 import agd_fast as agd
 from agd_fast.cli.console import console
 from agd_fast.cli.options import AdapterArgument, DtypeOption, InputsOption, ModelOption, QuietOption, SeedOption, StepsOption
-from agd_fast.cli.reading import given, load_model, parse_call, parse_labels, parse_metrics, parse_scales
-from agd_fast.datasets import read_inputs
+from agd_fast.cli.reading import (
+    find_adapter,
+    given,
+    load_model,
+    parse_call,
+    parse_labels,
+    parse_metrics,
+    parse_scales,
+    require_one,
+    require_pipeline,
+)
 
 
 def evaluate(
@@ -35,7 +44,7 @@ def evaluate(
     metrics: Annotated[
         str, typer.Option(help="Of a pipeline's pictures also: lpips, clip, fid, or which of each, e.g. 'lpips=vgg,clip=FOLDER'.")
     ] = "",
-    real: Annotated[Path | None, typer.Option(help="Folder of real pictures for fid.")] = None,
+    real: Annotated[Path | None, typer.Option(exists=True, file_okay=False, help="Folder of real pictures for fid.")] = None,
     samples: Annotated[
         int | None, typer.Option(min=1, help="Samples an arm.", show_default="2000 digits, or one a prompt")
     ] = None,
@@ -50,22 +59,17 @@ def evaluate(
     quiet: QuietOption = False,
 ) -> None:
     """Measure an adapter against two-pass CFG and no guidance, from the same noise: pictures, numbers, a report."""
-    asked = {"prompts": prompts, "inputs": inputs, "labels": labels, "call": call, "scales": scales, "real": real}
-    asked["metrics"] = metrics or None
-    if model == "digits" and given(asked):
-        names = ", ".join(f"--{name}" for name in given(asked))
-        raise typer.BadParameter(f"{names} go(es) with a pipeline; expected --model as well")
+    rows: dict[str, Any] = {"prompts": prompts, "inputs": inputs, "labels": labels}
+    require_pipeline(model, **rows, call=call, scales=scales, real=real, metrics=metrics or None)
+    require_one(**rows)
     if model == "digits" and samples is not None and samples < 4:
         raise typer.BadParameter(f"--samples: precision and recall of digits expect at least 4, found {samples}")
-    if inputs is not None and labels is not None:
-        raise typer.BadParameter("expected --inputs or --labels, found both")
     directory = output or Path(adapter if model == "digits" else "runs/evaluate")
     common: dict[str, Any] = {"steps": steps, "seed": seed, "progress": not quiet}
     common |= given({"samples": samples, "timing_rounds": rounds})
-    rows = None if inputs is None else read_inputs(inputs)
     of_pipeline = {
-        "prompts": prompts,
-        "inputs": rows if labels is None else {"class_labels": parse_labels(labels)},
+        "prompts": None if prompts is None else agd.datasets.read_prompts(prompts),
+        "inputs": None if inputs is None else agd.datasets.read_inputs(inputs),
         "call": None if call is None else parse_call(call),
         "guidance_scales": None if scales is None else parse_scales(scales),
         "metrics": parse_metrics(metrics),
@@ -73,7 +77,12 @@ def evaluate(
         "batch_size": batch_size,
         "resume": not fresh,
     }
-    loaded = agd.load(load_model(model, dtype), adapter)
+    if labels is not None:
+        of_pipeline["inputs"] = {"class_labels": parse_labels(labels)}
+    if model != "digits" and not given(rows):
+        raise typer.BadParameter("expected --prompts, --inputs or --labels that the adapter was not distilled on, found none")
+    folder = find_adapter(adapter)
+    loaded = agd.load(load_model(model, dtype), folder)
     if optimize:
         agd.optimize(loaded)
     if model == "digits":

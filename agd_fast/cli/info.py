@@ -10,8 +10,6 @@ from rich.markup import escape
 
 import agd_fast as agd
 from agd_fast.cli.console import console
-from agd_fast.hub import resolve
-from agd_fast.ops import kernels_info
 
 
 def info(
@@ -19,6 +17,7 @@ def info(
 ) -> None:
     """Versions, devices, what is installed, what the Triton kernels do; with ADAPTER, what it is and what it was made for."""
     from agd_fast.reporting.tables import rich_table
+    from agd_fast.sources import resolve
 
     tables = [
         rich_table("environment", ("", "found"), list(agd.info()["environment"].items()), "left"),
@@ -32,7 +31,9 @@ def info(
 
 def describe_kernels() -> list[tuple[str, str]]:
     """Whether the Triton kernels run here, and what was measured of them, in rows for a reader."""
-    found = kernels_info()
+    from agd_fast import ops
+
+    found = ops.kernels_info()
     rows = [
         ("policy", found["policy"]),
         ("can run", f"no: {found['missing']}" if found["missing"] else "yes"),

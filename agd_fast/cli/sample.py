@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
 
 import agd_fast as agd
@@ -20,9 +20,10 @@ from agd_fast.cli.options import (
     SeedOption,
     StepsOption,
 )
-from agd_fast.cli.reading import load_model, parse_call, parse_labels
-from agd_fast.datasets import read_inputs
-from agd_fast.teacher import as_teacher
+from agd_fast.cli.reading import find_adapter, load_model, parse_call, parse_labels, require_one, require_pipeline
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def sample(
@@ -42,24 +43,32 @@ def sample(
     quiet: QuietOption = False,
 ) -> None:
     """Sample with one forward a step and write a picture."""
+    import torch
+
+    from agd_fast.attaching import own_call
     from agd_fast.evaluation.evaluate import arm_sampler
     from agd_fast.pipelines import ARMS
     from agd_fast.reporting.pictures import NAMES, save_grid
+    from agd_fast.teacher import as_teacher
 
     if output.suffix != ".png":
         raise typer.BadParameter(f"expected a file name that ends in .png, found {output}")
+    require_pipeline(model, prompt=prompt or None, inputs=inputs, call=call)
+    require_one(prompt=prompt or None, inputs=inputs, labels=labels)
+    given = {"prompt": prompt} if inputs is None else agd.datasets.read_inputs(inputs)
+    classes, arguments = torch.tensor(parse_labels(labels or "0-9")), parse_call(call or "{}")
+    folder = find_adapter(adapter)
     pipeline = load_model(model, dtype)
     if optimize:
         agd.optimize(pipeline)
     arms = ARMS if compare else ("agd",)
-    if prompt and inputs:
-        raise typer.BadParameter("expected --prompt or --inputs, found both")
     if prompt or inputs:
-        given = {"prompt": prompt} if inputs is None else read_inputs(inputs)
-        count = _sample_inputs(agd.load(pipeline, adapter), given, parse_call(call or "{}"), guidance, steps, seed, arms, output)
+        count = _sample_inputs(agd.load(pipeline, folder), given, arguments, guidance, steps, seed, arms, output)
     else:
-        teacher = agd.load(as_teacher(pipeline), adapter)
-        classes = torch.tensor(parse_labels(labels or "0-9"))
+        teacher = as_teacher(pipeline)
+        if teacher is not pipeline and "class_labels" not in inspect.signature(own_call(pipeline)).parameters:
+            raise typer.BadParameter(f"a text pipeline expects --prompt or --inputs; found neither for {type(pipeline).__name__}")
+        agd.load(teacher, folder)
         noise = torch.randn(len(classes), *teacher.sample_shape, generator=torch.Generator().manual_seed(seed))
         omega = guidance + teacher.spec.omega_offset
         rows = {}
@@ -88,8 +97,10 @@ def _sample_inputs(
     return len(teacher)
 
 
-def _to_images(pipeline: Any, samples: torch.Tensor) -> torch.Tensor:
+def _to_images(pipeline: Any, samples: Tensor) -> Tensor:
     """Samples in [−1, 1], through the pipeline's VAE where it has one."""
+    import torch
+
     vae = getattr(pipeline, "vae", None)
     if vae is None:
         return samples

@@ -56,7 +56,7 @@ class DigitsClassifier(nn.Module):
 
 def digits_teacher() -> Teacher:
     """A class-conditional DiTTransformer2DModel with its DDIM scheduler, in float32 on the CPU."""
-    denoiser = DiTTransformer2DModel.from_pretrained(TEACHER_DIR, torch_dtype=torch.float32)
+    denoiser = DiTTransformer2DModel.from_pretrained(TEACHER_DIR).float()
     scheduler = DDIMScheduler.from_pretrained(TEACHER_DIR)
     return Teacher(denoiser, scheduler, name="agd_fast.datasets.digits_teacher")
 

@@ -1,4 +1,4 @@
-"""Rows of a pipeline's inputs from a file: texts, numbers and pictures by the argument of its call."""
+"""Rows of a pipeline's inputs from a file: prompts, or texts, numbers and pictures by the argument of its call."""
 
 from __future__ import annotations
 
@@ -9,7 +9,24 @@ from typing import Any
 
 from PIL import Image, ImageOps
 
+from agd_fast.files import read_lines
+
 PICTURES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".webp"})
+
+
+def read_prompts(path: str | os.PathLike[str]) -> list[str]:
+    """A file with one prompt a line; empty lines are none.
+
+    Raises: FileNotFoundError; ValueError naming a file that is not UTF-8 or holds no prompt.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(
+            f"expected a list of prompts or a text file with one a line, found no file {path}; one prompt goes in as a list"
+        )
+    found = [line.strip() for line in read_lines(path) if line.strip()]
+    if not found:
+        raise ValueError(f"expected at least one prompt in {path}, found none")
+    return found
 
 
 def read_inputs(path: str | os.PathLike[str]) -> dict[str, list[Any]]:
@@ -17,14 +34,14 @@ def read_inputs(path: str | os.PathLike[str]) -> dict[str, list[Any]]:
     takes it: {"prompt": [...], "image": [...]}.
 
     Of all arguments but prompts, texts that end like a file of a picture are opened, relative to the file's folder.
-    Raises: FileNotFoundError naming a file or picture; ValueError for a line that is no object, or has other arguments,
-    and for a picture of more than 8 bits a channel.
+    Raises: FileNotFoundError naming a file or picture; ValueError for a file that is not UTF-8, for a line that is no object, or
+    has other arguments, and for a picture of more than 8 bits a channel.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"expected a file with one JSON object a line, found no file {path}")
     rows: list[dict[str, Any]] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+    for number, line in enumerate(read_lines(path), 1):
         if line.strip():
             rows.append(_row(line, f"{path}, line {number}", path.parent))
             if rows[-1].keys() != rows[0].keys():

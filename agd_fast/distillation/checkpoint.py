@@ -28,7 +28,7 @@ def save_checkpoint(
         tensors |= {f"optimizer/{index}/{key}": value for key, value in state.items()}
     metadata = {"step": str(step), "run": json.dumps(run, sort_keys=True)}
     metadata |= {name: json.dumps(other.state_dict()) for name, other in others.items()}
-    write_tensors(path, tensors, metadata)
+    write_tensors(path, tensors, metadata, sealed=True)
 
 
 def load_checkpoint(
@@ -38,7 +38,10 @@ def load_checkpoint(
 
     Raises: ValueError when the file is damaged or belongs to a run with other settings (named).
     """
-    tensors, metadata = read_tensors(path)
+    try:
+        tensors, metadata = read_tensors(path)
+    except ValueError as error:
+        raise ValueError(f"{error}; remove it, or give resume=False, to start anew") from error
     if differing := differences(json.loads(json.dumps(run)), json.loads(metadata.get("run", "{}"))):
         raise ValueError(
             f"{path} belongs to a run with other settings ({differing}); give another output_dir, or resume=False to start anew"

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
+from agd_fast.checking import require_seed, require_whole
+
 Loss = Literal["l2", "l1"]
 Weighting = Literal["uniform", "omega"]
 MixedPrecision = Literal["no", "fp16", "bf16"]
@@ -61,15 +63,10 @@ class TrainConfig:
     cuda_graph: bool | None = None
 
     def __post_init__(self) -> None:
-        for name in (
-            "steps",
-            "batch_size",
-            "micro_batch_size",
-            "checkpoint_every",
-            "log_every",
-            "learning_rate",
-            "max_grad_norm",
-        ):
+        names = ("steps", "batch_size", "micro_batch_size", "checkpoint_every", "log_every")
+        require_whole(**{name: getattr(self, name) for name in names})
+        require_seed(self.seed)
+        for name in ("learning_rate", "max_grad_norm"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be positive, found {value}")

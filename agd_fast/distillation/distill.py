@@ -6,22 +6,24 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
-from accelerate import PartialState
 from torch import Tensor
 
 from agd_fast.adapters import AdapterConfig, for_backbone
+from agd_fast.checking import number_range, require_seed, require_whole
 from agd_fast.distillation.config import TrainConfig, learning_rate_of
-from agd_fast.distillation.job import DistillResult, Job, draw_samples, run
+from agd_fast.distillation.job import DistillResult, Job, draw_samples, require_fit, run
 from agd_fast.distillation.presets import find_preset
 from agd_fast.distillation.teachers import Prompts, teachers_of
+from agd_fast.distillation.train import make_accelerator
 from agd_fast.files import differences
-from agd_fast.hub import resolve
+from agd_fast.locking import only_writer
 from agd_fast.memory.blocks import has_blocks
 from agd_fast.memory.choose import Memory, ways_of
 from agd_fast.memory.weight_codes import Kind
+from agd_fast.sources import resolve
 from agd_fast.spec import DenoiserSpec
 from agd_fast.storage import read_config
 from agd_fast.teacher import Conditions
@@ -94,27 +96,33 @@ def distill(
     base_weights: "int8" or "nf4" keeps the frozen weights as codes while training (`agd_fast.memory.base_weights`), with the
         originals in host memory; states, validation and what is left to the caller are of the weights as they are.
     resume: continue an interrupted run in output_dir, with the same settings but for memory, base_weights, how many states a
-        forward has and TrainConfig.cuda_graph, which may be others; False trains anew on the trajectories there.
+        forward has, TrainConfig.cuda_graph and how often something is logged and saved, which may be others; False trains anew on
+        the trajectories there.
 
     Writes adapter.safetensors, adapter_config.json, distill.json, log.jsonl, checkpoint.safetensors, samples.png and
     trajectories/; for a pipeline's further denoisers the same in folders of their names.
     Raises: ValueError for a missing condition, an attached adapter, an `init` that does not fit, or an output_dir of another
-    run; TypeError for an unknown model or guider; FloatingPointError when the loss becomes NaN; OSError when something cannot
-    be written; torch.OutOfMemoryError naming what takes less, after "auto" has tried one way more. The model is then without
-    adapter again.
+    run; TypeError for an unknown model or guider; FloatingPointError when a state is not finite or the loss becomes NaN;
+    OSError when something cannot be written, or another process is writing to output_dir; torch.OutOfMemoryError naming what
+    takes less, after "auto" has tried one way more. The model is then without adapter again. Warns: where a picture cannot be
+    drawn, or `trajectories` are of other weights, noise or conditions.
     """
     directory = Path(output_dir)
     init = None if init is None else resolve(init)
     settings = find_preset(preset)
     if adapter is None and preset is not None:
         adapter = settings.adapter
-    if init is None and source == "student":
-        raise ValueError("source='student' expects init=..., the folder of a trained adapter that the states follow; found None")
-    if init is not None and directory.resolve() == init.resolve():
-        raise ValueError(f"expected an output_dir other than init, found {init} for both")
-    for name, value in (("validation", validation), ("validate_every", validate_every)):
-        if value is not None and value < (name == "validate_every"):
-            raise ValueError(f"{name} must be a positive number or {0 if name == 'validation' else None}, found {value}")
+    require_settings(
+        output_dir=directory,
+        guidance_range=guidance_range,
+        init=init,
+        source=source,
+        validation=validation,
+        validate_every=validate_every,
+        memory=memory,
+        base_weights=base_weights,
+        seed=seed,
+    )
     teachers = teachers_of(
         model,
         prompts=prompts,
@@ -131,7 +139,7 @@ def distill(
         raise ValueError(f"expected a number of trajectories for a pipeline's {len(teachers)} denoisers, found collected ones")
     jobs = []
     for index, (name, one, table) in enumerate(teachers):
-        ways_of(memory, base_weights, None, has_blocks(one.denoiser))  # what cannot be is said before anything runs
+        ways_of(memory, base_weights, None, has_blocks(one.denoiser))  # "blocks" may not be
         folder = directory if index == 0 else directory / name
         of_init = init if init is None or index == 0 else init / name
         config = _adapter_config(adapter, guidance_range, one.spec.omega_offset, of_init)
@@ -170,11 +178,44 @@ def distill(
                 base_weights=base_weights,
             )
         )
-    results = {name: run(job) for (name, _, _), job in zip(teachers, jobs, strict=True)}
-    if jobs[0].validation and PartialState().is_main_process:
-        draw_samples(jobs[0])  # once every denoiser of a pipeline has its adapter
+    if isinstance(trajectories, Trajectories):
+        require_fit(trajectories, jobs[0])
+    is_main = make_accelerator(jobs[0].train_config.mixed_precision).is_main_process
+    with only_writer(directory):
+        results = {name: run(job) for (name, _, _), job in zip(teachers, jobs, strict=True)}
+        if jobs[0].validation and is_main:
+            draw_samples(jobs[0])  # once every denoiser of a pipeline has its adapter
     first, *others = results
     return replace(results[first], others={name: results[name] for name in others})
+
+
+def require_settings(
+    *,
+    output_dir: Path,
+    guidance_range: tuple[float, float] | None,
+    init: Path | None,
+    source: Source,
+    validation: int | None,
+    validate_every: int | None,
+    memory: Memory | None,
+    base_weights: Kind | None,
+    seed: int,
+) -> None:
+    """What can be told of the arguments of `distill` without the model. Raises: ValueError."""
+    if source not in get_args(Source):
+        raise ValueError(f"source must be one of {get_args(Source)}, found {source!r}")
+    if init is None and source == "student":
+        raise ValueError("source='student' expects init=..., the folder of a trained adapter that the states follow; found None")
+    if init is not None and output_dir.resolve() == init.resolve():
+        raise ValueError(f"expected an output_dir other than init, found {init} for both")
+    if guidance_range is not None:
+        number_range("guidance_range", guidance_range)
+    ways_of(memory, base_weights, None)
+    require_seed(seed)
+    require_whole(0, validation=validation)
+    require_whole(validate_every=validate_every)
+    if validate_every and validation == 0:
+        raise ValueError(f"validate_every={validate_every} expects held-out trajectories to measure on, found validation=0")
 
 
 def _train_config(config: TrainConfig, adapter: AdapterConfig, dtype: torch.dtype, seed: int) -> TrainConfig:

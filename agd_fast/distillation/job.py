@@ -26,17 +26,19 @@ from agd_fast.distillation.residency import Residency
 from agd_fast.distillation.tiling import decoder_of, tiled
 from agd_fast.distillation.train import make_accelerator, train
 from agd_fast.evaluation.explained import SCALES, Explained, guidance_explained
-from agd_fast.files import differences, fingerprint, replacing, write_json
+from agd_fast.files import differences, fingerprint, replacing, without_nan, write_json
+from agd_fast.forward import device_of
 from agd_fast.freezing import frozen
 from agd_fast.memory.blocks import has_blocks
 from agd_fast.memory.choose import Choice, Memory, budget_on, choose, estimator, ways_of
 from agd_fast.memory.weight_codes import Kind
 from agd_fast.pipelines.handed import PART
-from agd_fast.spec import device_of
 from agd_fast.storage import load, save
 from agd_fast.teacher import Conditions, Teacher
 from agd_fast.trajectories import Source, Trajectories, collect
-from agd_fast.warning import warn
+from agd_fast.trajectories.collect import identity
+from agd_fast.trajectories.manifest import as_json
+from agd_fast.warning import described, warn
 
 logger = logging.getLogger(__name__)
 
@@ -126,6 +128,8 @@ def _run(job: Job, accelerator: Accelerator, residency: Residency) -> DistillRes
                 progress = job.progress and accelerator.is_main_process
                 states = residency.run("collecting states", partial(_states, job, progress))
             phases.done("collect")
+            if not job.resume and accelerator.is_main_process:
+                _forget_validation(job.directory / VALIDATION_NAME)
             settings = _settings(job, attached, states, accelerator.num_processes)
             loss, memory, passes = _train(job, states, settings, accelerator, residency)
             phases.done("train")
@@ -141,17 +145,22 @@ def _run(job: Job, accelerator: Accelerator, residency: Residency) -> DistillRes
                 _write(job, result, about | ({"memory": str(memory["way"])} if memory else {}))
             accelerator.wait_for_everyone()
         except BaseException:
-            unload(teacher)
-            unload(teacher.owner)
+            _unload(teacher)
             raise
     return result
 
 
+def _unload(teacher: Teacher) -> None:
+    """Also the adapters of a pipeline's other denoisers."""
+    unload(teacher)
+    unload(teacher.owner)
+
+
 def _settings(job: Job, adapter: Adapter, states: Trajectories, processes: int) -> dict[str, Any]:
-    """What a checkpoint must match to be continued: not how memory and time are saved, over the same states towards the same
-    targets."""
+    """What a checkpoint must match to be continued: not how memory and time are saved, nor when something is written, over the
+    same states towards the same targets."""
     train = job.train_config.to_dict()
-    for name in ("micro_batch_size", "cuda_graph"):
+    for name in ("micro_batch_size", "cuda_graph", "checkpoint_every", "log_every"):
         train.pop(name)
     return {
         "adapter": adapter.config.to_dict(),
@@ -220,7 +229,6 @@ def _say(job: Job, text: str) -> None:
 
 def _states(job: Job, progress: bool) -> Trajectories:
     if isinstance(job.trajectories, Trajectories):
-        _require_fit(job.trajectories, job.teacher, job.config.guidance_range)
         return job.trajectories
     return collect(
         job.teacher,
@@ -249,6 +257,13 @@ def _explained(job: Job) -> Explained:
     )
 
 
+def _forget_validation(folder: Path) -> None:
+    """What a run before wrote on its way."""
+    for ending in ("json", "png"):
+        for path in folder.glob(f"step-*.{ending}"):
+            path.unlink()
+
+
 def _validation(job: Job, economy: Economy, residency: Residency) -> Callable[[int], float]:
     """Measures the adapter as it stands after a step, writes that and a picture, and returns guidance_explained."""
 
@@ -256,18 +271,30 @@ def _validation(job: Job, economy: Economy, residency: Residency) -> Callable[[i
         name = job.directory / VALIDATION_NAME / f"step-{step:06d}"
         with torch.random.fork_rng(), economy.base_restored():
             explained = residency.run("validation", partial(_explained, job))
-            write_json(name.with_suffix(".json"), {"step": step, **explained.to_dict()})
-            residency.run("drawing samples", partial(_draw, job, name.with_suffix(".png"), residency.short))
+            write_json(name.with_suffix(".json"), without_nan({"step": step, **explained.to_dict()}))
+            _picture(job, name.with_suffix(".png"), residency)
         return explained.mean
 
     return validate
 
 
 def draw_samples(job: Job) -> None:
-    """Write samples.png: unguided, CFG and AGD from the same noise."""
-    residency = _residency(job, PartialState().device)
-    with residency.kept():
-        residency.run("drawing samples", partial(_draw, job, job.directory / PICTURE_NAME, residency.short))
+    """Write samples.png. Leaves no adapter when something is raised."""
+    try:
+        residency = _residency(job, PartialState().device)
+        with residency.kept():
+            _picture(job, job.directory / PICTURE_NAME, residency)
+    except BaseException:
+        _unload(job.teacher)
+        raise
+
+
+def _picture(job: Job, path: Path, residency: Residency) -> None:
+    """Unguided, CFG and AGD from the same noise. Warns where they cannot be drawn: nothing else depends on it."""
+    try:
+        residency.run("drawing samples", partial(_draw, job, path, residency.short))
+    except Exception as error:
+        warn(f"{path} was not drawn: {described(error)}")
 
 
 def _draw(job: Job, path: Path, short: bool) -> None:
@@ -280,40 +307,44 @@ def _draw(job: Job, path: Path, short: bool) -> None:
             picture.save(partial, "PNG")
 
 
-def _require_fit(states: Trajectories, teacher: Teacher, guidance_range: tuple[float, float]) -> None:
-    """Raises: ValueError when trajectories collected before do not fit this run. Warns: when the weights were others."""
-    plan, where = states.manifest.plan, states.manifest.directory
-    expected = {
-        "model.class": type(teacher.denoiser).__name__,
-        "prediction_type": teacher.prediction_type,
-        "sample_shape": list(teacher.sample_shape),
-        "guidance_range": list(guidance_range),
-        "guidance": teacher.guidance_name,
-    }
-    found = {"model.class": plan["model"]["class"]} | {name: plan[name] for name in expected if name in plan}
-    if differing := differences(expected, found):
+_OF_BETAS = {"num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr"}
+_OF_NOISE = _OF_BETAS | {"shift", "use_dynamic_shifting", "base_shift", "max_shift"}  # what decides the noise in a state
+
+
+def require_fit(states: Trajectories, job: Job) -> None:
+    """Raises: ValueError when trajectories collected before do not fit this run. Warns: when the weights, the schedule of noise
+    or the conditions were others."""
+    found, where = states.manifest.plan, states.manifest.directory
+    expected = as_json({**identity(job.teacher), "guidance_range": job.config.guidance_range})
+    decide = {"sample_shape", "guided_channels", "prediction_type", "guidance", "null_condition", "guidance_range"}
+    ours, theirs = ({name: plan[name] for name in decide} | {"model.class": plan["model"]["class"]} for plan in (expected, found))
+    if differing := differences(ours, theirs):
         raise ValueError(f"{where} holds trajectories that do not fit this run ({differing})")
-    if plan["model"]["hash"] != fingerprint(teacher.denoiser.state_dict()):
-        warn(f"{where} was collected from other weights than this {expected['model.class']} has")
+    if found["model"]["hash"] != expected["model"]["hash"]:
+        warn(f"{where} was collected from other weights than this {ours['model.class']} has")
+    both = _OF_NOISE & expected["scheduler"].keys() & found["scheduler"].keys()
+    if differing := differences(*({name: plan["scheduler"][name] for name in both} for plan in (expected, found))):
+        warn(f"{where} was collected with another schedule of noise ({differing})")
+    if found["conditions"] != job.teacher.fingerprints(job.table):
+        given, held = ", ".join(job.teacher.fingerprints(job.table)), ", ".join(found["conditions"])
+        warn(f"{where} was collected from other conditions ({held}) than those given ({given}), which are for validation alone")
 
 
 def _write(job: Job, result: DistillResult, about: dict[str, Any]) -> None:
     teacher = job.teacher
     of_teacher = {"teacher": teacher.guidance_name, "scheduler": type(teacher.scheduler).__name__}
     explained = result.explained.mean if result.explained else None
-    save(teacher, result.output_dir, about={**of_teacher, **job.about, **about, "guidance_explained": explained})
-    write_json(
-        result.output_dir / RESULT_NAME,
-        {
-            "parameters": result.parameters,
-            "fraction": result.fraction,
-            "loss": result.loss,
-            "guidance_explained": result.explained.to_dict() if result.explained else None,
-            "seconds": result.seconds,
-            **({"memory": result.memory} if result.memory else {}),
-            "passes": result.passes,
-        },
-    )
+    save(teacher, result.output_dir, about=without_nan({**of_teacher, **job.about, **about, "guidance_explained": explained}))
+    found = {
+        "parameters": result.parameters,
+        "fraction": result.fraction,
+        "loss": result.loss,
+        "guidance_explained": result.explained.to_dict() if result.explained else None,
+        "seconds": result.seconds,
+        **({"memory": result.memory} if result.memory else {}),
+        "passes": result.passes,
+    }
+    write_json(result.output_dir / RESULT_NAME, without_nan(found))
 
 
 def _cycled(table: Conditions, count: int) -> dict[str, Tensor]:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from agd_fast.attaching import armed, attachment_of
 from agd_fast.attaching.find import uncompiled
-from agd_fast.spec import DenoiserSpec, forward_parameters
+from agd_fast.forward import forward_parameters
+from agd_fast.spec import DenoiserSpec
 
 
 @contextmanager

@@ -58,7 +58,7 @@ def pictures(teacher: PipelineTeacher, arm: Arm, scale: float, steps: int, seed:
         return []
     found: list[Image.Image] = []
     for row in range(count):  # one by one: memory for one sample is there
-        made = teacher.generate([row], arm, scale, steps, [seed + row])
+        made = teacher.runs.generate([row], arm, scale, steps, [seed + row])
         if not made:
             return []
         found += made

@@ -13,12 +13,12 @@ from torch import nn
 
 from agd_fast.attaching import require_attachment
 from agd_fast.distillation.passes import few_at_once, first_few
+from agd_fast.forward import device_of
 from agd_fast.memory.choose import USABLE, Memory, budget_on
 from agd_fast.memory.estimate import states_memory
 from agd_fast.memory.streaming import HOST, offloads, streamable, streamed, unhooked_after, unpin
 from agd_fast.memory.twin import meta_twin
 from agd_fast.pipelines import PipelineTeacher
-from agd_fast.spec import device_of
 from agd_fast.teacher import Conditions, Teacher
 from agd_fast.warning import first_line, warn
 

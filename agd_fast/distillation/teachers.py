@@ -5,17 +5,16 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 
 from agd_fast.attaching import components_of, own_call, spec_of
-from agd_fast.datasets import captions
-from agd_fast.pipelines import PipelineTeacher
-from agd_fast.pipelines.teacher import Inputs
-from agd_fast.spec import DenoiserSpec, label_count
+from agd_fast.datasets import captions, read_prompts
+from agd_fast.pipelines import Inputs, PipelineTeacher
+from agd_fast.sites import label_count
+from agd_fast.spec import DenoiserSpec
 from agd_fast.teacher import Conditions, Teacher, as_teacher
 
 Prompts = Sequence[str] | str | os.PathLike[str]
@@ -70,14 +69,14 @@ def _all_labels(teacher: Teacher) -> range | None:
 
 
 def _prompts(prompts: Prompts | None) -> list[str]:
-    """Raises: FileNotFoundError; ValueError when there is none."""
+    """Raises: FileNotFoundError; ValueError when there is none, or one is no text."""
     if prompts is None:
         return captions()
     if isinstance(prompts, (str, os.PathLike)):
-        path = Path(prompts)
-        if not path.is_file():
-            raise FileNotFoundError(f"expected a list of prompts or a text file with one a line, found no file {path}")
-        prompts = path.read_text(encoding="utf-8").splitlines()
+        return read_prompts(prompts)
+    for prompt in prompts:
+        if not isinstance(prompt, str):
+            raise ValueError(f"expected prompts as texts, found {prompt!r}")
     found = [prompt.strip() for prompt in prompts if prompt.strip()]
     if not found:
         raise ValueError("expected at least one prompt, found none")

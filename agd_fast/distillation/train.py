@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import time
-from collections.abc import Callable, Mapping
-from contextlib import closing, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager, nullcontext
 from copy import deepcopy
 from datetime import timedelta
 from functools import lru_cache, partial
@@ -26,17 +24,16 @@ from agd_fast.distillation.checkpoint import CHECKPOINT_NAME, load_checkpoint, s
 from agd_fast.distillation.config import TrainConfig
 from agd_fast.distillation.economy import Economy
 from agd_fast.distillation.graphed import Passes
+from agd_fast.distillation.log import Log, Meter
 from agd_fast.distillation.loss import distillation_loss
 from agd_fast.distillation.student import Student
-from agd_fast.files import append_text, write_text
+from agd_fast.freezing import differentiable
 from agd_fast.memory.base_weights import PackedWeight
 from agd_fast.memory.choose import Choice, Memory, ways_of
 from agd_fast.memory.optimizer import HostAdamW
 from agd_fast.teacher import Teacher
 from agd_fast.trajectories import Batch, Trajectories
 from agd_fast.warning import first_line
-
-LOG_NAME = "log.jsonl"
 
 
 def make_accelerator(mixed_precision: str) -> Accelerator:
@@ -82,7 +79,7 @@ def train(
     directory: for the checkpoint, `log.jsonl` and, on request, TensorBoard's events. run: settings a checkpoint must match.
     economy: entered, what saves memory; None for nothing. passes: entered, what runs them; None runs them as they are. host: what
     the optimizer and the average of the weights hold lies in host memory. validate: is called with the number of steps done after
-    every `validate_every`; what it returns is logged.
+    every `validate_every`, with the weights that would be saved then; what it returns is logged.
     Raises: ValueError when the processes cannot share a batch evenly; FloatingPointError naming the step when the loss is
     not finite (the last good checkpoint is kept); OSError naming what cannot be written; torch.OutOfMemoryError naming what may
     help, when `economy` has no other way left.
@@ -104,16 +101,29 @@ def train(
     modules: dict[str, nn.Module] = {"adapter": adapter}
     if average is not None:
         modules["average"] = average
-    others = {"schedule": schedule, "economy": economy} | ({"scaler": accelerator.scaler} if accelerator.scaler else {})
     checkpoint = directory / CHECKPOINT_NAME
+    meter = Meter(accelerator, checkpoint)
+    others = {"schedule": schedule, "economy": economy, "meter": meter}
+    others |= {"scaler": accelerator.scaler} if accelerator.scaler else {}
     if not resume and accelerator.is_main_process:
         checkpoint.unlink(missing_ok=True)
     done = load_checkpoint(checkpoint, run, modules, optimizer, others) if resume and checkpoint.is_file() else 0
-    meter = _Meter(accelerator, done, checkpoint)
     with (
-        closing(_Log(directory, done, tensorboard, accelerator.is_main_process)) as log,
+        closing(Log(directory, done, tensorboard, accelerator.is_main_process)) as log,
         tqdm(total=config.steps, initial=done, desc="distilling", disable=not (progress and accelerator.is_main_process)) as bar,
     ):
+
+        def measure(step: int) -> None:
+            """Where it is time to."""
+            if validate is None or validate_every is None or step % validate_every or not accelerator.is_main_process:
+                return
+            if passes is not None:
+                passes.release()
+            with nullcontext() if average is None else _replaced(adapter, average):
+                log.write({"step": step, "guidance_explained": validate(step)})
+
+        if done and not log.holds("guidance_explained", done):  # a kill came before it
+            measure(done)
         if economy.goes_on_at(done) and done < config.steps:
             log.write({"step": done, "memory": economy.reason})
             if not bar.disable:
@@ -122,9 +132,11 @@ def train(
             rows = batch_rows(step, config.batch_size, len(trajectories), config.seed)[rank::world]
             states = trajectories.batches(rows)
             gradients = partial(_gradients, wrapped, states, config, accelerator, passes=passes)
-            loss = _in_memory(gradients, economy, optimizer, step + 1, alone=world == 1, passes=passes)
+            with differentiable(teacher.denoiser, teacher.spec):
+                loss = _in_memory(gradients, economy, optimizer, step + 1, alone=world == 1, passes=passes)
             norm = accelerator.clip_grad_norm_(adapter.parameters(), config.max_grad_norm)
             optimizer.step()
+            learning_rate = float(schedule.get_last_lr()[0])
             schedule.step()
             optimizer.zero_grad()
             if average is not None and config.ema:
@@ -133,17 +145,14 @@ def train(
             bar.update()
             last = step + 1 == config.steps
             if last or (step + 1) % config.log_every == 0:
-                entry = meter.read(step + 1, float(schedule.get_last_lr()[0]), config.batch_size)
+                entry = meter.read(step + 1, learning_rate, config.batch_size)
                 log.write(entry)
                 bar.set_postfix(loss=f"{entry['loss']:.4g}")
             if last or (step + 1) % config.checkpoint_every == 0:
-                meter.require_finite()
+                meter.settle()
                 if accelerator.is_main_process:
                     save_checkpoint(checkpoint, step + 1, run, modules, optimizer, others)
-            if validate and validate_every and (step + 1) % validate_every == 0 and accelerator.is_main_process:
-                if passes is not None:
-                    passes.release()
-                log.write({"step": step + 1, "guidance_explained": validate(step + 1)})
+            measure(step + 1)
     if average is not None:
         adapter.load_state_dict(average.state_dict())
     for parameter in adapter.parameters():
@@ -231,6 +240,17 @@ def _leave_packed_weights(student: Student) -> None:
     student._ddp_params_and_buffers_to_ignore = packed  # type: ignore[assignment]
 
 
+@contextmanager
+def _replaced(adapter: nn.Module, average: nn.Module) -> Iterator[None]:
+    """Inside, the adapter has the weights of its average."""
+    own = {name: value.clone() for name, value in adapter.state_dict().items()}
+    adapter.load_state_dict(average.state_dict())
+    try:
+        yield
+    finally:
+        adapter.load_state_dict(own)
+
+
 def _update_average(average: nn.Module, adapter: nn.Module, decay: float, step: int) -> None:
     """Exponential moving average; a shorter one over the first steps, so that the zero start is forgotten."""
     update = get_ema_multi_avg_fn(min(decay, (1 + step) / (10 + step)))
@@ -239,85 +259,3 @@ def _update_average(average: nn.Module, adapter: nn.Module, decay: float, step: 
     if device.type == "cpu" and there.type == "cuda":
         torch.cuda.current_stream(there).synchronize()  # once for all, which came into memory that torch pinned
     update(list(average.parameters()), weights, step)
-
-
-class _Meter:
-    """Sums on the device, read only when something is logged; over all processes then."""
-
-    def __init__(self, accelerator: Accelerator, done: int, checkpoint: Path) -> None:
-        self.accelerator, self.device, self.checkpoint = accelerator, accelerator.device, checkpoint
-        self.bad_step = torch.full((), -1, dtype=torch.long, device=self.device)
-        self.norm = torch.zeros((), device=self.device)
-        self.start()
-
-    def start(self) -> None:
-        self.total, self.count, self.since = torch.zeros((), device=self.device), 0, time.perf_counter()
-
-    def add(self, loss: Tensor, norm: Tensor, step: int) -> None:
-        self.total += loss
-        self.count += 1
-        self.norm = norm.detach()
-        watched = loss if self.accelerator.scaler else loss + self.norm  # a scaler skips steps whose gradient overflows
-        bad = ~torch.isfinite(watched) & (self.bad_step < 0)
-        self.bad_step = torch.where(bad, torch.full_like(self.bad_step, step + 1), self.bad_step)
-
-    def read(self, step: int, learning_rate: float, batch_size: int) -> dict[str, float]:
-        self.require_finite()
-        seconds = time.perf_counter() - self.since
-        entry = {
-            "step": step,
-            "loss": float(self.accelerator.reduce(self.total, "mean")) / self.count,
-            "grad_norm": float(self.norm),
-            "learning_rate": learning_rate,
-            "samples_per_second": self.count * batch_size / seconds,
-        }
-        self.start()
-        return entry
-
-    def require_finite(self) -> None:
-        step = int(self.accelerator.gather(self.bad_step).max())
-        if step >= 0:
-            kept = self.checkpoint if self.checkpoint.is_file() else "none was written yet"
-            raise FloatingPointError(
-                f"the loss or its gradient became NaN or infinite at step {step}; training stopped, "
-                f"the last good checkpoint: {kept}. Expected finite values: try a lower learning_rate or mixed_precision='bf16'"
-            )
-
-
-class _Log:
-    """One JSON object a line, and TensorBoard on request; a resumed run continues after the steps it keeps."""
-
-    def __init__(self, directory: Path, done: int, tensorboard: bool, main: bool) -> None:
-        self.last_loss, self.path, self.board = float("nan"), directory / LOG_NAME if main else None, None
-        if self.path is None:
-            return
-        lines = self.path.read_text(encoding="utf-8").splitlines() if done and self.path.is_file() else []
-        kept = [line for line in lines if _step_of(line) <= done]
-        losses = [entry["loss"] for entry in map(json.loads, kept) if "loss" in entry]
-        if losses:
-            self.last_loss = losses[-1]
-        write_text(self.path, "".join(f"{line}\n" for line in kept))
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.board = SummaryWriter(str(directory / "tensorboard"), purge_step=done + 1)
-
-    def write(self, entry: dict[str, Any]) -> None:
-        self.last_loss = entry.get("loss", self.last_loss)
-        if self.path is not None:
-            append_text(self.path, json.dumps(entry) + "\n")
-        if self.board is not None:
-            for name, value in entry.items():
-                if name not in ("step", "memory"):
-                    self.board.add_scalar(f"distill/{name}", value, int(entry["step"]))
-
-    def close(self) -> None:
-        if self.board is not None:
-            self.board.close()
-
-
-def _step_of(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError, TypeError):
-        return float("inf")  # a line that a kill cut short

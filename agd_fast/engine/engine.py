@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from agd_fast.attaching.attachment import Attachment, attachment_of
+from agd_fast.attaching.attachment import attachment_of
 from agd_fast.attaching.scope import Scope, scope_of
 from agd_fast.engine.asked import Asked, Asking
 from agd_fast.engine.config import EngineConfig
@@ -24,10 +24,11 @@ from agd_fast.engine.copies import Copies, in_channels_last, prefers_channels_la
 from agd_fast.engine.fingerprint import Fingerprint, obstacle, version
 from agd_fast.engine.program import Prepared, Program
 from agd_fast.engine.request import Request
+from agd_fast.forward import argument_of, device_of, forward_parameters
 from agd_fast.graph.capture import NotCapturableError, capture
 from agd_fast.graph.levels import Level
 from agd_fast.graph.rewriting import Rewritten
-from agd_fast.spec import DenoiserSpec, argument_of, device_of, forward_parameters
+from agd_fast.spec import DenoiserSpec
 from agd_fast.warning import described, warn
 
 PROGRAMS = 16  # kept at once: shapes, armed or not, values that a forward asks for
@@ -39,11 +40,14 @@ EXACT = 1e-2
 _AUTOCAST = ("cuda", "cpu")
 
 
+Value = tuple[Tensor, int | None]  # of an argument: a tensor, and how often it was written to
+
+
 @dataclass(eq=False)
 class _Run:
-    """What was prepared for one set of static inputs, with their versions, and one schedule."""
+    """What was prepared for one set of static inputs and one schedule."""
 
-    static: list[tuple[Tensor, int | None]]
+    static: list[Value]
     timesteps: Tensor | None
     prepared: Prepared
 
@@ -70,6 +74,7 @@ class Engine:
         self.obstacle = ""  # why all calls are, for the model as it is
         self.copies = Copies()
         self.unturned = ""  # why convolutions keep the order in which their weights lie
+        self.unsettled: set[Any] = set()  # keys at which a forward that was to be recorded changed the model
         self.met: dict[Any, None] = {}  # values that no program was made for when they came, the oldest first
         self.ahead_bytes = 0  # of the last scope
         self._model: Fingerprint | None = None
@@ -79,27 +84,12 @@ class Engine:
         scope = scope_of(self.denoiser)
         if scope is None or torch.is_grad_enabled() or self.denoiser.training or any(map(torch.is_autocast_enabled, _AUTOCAST)):
             return self._plain(args, kwargs)
-        attachment = attachment_of(self.denoiser)
-        self._look(scope, attachment)
-        if self.obstacle:
-            return self._plain(args, kwargs)
-        request = self._request(scope, attachment, args, kwargs)
-        if request.obstacle and request.key not in self.refused:
-            self._refuse(request.key, request.obstacle)
-        if request.key in self.refused:
-            return self._plain(args, kwargs)
-        kept = self.captured.get(request.key, [])
-        found = next((one for one in kept if one.asked.holds(request.inputs, scope.store)), None)
-        if found is None and not kept:
-            return self._record(request, request.key)
-        if found is None:
-            answers = (request.key, kept[0].asked.values(request.inputs, scope.store))
-            return self._record(request, answers) if self._is_due(answers, scope) else self._plain(args, kwargs)
-        number = None if request.guidance is None else request.guidance.number
-        results = found.program.run(request.inputs, self._prepared(found.program, request, scope), number)
-        if found.program.trouble:
-            self._tell(found.program.trouble, "is optimized in part")
-        return pytree.tree_unflatten(results, found.output)
+        with torch.inference_mode(False), torch.no_grad():  # what is made here serves calls in either mode
+            request = self._request(scope, args, kwargs)
+            found, key = (None, None) if request is None else self._found(request, scope)
+            if request is not None and found is not None:
+                return self._run(found, request, scope)
+        return self._plain(args, kwargs) if request is None or key is None else self._record(request, key, scope)
 
     def info(self) -> dict[str, Any]:
         """For a reader. plain_because: why calls take the plain path, if any do. slower_because: why steps are not compiled, no
@@ -134,31 +124,60 @@ class Engine:
     def _plain(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return self.denoiser._call_impl(*args, **kwargs)
 
-    def _request(self, scope: Scope, attachment: Attachment | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Request:
+    def _request(self, scope: Scope, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Request | None:
+        """None where the call is to be plain."""
+        self._look(scope)
+        if self.obstacle:
+            return None
+        attachment = attachment_of(self.denoiser)
         sample, time = (argument_of(name, self.parameters, args, kwargs) for name in (self.spec.sample, self.spec.timestep))
         guidance = scope.guidance if attachment is not None and attachment.enabled else None
-        return Request(self.denoiser._call_impl, args, kwargs, sample, time, attachment, guidance, self.config)
+        request = Request(self.denoiser._call_impl, args, kwargs, sample, time, attachment, guidance, self.config)
+        if request.obstacle and request.key not in self.refused:
+            self._refuse(request.key, request.obstacle)
+        return None if request.key in self.refused else request
 
-    def _look(self, scope: Scope, attachment: Attachment | None) -> None:
+    def _found(self, request: Request, scope: Scope) -> tuple[Captured | None, Any]:
+        """What was captured for such a call; where nothing was, the key at which to record it, or None for not now."""
+        kept = self.captured.get(request.key, [])
+        found = next((one for one in kept if one.asked.holds(request.inputs, scope.store)), None)
+        if found is not None or not kept:
+            return found, request.key
+        answers = (request.key, kept[0].asked.values(request.inputs, scope.store))
+        return None, answers if self._is_due(answers, scope) else None
+
+    def _run(self, found: Captured, request: Request, scope: Scope) -> Any:
+        prepared, number = self._prepared(found, request, scope), None if request.guidance is None else request.guidance.number
+        results = found.program.run(request.inputs, prepared, number)
+        if found.program.trouble:
+            self._tell(found.program.trouble, "is optimized in part")
+        return pytree.tree_unflatten(results, found.output)
+
+    @property
+    def _roots(self) -> list[nn.Module]:
+        attachment = attachment_of(self.denoiser)
+        return [self.denoiser, *([attachment.adapter] if attachment else [])]
+
+    def _look(self, scope: Scope) -> None:
         """Forget everything if the model is not what it was: once a scope, or before every forward where the caller's own code
         runs between them."""
-        first, scope.looked = not scope.looked, True
-        if not (first or scope.watched):
+        if scope.looked and not scope.watched:
             return
-        roots = [self.denoiser, *([attachment.adapter] if attachment else [])]
-        if self._model is None or not self._model.holds(roots):
-            self._model = Fingerprint(roots)
+        if self._model is None or not self._model.holds(self._roots):
+            self._model = None  # until all is forgotten
             self.captured.clear()
             self.refused.clear()
             self.copies, self.unturned = Copies(), ""
             scope.store.clear()
             self.obstacle = obstacle(self.denoiser)
+            self._model = Fingerprint(self._roots)
             if self.obstacle:
                 self._tell(self.obstacle)
-        elif first:
+        elif not scope.looked:
             self.copies.renew()
             for program in self._programs:
                 program.renew()
+        scope.looked = True
 
     def _is_due(self, answers: Any, scope: Scope) -> bool:
         """Whether to record a forward again for the values that it asks for: not the first time that these come, as every prompt
@@ -172,21 +191,38 @@ class Engine:
             del self.met[next(iter(self.met))]
         return here[answers]
 
-    def _record(self, request: Request, key: Any) -> Any:
+    def _record(self, request: Request, key: Any, scope: Scope) -> Any:
         """One plain forward, and its capture. key: what is refused where there is none."""
+        before = Fingerprint(self._roots)
         output = self._plain(request.args, request.kwargs)
-        leaves, tree = pytree.tree_flatten(output)
         try:
-            if not all(isinstance(leaf, Tensor) for leaf in leaves):
-                raise NotCapturableError(f"its output holds more than tensors: {[type(leaf).__name__ for leaf in leaves]}")
-            program, asked = self._turned_or_not(request, leaves)
+            with torch.inference_mode(False), torch.no_grad():
+                if before.holds(self._roots):
+                    self._keep(request, self._captured(request, output))
+                    self.unsettled.discard(key)
+                else:
+                    self._wait_or_refuse(key, scope)
         except NotCapturableError as error:
             self._refuse(key, str(error))
-            return output
         finally:
             gc.collect()  # recording leaves circles that refer to copies which nobody reads
-        self._keep(request, Captured(program, tree, asked))
         return output
+
+    def _wait_or_refuse(self, key: Any, scope: Scope) -> None:
+        """After a forward that changed the model: the first one may keep something for all others, as tables of positions.
+        Raises: NotCapturableError when it was not the first."""
+        if key in self.unsettled:
+            raise NotCapturableError("its forward changes the model, as by counting its calls, which a recorded one would not")
+        self.unsettled.add(key)
+        scope.looked = False
+
+    def _captured(self, request: Request, output: Any) -> Captured:
+        """output: what it is to give. Raises: NotCapturableError."""
+        leaves, tree = pytree.tree_flatten(output)
+        if not all(isinstance(leaf, Tensor) for leaf in leaves):
+            raise NotCapturableError(f"its output holds more than tensors: {[type(leaf).__name__ for leaf in leaves]}")
+        program, asked = self._turned_or_not(request, leaves)
+        return Captured(program, tree, asked)
 
     def _turned_or_not(self, request: Request, expected: Sequence[Tensor]) -> tuple[Program, Asked]:
         """With convolutions in channels-last order where that is wanted, and as they are where code does not take it, as where it
@@ -239,28 +275,27 @@ class Engine:
         self.refused[key] = reason
         self._tell(reason)
 
-    def _prepared(self, program: Program, request: Request, scope: Scope) -> Prepared:
+    def _prepared(self, found: Captured, request: Request, scope: Scope) -> Prepared:
         """What was prepared in this scope for the static inputs of this request; now, where nothing was."""
-        runs: list[_Run] = scope.store.setdefault((program, program.cuts), [])
-        timesteps = None if scope.timesteps is None else scope.timesteps()
+        program = found.program
+        runs: list[_Run] = scope.store.setdefault(program, [])
+        timesteps = scope.timesteps() if scope.timesteps and not (scope.watched and request.has_several_times) else None
         static = program.of_level(Level.STATIC)
-        inputs = [request.inputs[index] for index in static]
+        inputs = [(request.inputs[index], version(request.inputs[index])) for index in static]
         for run in runs:
-            same = all(one is kept and version(one) == count for one, (kept, count) in zip(inputs, run.static, strict=True))
-            if same and timesteps is run.timesteps:
+            if timesteps is run.timesteps and all(map(_is_same, inputs, run.static)):
                 return run.prepared
-        known = [[kept for kept, _ in run.static] for run in runs]
-        moving = [index for place, index in enumerate(static) if _moves([one[place] for one in known], inputs[place])]
+        values = zip(*[run.static for run in runs], inputs, strict=True)
+        moving = [index for index, known in zip(static, values, strict=True) if _moves(known)]
         if moving:
-            for index in moving:
-                program.let_move(index)
-            return self._prepared(program, request, scope)
+            found.program = program.moving(moving)
+            del scope.store[program]
+            return self._prepared(found, request, scope)
         rows = None if timesteps is None else request.rows(timesteps, self.spec)
         prepared = program.prepare(request.inputs, rows, None if rows is None else request.steps(rows))
-        run = _Run([(tensor, version(tensor)) for tensor in inputs], timesteps, prepared)
-        runs[:] = [*runs[-VALUES + 1 :], run]
+        runs[:] = [*runs[-VALUES + 1 :], _Run(inputs, timesteps, prepared)]
         self.ahead_bytes = sum(one.prepared.bytes for one in runs)
-        return run.prepared
+        return prepared
 
     def _tell(self, reason: str, what: str = "runs as it is, not optimized") -> None:
         if reason not in self._told:
@@ -268,9 +303,13 @@ class Engine:
             warn(f"{type(self.denoiser).__name__} {what}: {reason}")
 
 
-def _moves(known: Sequence[Tensor], found: Tensor) -> bool:
+def _is_same(one: Value, other: Value) -> bool:
+    return one[0] is other[0] and one[1] == other[1]
+
+
+def _moves(values: Sequence[Value]) -> bool:
     """Whether an argument has more values in one scope than a static one may, or changes of it cannot be seen."""
-    return found.is_inference() or len({id(tensor) for tensor in (*known, found)}) > VALUES
+    return None in {count for _, count in values} or len({(id(tensor), count) for tensor, count in values}) > VALUES
 
 
 def _first_results(program: Program, request: Request) -> list[Tensor]:

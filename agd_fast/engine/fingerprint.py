@@ -1,6 +1,6 @@
 """Everything of a model that its captured forward took for granted, so that a change of it is seen.
 
-Weights by identity, version and address; modules, hooks and processors by identity; flags and scales (those of
+Weights by identity, version, address and dtype; modules, hooks and processors by identity; flags and scales (those of
 LoRA among them) by value. A write through `tensor.data` has no version: between runs nothing depends on it, as nothing computed
 ahead outlives a run; inside a run torch itself cannot tell.
 """
@@ -63,7 +63,8 @@ class Fingerprint:
 
     def _state(self) -> list[Any]:
         """Of tensors all that a write, a move or a cast changes: looked at before a forward, so that little may be asked."""
-        return [*[tensor._version for tensor in self.counted], *[tensor.data_ptr() for tensor in self.tensors]]
+        versions = [tensor._version for tensor in self.counted]
+        return [*versions, *[tensor.data_ptr() for tensor in self.tensors], *[tensor.dtype for tensor in self.tensors]]
 
     def _inside(self) -> tuple[list[int], list[Any]]:
         """How much is in each container, and all of it."""

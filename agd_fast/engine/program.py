@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,7 +64,6 @@ class Program:
         self.graph = captured.graph
         self.trouble = ""  # why steps are slower than they might be
         self.packing: RowLayout | None = None  # of what does not move
-        self.cuts = 0  # how often it was cut: what was prepared for one does not fit the next
         self.constants: Values = dict(captured.constants)
         self.untaken: list[fx.Node] = []  # of these, whose copies in channels-last order nothing reads
         self.computed: list[
@@ -92,7 +92,6 @@ class Program:
         self._cut()
 
     def _cut(self) -> None:
-        self.cuts += 1
         self.twins = self._twins()
         self.parts = parts = partition(self.graph, dict(self._leveled), self.kept, frozenset(self.twins))
         values = [node.meta["val"] for node in parts.step.results]
@@ -183,10 +182,13 @@ class Program:
             self.compiles, self.body = False, self.parts.body.module.forward
             self.trouble = f"torch.compile failed ({described(error)}), so steps run uncompiled"
 
-    def let_move(self, index: int) -> None:
-        """Treat an input as one that changes at every step."""
-        self.levels[index] = Level.MOVING
-        self._cut()
+    def moving(self, indices: Collection[int]) -> Program:
+        """Another one of the same forward, for inputs that change at every step."""
+        other = copy(self)
+        other.levels = [Level.MOVING if index in indices else level for index, level in enumerate(self.levels)]
+        other.constants = dict(self.constants)
+        other._cut()
+        return other
 
     def of_level(self, level: Level) -> list[int]:
         return [index for index, found in enumerate(self.levels) if found == level]

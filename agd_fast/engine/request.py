@@ -74,6 +74,12 @@ class Request:
         self.inputs.append(leaf)
         return leaf.shape, leaf.stride(), leaf.dtype, leaf.device
 
+    @property
+    def has_several_times(self) -> bool:
+        """Whether samples are at different t. Waits for the device where that is [B > 1], and no expanded number."""
+        time = self.time
+        return time.numel() > 1 and any(time.stride()) and bool((time != time.flatten()[0]).any())
+
     def function(self, *tensors: Tensor) -> list[Tensor]:
         """The call as a function of `inputs`; its output's tensors."""
         own, given = tensors[: self.armed], iter(tensors[self.armed :])

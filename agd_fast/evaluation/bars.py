@@ -56,7 +56,7 @@ def speed_bars(result: Evaluation) -> list[Bar]:
     if not result.timing:
         return []
     timing = result.timing
-    return [Bar("seconds, unguided / AGD", timing["unguided"].median / timing["agd"].median, 0.85, "min")]
+    return [Bar("seconds, unguided / AGD", timing["unguided"].over(timing["agd"]).median, 0.85, "min")]
 
 
 def _frechet_ratio(result: Evaluation, omega: str) -> float:

@@ -161,7 +161,7 @@ def evaluate(
         result.timing = time_interleaved(runs, rounds=timing_rounds, device=teacher.device, progress=progress)
         for name, arm in result.arms.items():
             arm.seconds_per_image = result.timing[name].median / timing_batch
-        result.speedup_over_cfg = result.timing["cfg"].median / result.timing["agd"].median
+        result.speedup_over_cfg = result.timing["cfg"].over(result.timing["agd"]).median
     return result
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
-from torchmetrics.image.fid import FrechetInceptionDistance
 
 
 class _Features(nn.Identity):
@@ -21,6 +20,8 @@ def frechet_distance(real: Tensor, fake: Tensor) -> float:
     """
     if real.ndim != 2 or fake.ndim != 2 or real.shape[1] != fake.shape[1] or min(len(real), len(fake)) < 2:
         raise ValueError(f"expected features [M, D] and [N, D] with M, N ≥ 2, found {tuple(real.shape)}, {tuple(fake.shape)}")
+    from torchmetrics.image.fid import FrechetInceptionDistance  # with matplotlib and scipy behind it, for this alone
+
     metric = FrechetInceptionDistance(feature=_Features(real.shape[1]), normalize=True)
     metric.update(real.double(), real=True)
     metric.update(fake.double(), real=False)

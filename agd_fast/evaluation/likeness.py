@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
-from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from agd_fast.evaluation.frechet import frechet_distance
 from agd_fast.evaluation.networks import Features, Networks
@@ -64,6 +63,8 @@ class Scorer:
         return replace(scores, **self._paired(way, target), frechet_to_cfg=_distance(others, features))
 
     def _paired(self, way: Way, target: Way) -> dict[str, float | None]:
+        from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure  # as in `frechet`
+
         found: dict[str, list[Tensor]] = {name: [] for name in ("psnr", "ssim", "lpips")}
         squared: list[Tensor] = []
         for a, b in zip(self.pictures.read(way, self.numbers), self.pictures.read(target, self.numbers), strict=True):

@@ -6,7 +6,7 @@ Pictures are [N, 3, H, W] in [0, 1] everywhere here. None of these networks ship
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,12 +42,17 @@ def load_networks(asked: Asked) -> Networks:
     Raises: ValueError for another name; ImportError naming a package that is missing; OSError naming weights that cannot be had.
     """
     which = dict(asked) if isinstance(asked, Mapping) else {name: DEFAULTS.get(name, "") for name in asked}
-    if unknown := sorted(which.keys() - DEFAULTS.keys()):
-        raise ValueError(f"expected metrics of {', '.join(DEFAULTS)}; found {', '.join(unknown)}")
+    require_known(which)
     loaders = {"lpips": _lpips, "clip": _clip, "fid": _inception}
     found: dict[str, Any] = {name: one if callable(one) else loaders[name](one) for name, one in which.items()}
     names = {name: _name(one) if callable(one) else one for name, one in which.items()}
     return Networks(found.get("lpips"), found.get("clip"), found.get("fid"), names)
+
+
+def require_known(metrics: Iterable[str]) -> None:
+    """Raises: ValueError for a name that is no metric's."""
+    if unknown := sorted(set(metrics) - DEFAULTS.keys()):
+        raise ValueError(f"expected metrics of {', '.join(DEFAULTS)}; found {', '.join(unknown)}")
 
 
 def _lpips(net: str) -> Lpips:

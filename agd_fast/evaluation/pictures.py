@@ -82,7 +82,7 @@ class Pictures:
 
     def generate(self, way: Way, numbers: Sequence[int]) -> list[Image.Image]:
         rows = [number % len(self.teacher) for number in numbers]
-        found = self.teacher.generate(rows, way.arm, way.scale, self.steps, [self.seed + number for number in numbers])
+        found = self.teacher.runs.generate(rows, way.arm, way.scale, self.steps, [self.seed + number for number in numbers])
         if len(found) != len(rows):
             pipe = type(self.teacher.pipe).__name__
             raise ValueError(f"expected a pipeline that makes a picture, or a video, an input; found a {pipe} that makes none")

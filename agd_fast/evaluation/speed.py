@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,12 +12,22 @@ from tqdm.auto import tqdm
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one call: median and the 20th and 80th percentile over `rounds`."""
+    """Seconds of one call: median and the 20th and 80th percentile over `rounds`, and of every round."""
 
     median: float
     p20: float
     p80: float
     rounds: int
+    seconds: tuple[float, ...]
+
+    @classmethod
+    def of(cls, seconds: Sequence[float]) -> Timing:
+        p20, median, p80 = torch.tensor(seconds, dtype=torch.float64).quantile(torch.tensor([0.2, 0.5, 0.8]).double()).tolist()
+        return cls(median, p20, p80, len(seconds), tuple(seconds))
+
+    def over(self, other: Timing) -> Timing:
+        """The quotient to `other`, round by round: what slows a whole round leaves it as it is."""
+        return Timing.of([mine / theirs for mine, theirs in zip(self.seconds, other.seconds, strict=True)])
 
 
 def time_interleaved(
@@ -48,12 +58,7 @@ def interleaved_rounds(
             if turn >= 0:
                 seconds[name].append(time.perf_counter() - start)
         if turn >= 0:
-            yield {name: _timing(values) for name, values in seconds.items()}
-
-
-def _timing(values: list[float]) -> Timing:
-    p20, median, p80 = torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.2, 0.5, 0.8]).double()).tolist()
-    return Timing(median, p20, p80, len(values))
+            yield {name: Timing.of(values) for name, values in seconds.items()}
 
 
 def _synchronize(device: torch.device | str) -> None:

@@ -17,6 +17,7 @@ from agd_fast.families import (
     bria_fibo,
     bria_fibo2,
     chroma,
+    chronoedit,
     cogvideox,
     cogview3,
     cogview4,
@@ -33,6 +34,7 @@ from agd_fast.families import (
     hunyuanvideo,
     hunyuanvideo15,
     joyimage,
+    kandinsky2,
     kandinsky3,
     kandinsky5,
     krea2,
@@ -47,6 +49,8 @@ from agd_fast.families import (
     nucleusmoe_image,
     ovis_image,
     pixart,
+    prior,
+    prx,
     qwenimage,
     sana,
     sana_video,
@@ -56,11 +60,14 @@ from agd_fast.families import (
     stable_audio3,
     stable_cascade,
     unet,
+    unet3d,
     wan,
+    wan_vace,
     zimage,
 )
 from agd_fast.families.discovery import EXAMPLE, discover
-from agd_fast.spec import DenoiserSpec, config_value
+from agd_fast.sites import config_value
+from agd_fast.spec import DenoiserSpec
 
 __all__ = ["SPECS", "VARIANTS", "discover", "find_spec"]
 
@@ -74,6 +81,7 @@ SPECS: dict[str, DenoiserSpec] = {
     **bria_fibo.SPECS,
     **bria_fibo2.SPECS,
     **chroma.SPECS,
+    **chronoedit.SPECS,
     **cogvideox.SPECS,
     **cogview3.SPECS,
     **cogview4.SPECS,
@@ -103,6 +111,8 @@ SPECS: dict[str, DenoiserSpec] = {
     **nucleusmoe_image.SPECS,
     **ovis_image.SPECS,
     **pixart.SPECS,
+    **prior.SPECS,
+    **prx.SPECS,
     **qwenimage.SPECS,
     **sana.SPECS,
     **sana_video.SPECS,
@@ -112,13 +122,15 @@ SPECS: dict[str, DenoiserSpec] = {
     **stable_audio3.SPECS,
     **stable_cascade.SPECS,
     **unet.SPECS,
+    **unet3d.SPECS,
     **wan.SPECS,
+    **wan_vace.SPECS,
     **zimage.SPECS,
 }
 
 # of a class, bases that are conditioned or built otherwise: by the entry of their config that has this value, or another's
 VARIANTS: dict[str, dict[str, DenoiserSpec]] = {
-    name: {**audioldm.VARIANTS[name], **deepfloyd_if.VARIANTS[name]} for name in unet.SPECS
+    name: {**audioldm.VARIANTS[name], **deepfloyd_if.VARIANTS[name], **kandinsky2.VARIANTS[name]} for name in unet.SPECS
 }
 
 

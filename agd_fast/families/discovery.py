@@ -6,7 +6,9 @@ from typing import Any
 
 from torch import nn
 
-from agd_fast.spec import Condition, DenoiserSpec, Site, forward_parameters, module_widths
+from agd_fast.forward import forward_parameters
+from agd_fast.sites import module_widths
+from agd_fast.spec import Condition, DenoiserSpec, Site
 
 _TIMESTEPS = ("timestep", "timesteps", "t", "time", "sigma")
 _PROMPT = "encoder_hidden_states"

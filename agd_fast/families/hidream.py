@@ -2,7 +2,7 @@
 
 Every block reads a layer of a language model, `encoder_hidden_states_llama3` [layers, B, L, D], whose batch is not first:
 adapters see the T5 tokens and the pooled embedding. The pipeline turns the prediction's sign. In eval mode the mixture of experts
-in the feed-forward runs without gradients.
+in the feed-forward of images runs under no_grad.
 """
 
 from agd_fast.spec import Condition, DenoiserSpec, PipelineSpec, Site
@@ -26,6 +26,7 @@ SPECS = {
             Site("final_layer.adaLN_modulation.1"),
             Site("final_layer.linear", form="affine"),
         ),
+        train_mode=("*_stream_blocks.*.block.ff_i",),
         batch_dims={"encoder_hidden_states_llama3": 1},
         pipeline=PipelineSpec(),
     )

@@ -7,6 +7,7 @@ that is no tensor (shapes, flags, LoRA scales) is a constant of the graph: `agd_
 from __future__ import annotations
 
 import operator
+import threading
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from torch.utils import _pytree as pytree
 
 from agd_fast.warning import described
 
+_RECORDING = threading.RLock()  # make_fx has the process's modes to itself, and changes nn.Module for all threads
 _MODES = ("_set_grad_enabled", "_enter_autocast", "_exit_autocast")  # how code switches what is off here anyway
 
 
@@ -43,7 +45,8 @@ def capture(function: Callable[..., list[Tensor]], inputs: Iterable[Tensor]) -> 
     """
     inputs = list(inputs)
     try:
-        module = make_fx(function, tracing_mode="fake", pre_dispatch=True, _allow_non_fake_inputs=True)(*inputs)
+        with _RECORDING:
+            module = make_fx(function, tracing_mode="fake", pre_dispatch=True, _allow_non_fake_inputs=True)(*inputs)
     except Exception as error:  # whatever the code of a model may raise on tensors without values
         raise NotCapturableError(f"its forward cannot be recorded ({described(error)})") from error
     graph = module.graph

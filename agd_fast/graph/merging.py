@@ -18,7 +18,10 @@ CENTRED = torch.ops.agd_fast.centred.default
 
 def merge_low_rank(fusing: Fusing) -> int:
     """How many were merged: where the weight and the term do not move with x_t, and their product is the smaller one."""
-    return sum(_merge(fusing, node) for node in fusing.nodes if node.target is torch.ops.agd_fast.gated_lora.default)
+    merged = sum(_merge(fusing, node) for node in fusing.nodes if node.target is torch.ops.agd_fast.gated_lora.default)
+    if merged:
+        sort(fusing.graph)  # what a weight takes may be made behind its convolution
+    return merged
 
 
 def _merge(fusing: Fusing, node: fx.Node) -> bool:
@@ -31,15 +34,13 @@ def _merge(fusing: Fusing, node: fx.Node) -> bool:
         return False
     if any(user.target is CENTRED for user in weight.users):  # a step has one copy of a weight that several share
         return False
-    late = not (up < convolution and down < convolution)
+    late = not (up < convolution and down < convolution)  # sorting moves the convolution
     if not fusing.written.isdisjoint([convolution, *parts]) or (late and fusing.written):
         return False
     with fusing.graph.inserting_before(convolution):
         convolution.replace_input_with(weight, add_call(fusing.graph, CENTRED, *parts))
     node.replace_all_uses_with(convolution)
     fusing.graph.erase_node(node)
-    if late:
-        sort(fusing.graph)
     return True
 
 

@@ -36,16 +36,16 @@ def rewrite(
     graph: fx.Graph,
     placeholders: Mapping[fx.Node, Level],
     policy: Kernels,
-    concatenate: Concatenate,
+    concatenate: Concatenate | None = None,
     *,
     fold: bool = True,
     merge: bool = False,
     join: Wanted | None = None,
     gelu_epilogue: Kernels = "never",
 ) -> Rewritten:
-    """placeholders: the levels of the inputs. fold: leave out what changes nothing, and let norms take rows. merge: low-rank
-    terms into weights. join: where projections of the same tokens become one; None for nowhere. gelu_epilogue: where products end
-    with their gelu."""
+    """placeholders: the levels of the inputs. concatenate: what joins weights; without it no projections are joined. fold: leave
+    out what changes nothing, and let norms take rows. merge: low-rank terms into weights. join: where projections of the same
+    tokens become one, but for thin ones; None for nowhere. gelu_epilogue: where products end with their gelu."""
     fusing, joined = Fusing(graph, {}, policy), 0
     if fold:
         drop_identities(graph)
@@ -59,11 +59,11 @@ def rewrite(
             fuse(fusing)
             graph.eliminate_dead_code()
         fusing.level = levels_of(graph, placeholders)
-        joined = join_thin_projections(fusing, concatenate)
+        joined = join_thin_projections(fusing, concatenate) if concatenate else 0
     fusing.level = levels_of(graph, placeholders)
     gelu_epilogues = end_products_with_gelu(fusing, gelu_epilogue)
     graph.eliminate_dead_code()
-    if join is not None:
+    if concatenate and join:
         fusing.level = levels_of(graph, placeholders)
         joined += join_projections(fusing, concatenate, join)
     kept = join_equal_cats(graph, levels_of(graph, placeholders))

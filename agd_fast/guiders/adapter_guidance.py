@@ -11,7 +11,7 @@ from diffusers.guiders.guider_utils import GuiderOutput
 from torch import Tensor, nn
 
 from agd_fast.attaching import require_attachment, to_omega, warn_outside
-from agd_fast.spec import device_of
+from agd_fast.forward import device_of
 
 
 class AdapterGuidance(BaseGuidance):

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map
 
+from agd_fast.forward import device_of
 from agd_fast.memory.convolution import input_gradient
 from agd_fast.memory.weight_codes import Kind, pack_weight, unpack_weight
-from agd_fast.spec import device_of
 from agd_fast.warning import first_line, warn
 
 _SMALLEST_FAN_IN = 32  # below it the scales eat what the codes save

@@ -52,7 +52,7 @@ class _Holder:
         self.tensor, self.name = tensor, name
 
 
-class Saved:
+class SavedBytes:
     """What autograd keeps at the end of a forward: each storage once, by the op that kept it first; no parameters, no buffers.
 
     by_op: bytes by the name of a function of torch, or of a class of torch.autograd.Function.
@@ -89,12 +89,12 @@ class Saved:
 
 
 @contextmanager
-def saving(*modules: nn.Module) -> Iterator[Saved]:
+def saving(*modules: nn.Module) -> Iterator[SavedBytes]:
     """Counts what forwards inside keep for their backward, beside the parameters and buffers of `modules`; known when it ends.
 
     Attention on meta is the fused kernel's.
     """
-    saved = Saved(modules)
+    saved = SavedBytes(modules)
     with FusedAttention(), saved._names, torch.autograd.graph.saved_tensors_hooks(saved.pack, _unpack):
         yield saved
     saved.count()

@@ -14,6 +14,8 @@ from torch import nn
 
 from agd_fast.adapters import AdapterConfig
 from agd_fast.attaching import armed, attach, attachment_of, component_of, require_attachment, spec_of, uncompiled, unload
+from agd_fast.forward import device_of, nest
+from agd_fast.freezing import differentiable
 from agd_fast.memory.blocks import checkpointing, has_blocks
 from agd_fast.memory.counting import FusedAttention, Live, run_backward, saving, storages_of
 from agd_fast.memory.frozen_backward import frozen_backward
@@ -21,7 +23,7 @@ from agd_fast.memory.modes import WITHIN_BLOCKS
 from agd_fast.memory.streaming import streamable, two_largest_layers
 from agd_fast.memory.twin import arguments_of, meta_twin, pack_twin
 from agd_fast.memory.weight_codes import Kind
-from agd_fast.spec import DenoiserSpec, device_of, nest
+from agd_fast.spec import DenoiserSpec
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -256,7 +258,8 @@ def count(
         output = output if isinstance(output, torch.Tensor) else output[0]
         return torch.stack(output) if isinstance(output, list) else output
 
-    with _without_values(denoiser), scope(denoiser), armed(attachment, _omega(denoiser, spec, arguments)):
+    omega = _omega(denoiser, spec, arguments)
+    with _without_values(denoiser), scope(denoiser), differentiable(denoiser, spec), armed(attachment, omega):
         if plans:
             with saving():
                 forward()

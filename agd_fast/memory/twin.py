@@ -15,11 +15,13 @@ from torch.utils._pytree import tree_map
 from agd_fast.attaching import attachment_of, component_of, own_call, uncompiled
 from agd_fast.attaching.steps import before_forward
 from agd_fast.conditioning import condition_width
+from agd_fast.forward import forward_parameters
 from agd_fast.freezing import frozen
 from agd_fast.memory.base_weights import PackedWeight
 from agd_fast.memory.streaming import unhooked_after
 from agd_fast.memory.weight_codes import Kind, pack_weight
-from agd_fast.spec import Condition, DenoiserSpec, forward_parameters, label_count
+from agd_fast.sites import label_count
+from agd_fast.spec import Condition, DenoiserSpec
 
 META = torch.device("meta")
 PROMPT_TOKENS = 77  # of CLIP, where nobody says it

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from agd_fast.ops.registry import define_composite, tokens
+from agd_fast.ops.defining import define_composite, tokens
 
 
 def scores(x: Tensor, A: Tensor, score_bias: Tensor | None, heads: int) -> Tensor:

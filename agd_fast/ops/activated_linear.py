@@ -7,7 +7,7 @@ from agd_fast_kernels.shapes import require
 from torch import Tensor
 from torch.nn import functional as F
 
-from agd_fast.ops.registry import define, row
+from agd_fast.ops.defining import define, row
 
 ACTIVATIONS = ("geglu", "gelu", "gelu_tanh")
 

@@ -6,7 +6,7 @@ from agd_fast_kernels.shapes import require
 from torch import Tensor
 from torch.nn import functional as F
 
-from agd_fast.ops.registry import define, row
+from agd_fast.ops.defining import define, row
 
 
 def ada_layer_norm_ref(x: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float = 1e-5) -> Tensor:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from agd_fast.ops.registry import define_composite
+from agd_fast.ops.defining import define_composite
 
 
 def centre(weight: Tensor) -> Tensor:

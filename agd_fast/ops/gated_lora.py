@@ -7,7 +7,7 @@ from agd_fast_kernels.shapes import MAX_RANK, require
 from torch import Tensor
 from torch.nn import functional as F
 
-from agd_fast.ops.registry import define, define_composite, row
+from agd_fast.ops.defining import define, define_composite, row
 
 
 def gated_lora_ref(

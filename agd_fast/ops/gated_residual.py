@@ -6,7 +6,7 @@ import torch
 from agd_fast_kernels.shapes import require
 from torch import Tensor
 
-from agd_fast.ops.registry import define, row, tokens, too_many_scores
+from agd_fast.ops.defining import define, row, tokens, too_many_scores
 
 
 def gated_residual_ref(

@@ -6,7 +6,7 @@ from agd_fast_kernels.shapes import require
 from torch import Tensor
 
 from agd_fast.ops.choice import call
-from agd_fast.ops.registry import define
+from agd_fast.ops.defining import define
 
 
 def guidance_combine_ref(uncond: Tensor, cond: Tensor, omega: Tensor) -> Tensor:

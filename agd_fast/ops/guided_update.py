@@ -5,8 +5,8 @@ from __future__ import annotations
 from agd_fast_kernels.shapes import require
 from torch import Tensor
 
+from agd_fast.ops.defining import define
 from agd_fast.ops.guidance_combine import guidance_combine_ref
-from agd_fast.ops.registry import define
 
 
 def guided_update_ref(uncond: Tensor, cond: Tensor, omega: Tensor, sample: Tensor, a: Tensor, b: Tensor) -> Tensor:

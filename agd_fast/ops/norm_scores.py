@@ -7,7 +7,7 @@ from torch import Tensor
 
 from agd_fast.ops.absorbed_attention import scores
 from agd_fast.ops.ada_layer_norm import ada_layer_norm_ref
-from agd_fast.ops.registry import define, too_many_scores
+from agd_fast.ops.defining import define, too_many_scores
 
 
 def norm_scores_ref(

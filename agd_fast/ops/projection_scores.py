@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from agd_fast.ops.absorbed_attention import scores
-from agd_fast.ops.registry import define, too_many_scores
+from agd_fast.ops.defining import define, too_many_scores
 
 
 def projection_scores_ref(

@@ -1,32 +1,20 @@
-"""What every op is made of: a torch reference, and an opaque operator around the Triton kernel of the same signature.
-
-The operator `agd_fast_kernels::<name>` is what stands in a graph where a kernel was chosen. It is functional; its shapes, its
-gradients and whatever runs without a GPU are the reference's. It has a FLOP formula and a number of launches, so that what counts
-operations does not take it for one that costs nothing.
-"""
+"""The ops there are: what each is made of."""
 
 from __future__ import annotations
 
-import functools
 import importlib
 import inspect
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-import torch
-from agd_fast_kernels.layouts import laid_like
-from agd_fast_kernels.shapes import FLOAT32, MAX_SCORES
+from agd_fast_kernels.shapes import FLOAT32
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils import _pytree as pytree
-from torch.utils.flop_counter import register_flop_formula
 
 NAMESPACE = "agd_fast_kernels"
 OPS: dict[str, Op] = {}
-_COMPOSITES = torch.library.Library("agd_fast", "DEF")
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,109 +54,5 @@ class Op:
         return self.overload(*args, **kwargs)
 
 
-def define(
-    reference: Callable[..., Any],
-    *,
-    flops: Callable[..., int] | None = None,
-    launches: int = 1,
-    limit: Callable[..., str] = lambda *_: "",
-    like: str = "",
-    library: Callable[..., Any] | None = None,
-) -> Op:
-    """Register the operator of a reference `<name>_ref`, and keep it in OPS.
-
-    flops: of these arguments; None where there are no products. like: the argument that the result lies like, as
-    `layouts.laid_like` has it; contiguous without one. library: the same by one call of a library, without gradients; ValueError
-    where there is none.
-    """
-    name = reference.__name__.removesuffix("_ref")
-    schema = torch.library.infer_schema(reference, mutates_args=())
-    signature = inspect.signature(reference)
-
-    def implementation(*args: Any) -> Any:
-        from agd_fast.ops.choice import run  # which asks this module what there is
-
-        return laid(run(op, op.complete(args)), args)
-
-    def laid(found: Any, args: tuple[Any, ...]) -> Any:
-        """As the kernel lays it, whatever the layout of what else it took."""
-        its = dict(zip(signature.parameters, args, strict=False)).get(like)
-        return pytree.tree_map(Tensor.contiguous, found) if its is None else laid_like(found, its)
-
-    custom = torch.library.custom_op(f"{NAMESPACE}::{name}", implementation, mutates_args=(), schema=schema)
-    custom.register_fake(lambda *args: laid(reference(*args), args))
-
-    def keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        tensors = [leaf if isinstance(leaf, Tensor) else None for leaf in inputs]
-        ctx.save_for_backward(*tensors)
-        ctx.plain = [None if isinstance(leaf, Tensor) else leaf for leaf in inputs]
-
-    def backward(ctx: Any, *grads: Any) -> Any:
-        """The reference's, which runs again for it: only the arguments are saved."""
-        saved = [plain if tensor is None else tensor for tensor, plain in zip(ctx.saved_tensors, ctx.plain, strict=True)]
-        wanted = [index for index, need in enumerate(ctx.needs_input_grad) if need]
-
-        def again(*moving: Tensor) -> Any:
-            given = list(saved)
-            for index, tensor in zip(wanted, moving, strict=True):
-                given[index] = tensor
-            return reference(*given)
-
-        pull = torch.func.vjp(again, *(saved[index] for index in wanted))[1]
-        found = pull(grads[0] if len(grads) == 1 else grads)
-        results: list[Any] = [None] * len(saved)
-        for index, grad in zip(wanted, found, strict=True):
-            results[index] = grad
-        return tuple(results)
-
-    custom.register_autograd(backward, setup_context=keep)
-    overload = getattr(getattr(torch.ops, NAMESPACE), name).default
-
-    def formula(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
-        return 0 if flops is None else flops(*op.complete(args, kwargs))
-
-    register_flop_formula(getattr(getattr(torch.ops, NAMESPACE), name), get_raw=True)(formula)
-    op = Op(name, reference, signature, overload, launches, limit, library)
-    OPS[name] = op
-    return op
-
-
-def define_composite(reference: Callable[..., Any]) -> Callable[..., Any]:
-    """An operator `agd_fast::<name>` that says in a graph what an adapter does, and is its parts to all that does not know it:
-    autograd, inductor, counting.
-
-    Returns the function to call, which is the reference itself where no graph is recorded.
-    """
-    name = reference.__name__.removesuffix("_ref")
-    _COMPOSITES.define(name + torch.library.infer_schema(reference, mutates_args=()))
-    _COMPOSITES.impl(name, reference, "CompositeImplicitAutograd")
-    overload = getattr(torch.ops.agd_fast, name).default
-
-    @functools.wraps(reference)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        recorded = torch.compiler.is_compiling() or get_proxy_mode() is not None
-        return overload(*args, **kwargs) if recorded else reference(*args, **kwargs)
-
-    return call
-
-
 def tensors_of(args: Any) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(args) if isinstance(leaf, Tensor)]
-
-
-def tokens(x: Tensor) -> Tensor:
-    """[B, ..., C] → [B, T, C]."""
-    return x.reshape(x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1])
-
-
-def too_many_scores(op: str, keys: Tensor) -> str:
-    """Why a kernel does not take keys or values [B, S, C] of so many tokens; empty where it does."""
-    most = MAX_SCORES[op]
-    return "" if keys.shape[1] <= most else f"{keys.shape[1]} scores a token, more than {most}"
-
-
-def row(values: Tensor, like: Tensor, channel_dim: int = -1) -> Tensor:
-    """[B or 1, C] in the shape that meets `like`, whose channels are at `channel_dim`."""
-    shape = [1] * like.ndim
-    shape[0], shape[channel_dim] = values.shape
-    return values.view(shape)

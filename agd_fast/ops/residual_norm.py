@@ -6,8 +6,8 @@ from agd_fast_kernels.shapes import require
 from torch import Tensor
 
 from agd_fast.ops.ada_layer_norm import ada_layer_norm_ref
+from agd_fast.ops.defining import define
 from agd_fast.ops.gated_residual import gated_residual_ref
-from agd_fast.ops.registry import define
 
 
 def residual_norm_ref(

@@ -34,8 +34,8 @@ class Handed:
         return self.part == ((0, channels or self.shape[0]), *((0, size) for size in self.shape[1:]))
 
     def prediction(self, handed: Tensor) -> Tensor:
-        """What the scheduler is handed [B, ...], as that part of the denoiser's output [B, *sizes of the part]."""
-        found = torch.empty_like(flat := self.sign * handed.flatten(1))
+        """What the scheduler is handed, [B, ...] or [B·F, ...], as that part of the denoiser's output [B, *sizes of the part]."""
+        found = torch.empty_like(flat := self.sign * handed.reshape(-1, len(self.order)))
         found[:, self.order.to(flat.device)] = flat
         return found.unflatten(1, [stop - start for start, stop in self.part])
 

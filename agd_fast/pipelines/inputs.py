@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
+from difflib import get_close_matches
 from typing import Any
 
 import numpy as np
@@ -37,10 +38,16 @@ def _makes_batches(value: Sequence[Any] | Tensor) -> bool:
 
 
 def require_arguments(call: Callable[..., Any], given: Mapping[str, Any], name: str) -> None:
-    """Raises: ValueError when a pipeline's call needs more than that, such as the picture that a video begins with."""
-    needed = [one.name for one in inspect.signature(call).parameters.values() if one.default is one.empty and one.kind in _NAMED]
-    if missing := [one for one in needed if one not in given]:
+    """Raises: ValueError when a pipeline's call needs more than that, such as the picture that a video begins with, or has no
+    such argument: many take any by **kwargs, and leave it."""
+    parameters = inspect.signature(call).parameters.values()
+    named = {one.name: one for one in parameters if one.kind in _NAMED}
+    if missing := [one.name for one in named.values() if one.default is one.empty and one.name not in given]:
         raise ValueError(f"{name} needs {', '.join(missing)} beside {', '.join(given)}; {_expected(missing[0])}")
+    passed_on = any(one.kind is one.VAR_POSITIONAL for one in parameters)  # to a call that has further ones
+    if not passed_on and (unknown := [one for one in given if one not in named]):
+        near = ", ".join(get_close_matches(unknown[0], named, cutoff=0.0))
+        raise ValueError(f"a call of {name} has no argument {', '.join(unknown)}; expected its own, the nearest are {near}")
 
 
 @contextmanager

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 
 from agd_fast.attaching.find import uncompiled
 from agd_fast.attaching.steps import after_forward, around_step, before_forward
+from agd_fast.forward import forward_parameters, required_parameters
 from agd_fast.pipelines.handed import PART, Handed, shape_of
-from agd_fast.spec import DenoiserSpec, config_value, forward_parameters, required_parameters
+from agd_fast.sites import config_value
+from agd_fast.spec import DenoiserSpec
 
 _NOT_RECORDED = ("return_dict",)
 
@@ -74,6 +76,7 @@ class Recorder:
         self.shape: tuple[int, ...] = ()
         self.calls: list[dict[str, Any]] = []
         self.done = 0  # steps
+        self.visited = False
 
     def run(self, call: Callable[[], Any]) -> Any:
         with ExitStack() as stack:
@@ -92,7 +95,6 @@ class Recorder:
     def _stepped(self, step: Callable[..., Any], model_output: Tensor, *args: Any, **kwargs: Any) -> Any:
         calls, self.calls = self.calls, []
         if calls:  # else another denoiser's step
-            self._require_combined(calls, model_output)
             halves = [half for call in calls for half in self._halves(call)]
             if len(halves) > 2:
                 raise ValueError(
@@ -105,20 +107,13 @@ class Recorder:
                 raise UnknownShape(self.shape)
             handed = self.handed[self.shape]
             guided = handed.prediction(self._one_half(model_output))
+            self.visited = True
             found = Step(conditional, unconditional if len(halves) == 2 else None, guided, self.done)
             prediction = handed.handed(self.visit(found), self._one_half(model_output))
-            model_output = torch.cat([prediction, prediction]) if len(model_output) == 2 * self.batch else prediction
+            model_output = torch.cat([prediction, prediction]) if self._is_doubled(model_output) else prediction
             self.calls = []  # without those that the visitor made
         self.done += 1
         return step(model_output, *args, **kwargs)
-
-    def _require_combined(self, calls: list[dict[str, Any]], model_output: Tensor) -> None:
-        """Raises: ValueError where the scheduler is handed two predictions that were made apart, as of Cosmos 1."""
-        if len(model_output) == 2 * self.batch and all(len(call[self.spec.sample]) == self.batch for call in calls):
-            raise ValueError(
-                f"{type(self.pipe).__name__} hands its scheduler the conditional and the unconditional prediction before it "
-                "combines them; expected the guided one"
-            )
 
     def _halves(self, call: dict[str, Any]) -> list[Call]:
         sample = call[self.spec.sample]
@@ -190,9 +185,14 @@ class Recorder:
 
     def _one_half(self, model_output: Tensor) -> Tensor:
         """The conditional one where a pipeline keeps a doubled batch of latents."""
-        if len(model_output) != 2 * self.batch:
+        if not self._is_doubled(model_output):
             return model_output
-        return model_output[: self.batch] if self.spec.pipeline.conditional == "first" else model_output[self.batch :]
+        first, second = model_output.chunk(2)
+        return first if self.spec.pipeline.conditional == "first" else second
+
+    def _is_doubled(self, model_output: Tensor) -> bool:
+        """Told by its size, as the frames of a video may be entries of a batch too."""
+        return model_output.numel() == 2 * self.batch * len(self.handed[self.shape].order)
 
 
 def _leaves(name: str, value: Any) -> list[tuple[str, Any]]:

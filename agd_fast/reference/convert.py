@@ -16,7 +16,8 @@ from agd_fast.adapters import Adapter, AdapterConfig, adapter_sites
 from agd_fast.attaching import denoiser_of, install, layout_for, spec_of, unload
 from agd_fast.reference.checkpoint import State, read_checkpoint, renamed
 from agd_fast.reference.config import DIT, ReferenceConfig, read_config
-from agd_fast.spec import DenoiserSpec, resolve_sites
+from agd_fast.sites import resolve_sites
+from agd_fast.spec import DenoiserSpec
 from agd_fast.storage import save
 
 SOURCE = "https://github.com/cristianpjensen/agd"

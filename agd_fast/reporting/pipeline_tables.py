@@ -12,14 +12,19 @@ from agd_fast.evaluation.pipeline import PipelineEvaluation, PipelineScale
 from agd_fast.reporting.page import Table
 from agd_fast.reporting.tables import NAMES, rich_table
 
+
+def _score(name: str, form: str) -> Callable[[Scores], str | None]:
+    return lambda scores: None if (value := getattr(scores, name)) is None else format(value, form)
+
+
 _SCORES = {
-    "rmse": ("RMSE", ".4f"),
-    "psnr": ("PSNR", ".2f"),
-    "ssim": ("SSIM", ".4f"),
-    "lpips": ("LPIPS", ".4f"),
-    "frechet_to_cfg": ("Fréchet to CFG", ".4g"),
-    "clip": ("CLIP", ".2f"),
-    "frechet_to_real": ("Fréchet to real", ".4g"),
+    "RMSE": _score("rmse", ".4f"),
+    "PSNR": _score("psnr", ".2f"),
+    "SSIM": _score("ssim", ".4f"),
+    "LPIPS": _score("lpips", ".4f"),
+    "Fréchet to CFG": _score("frechet_to_cfg", ".4g"),
+    "CLIP": _score("clip", ".2f"),
+    "Fréchet to real": _score("frechet_to_real", ".4g"),
 }
 _COSTS: dict[str, Callable[[Cost], str | None]] = {
     "NFE": lambda cost: f"{cost.nfe:g}",
@@ -34,8 +39,7 @@ _COSTS: dict[str, Callable[[Cost], str | None]] = {
 def pipeline_tables(result: PipelineEvaluation) -> list[Table]:
     """One of scores a scale, and one of costs."""
     scores = [
-        (f"Guidance scale {name}: {_explained(scale)}", *_table(scale.arms, _score_columns(scale)))
-        for name, scale in result.by_scale.items()
+        (f"Guidance scale {name}: {_explained(scale)}", *_table(scale.arms, _SCORES)) for name, scale in result.by_scale.items()
     ]
     return [*scores, ("What a picture costs", *_table(result.costs, _COSTS))]
 
@@ -69,13 +73,6 @@ def print_pipeline_evaluation(result: PipelineEvaluation, console: Console | Non
     console.print(f"\n[bold]{pipeline_headline(result)}[/bold]\n{pipeline_about(result)}")
     for title, header, rows in pipeline_tables(result):
         console.print(rich_table(title, header, rows))
-
-
-def _score_columns(scale: PipelineScale) -> dict[str, Callable[[Scores], str | None]]:
-    def column(name: str, form: str) -> Callable[[Scores], str | None]:
-        return lambda scores: None if (value := getattr(scores, name)) is None else format(value, form)
-
-    return {title: column(name, form) for name, (title, form) in _SCORES.items()}
 
 
 def _table(arms: dict, columns: dict[str, Callable[..., str | None]]) -> tuple[list[str], list[list[str]]]:

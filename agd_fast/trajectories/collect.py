@@ -13,13 +13,16 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from agd_fast.checking import is_finite, number_range, require_seed, require_whole
 from agd_fast.files import fingerprint, remove_partial, write_tensors
+from agd_fast.locking import only_writer
 from agd_fast.sampling import Data, require_data
 from agd_fast.schedule import number_of_calls
 from agd_fast.teacher import Conditions, State, Teacher
 from agd_fast.trajectories.dataset import Trajectories, pack
 from agd_fast.trajectories.manifest import MANIFEST_NAME, Manifest, Plan, Shard
 from agd_fast.trajectories.reservoir import Reservoir
+from agd_fast.warning import warn
 
 logger = logging.getLogger(__name__)
 
@@ -52,13 +55,23 @@ def collect(
     shard_size: trajectories run at once, and lost at most when the process is killed. dtype: of the stored states.
 
     Raises: ValueError for numbers out of range, data that does not fit the source, source="student" without a usable adapter,
-    and a folder with other trajectories or a corrupted or foreign file (named); OSError when the disk is full.
+    and a folder with other trajectories or a foreign file (named); FloatingPointError naming where a state is not finite;
+    OSError when the disk is full, or another process is writing to the folder. Warns: of a file that is missing or corrupted,
+    which is made again.
     """
     directory = Path(directory)
-    low, high = (steps, steps) if isinstance(steps, int) else steps
-    _require_positive(trajectories=trajectories, shard_size=shard_size, steps=low, keep=1 if keep is None else keep)
-    if low > high:
+    ends = steps if isinstance(steps, tuple | list) else (steps, steps)
+    for end in ends:
+        require_whole(steps=end)
+    require_whole(trajectories=trajectories, shard_size=shard_size, keep=keep)
+    require_seed(seed)
+    if len(ends) != 2 or ends[0] > ends[1]:
         raise ValueError(f"steps must be (lowest, highest), found {steps}")
+    low, high = ends
+    guidance_range = number_range("guidance_range", guidance_range)
+    dtype = dtype or teacher.dtype
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"states are stored as numbers of floating point, such as torch.bfloat16, found dtype={dtype!r}")
     if guidance_range[0] < teacher.guides_above:
         above, offset = teacher.guides_above, teacher.spec.omega_offset
         scales = " to ".join(f"{omega - offset:g}" for omega in guidance_range)
@@ -75,30 +88,27 @@ def collect(
         steps=(low, high),
         calls=tuple(number_of_calls(teacher.scheduler, n) for n in range(low, high + 1)),
         keep=keep,
-        guidance_range=(float(guidance_range[0]), float(guidance_range[1])),
+        guidance_range=guidance_range,
         seed=seed,
-        dtype=str(dtype or teacher.dtype).removeprefix("torch."),
+        dtype=str(dtype).removeprefix("torch."),
         conditions=teacher.fingerprints(conditions),
         data=None if data is None else fingerprint({"samples": data[0], "rows": data[1]}),
         adapter=_identity_of_adapter(teacher) if source == "student" else None,
-        **_identity(teacher),
+        **identity(teacher),
     )
-    manifest = _open(directory, plan)
+    manifest = _read(directory, plan)
     missing = [shard for shard in plan.shards if shard.name not in manifest.files]
     if missing:
-        _announce(plan, len(missing), directory, progress)
-        with tqdm(total=sum(shard.calls for shard in missing), desc="collecting", disable=not progress) as bar:
-            for shard in missing:
-                tensors, constants = _run_shard(teacher, conditions, shard, data, bar.update)
-                write_tensors(directory / shard.name, tensors, {"plan_id": plan.id, "constants": constants})
-                manifest.add(shard.name, len(tensors["omega"]))
+        with only_writer(directory):
+            _begin(manifest)
+            _announce(plan, len(missing), directory, progress)
+            with tqdm(total=sum(shard.calls for shard in missing), desc="collecting", disable=not progress) as bar:
+                for shard in missing:
+                    tensors, constants = _run_shard(teacher, conditions, shard, data, bar.update)
+                    _require_finite(tensors, shard, teacher.dtype)
+                    write_tensors(directory / shard.name, tensors, {"plan_id": plan.id, "constants": constants})
+                    manifest.add(shard.name, len(tensors["omega"]))
     return Trajectories(directory, verify=False)  # every hash was compared or made just now
-
-
-def _require_positive(**numbers: int) -> None:
-    for name, value in numbers.items():
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, found {value}")
 
 
 def _require_source(teacher: Teacher, conditions: Conditions, source: Source, data: Data | None) -> None:
@@ -113,7 +123,7 @@ def _require_source(teacher: Teacher, conditions: Conditions, source: Source, da
         require_data(data, conditions, teacher.sample_shape)
 
 
-def _identity(teacher: Teacher) -> dict[str, Any]:
+def identity(teacher: Teacher) -> dict[str, Any]:
     """The entries of a plan that say which teacher it is, with a hash of what it holds."""
     return {
         "sample_shape": teacher.sample_shape,
@@ -140,20 +150,32 @@ def _public(config: Any) -> dict[str, Any]:
     return {name: value for name, value in config.items() if not name.startswith("_")}
 
 
-def _open(directory: Path, plan: Plan) -> Manifest:
-    """The folder's manifest, made if there is none, with every file in it checked."""
-    if (directory / MANIFEST_NAME).is_file():
-        remove_partial(directory)
-        manifest = Manifest.read(directory)
+def _read(directory: Path, plan: Plan) -> Manifest:
+    """The folder's manifest, a new one where none has files yet, of the files in it that are whole: others are made again."""
+    manifest = Manifest.read(directory) if (directory / MANIFEST_NAME).is_file() else None
+    if manifest is not None and manifest.files:
         manifest.require_plan(plan)
     else:
         manifest = Manifest(directory, plan.to_dict(), plan.id)
+    damaged = []
+    for name in list(manifest.files):
+        try:
+            manifest.check_file(name)
+        except ValueError as error:
+            damaged.append(str(error))
+            del manifest.files[name]
     manifest.check_foreign()
-    for name in manifest.files:
-        manifest.check_file(name)
+    for found in damaged:
+        warn(f"{found}; it is collected again")
+    return manifest
+
+
+def _begin(manifest: Manifest) -> None:
+    """Make the folder this plan's, and clear what a killed process left half-written there."""
+    if manifest.path.is_file():
+        remove_partial(manifest.directory)
     if not manifest.files:
         manifest.write()
-    return manifest
 
 
 def _announce(plan: Plan, missing: int, directory: Path, progress: bool) -> None:
@@ -211,3 +233,20 @@ def _run_shard(
 
     teacher.run(part, start, omega, steps, visit, generator=generator, noised=data is not None)
     return pack(states.tensors(), table, constants)
+
+
+def _require_finite(tensors: dict[str, Tensor], shard: Shard, dtype: torch.dtype) -> None:
+    """Of states as they are stored. dtype: of the base. Raises: FloatingPointError naming the first that is not finite."""
+    bad = {name: ~is_finite(tensors[name]).flatten(1).all(dim=1) for name in ("sample", "target")}
+    rows = (bad["sample"] | bad["target"]).nonzero()
+    if not len(rows):
+        return
+    row, stored = int(rows[0]), getattr(torch, shard.plan.dtype)
+    which, step, omega = "sample" if bad["sample"][row] else "target", int(tensors["step"][row]), float(tensors["omega"][row])
+    advice = "expected finite numbers of the base: are its weights whole?"
+    for one in (dtype, stored):
+        if (most := torch.finfo(one).max) < torch.finfo(torch.bfloat16).max:
+            advice = f"{one} ends at {most:g}: expected a base and a store_dtype of torch.bfloat16 or torch.float32"
+    raise FloatingPointError(
+        f"the {which} of a state of {shard.name}, at step {step} with ω = {omega:g}, is NaN or infinite in {stored}; {advice}"
+    )

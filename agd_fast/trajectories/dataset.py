@@ -92,7 +92,10 @@ class Trajectories:
         self.manifest = Manifest.read(Path(directory))
         self.manifest.check_foreign()
         for name in self.manifest.files:
-            self.manifest.check_file(name, verify)
+            try:
+                self.manifest.check_file(name, verify)
+            except ValueError as error:
+                raise ValueError(f"{error}; collect again to make it anew") from error
         plan = self.manifest.plan
         names = sorted(self.manifest.files)
         expected = -(-plan["trajectories"] // plan["shard_size"])

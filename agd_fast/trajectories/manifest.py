@@ -50,10 +50,10 @@ class Plan:
 
     @property
     def id(self) -> str:
-        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
+        return _id_of(self.to_dict())
 
     def to_dict(self) -> dict[str, Any]:
-        return json.loads(json.dumps(asdict(self), default=str))
+        return as_json(asdict(self))
 
     @property
     def shards(self) -> list[Shard]:
@@ -123,7 +123,7 @@ class Manifest:
 
     @classmethod
     def read(cls, directory: Path) -> Manifest:
-        """Raises: FileNotFoundError; ValueError when it is not a manifest or from a newer format."""
+        """Raises: FileNotFoundError; ValueError when it is not a manifest, damaged or from a newer format."""
         path = directory / MANIFEST_NAME
         if not path.is_file():
             raise FileNotFoundError(f"expected a {MANIFEST_NAME} in {directory}, found none")
@@ -134,7 +134,13 @@ class Manifest:
         missing = sorted({"plan", "plan_id", "files"} - set(content))
         if missing:
             raise ValueError(f"{path} lacks the entries {missing}")
-        return cls(directory, content["plan"], content["plan_id"], content["files"])
+        advice = "remove it to collect again"
+        plan, plan_id, files = (content[name] for name in ("plan", "plan_id", "files"))
+        if not isinstance(plan, dict) or _id_of(plan) != plan_id:
+            raise ValueError(f"{path} is damaged: expected a plan with the id {plan_id!r}, found {_short(plan)}; {advice}")
+        if not isinstance(files, dict) or not all(_is_file(name, entry) for name, entry in files.items()):
+            raise ValueError(f"{path} is damaged: expected files with rows, bytes and sha256, found {_short(files)}; {advice}")
+        return cls(directory, plan, plan_id, files)
 
     def write(self) -> None:
         content = {"format_version": FORMAT_VERSION, "plan_id": self.plan_id, "plan": self.plan, "files": self.files}
@@ -154,7 +160,7 @@ class Manifest:
         """Raises: ValueError naming a file that is missing, truncated, changed or foreign."""
         path, entry = self.directory / name, self.files[name]
         if not path.is_file():
-            raise ValueError(f"{path} is listed in {MANIFEST_NAME} but missing; remove its entry or the folder to collect again")
+            raise ValueError(f"{path} is listed in {MANIFEST_NAME} but missing")
         size = path.stat().st_size
         if size != entry["bytes"]:
             raise ValueError(f"{path} is corrupted: expected {entry['bytes']:,} bytes, found {size:,}")
@@ -166,8 +172,30 @@ class Manifest:
         for path in sorted(self.directory.glob("shard-*.safetensors")):
             if path.name in self.files:
                 continue
-            _, metadata = read_tensors(path)
+            try:
+                _, metadata = read_tensors(path)
+            except ValueError:
+                continue  # unreadable, and nothing counts on it
             if metadata.get("plan_id") != self.plan_id:
                 raise ValueError(
                     f"{path} is foreign: expected a file of plan {self.plan_id}, found {metadata.get('plan_id', 'no plan')}"
                 )
+
+
+def as_json(value: Any) -> Any:
+    """What a reader of the manifest finds of an entry."""
+    return json.loads(json.dumps(value, default=str))
+
+
+def _id_of(plan: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:80]}…"
+
+
+def _is_file(name: str, entry: Any) -> bool:
+    types = {key: type(value) for key, value in entry.items()} if isinstance(entry, dict) else {}
+    return Path(name).name == name and types == {"rows": int, "bytes": int, "sha256": str}

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 import agd_fast as agd
-from agd_fast.distillation.train import LOG_NAME
+from agd_fast.distillation.log import LOG_NAME
 from agd_fast.memory.blocks import checkpointing
 from agd_fast.trajectories import Batch, Trajectories
 from agd_fast.warning import described

@@ -15,8 +15,9 @@ from torch._inductor.decomposition import select_decomp_table
 from torch.fx import Graph, GraphModule, Node
 
 from agd_fast.attaching import armed, require_attachment
+from agd_fast.forward import nest
 from agd_fast.memory.counting import FusedAttention
-from agd_fast.spec import DenoiserSpec, nest
+from agd_fast.spec import DenoiserSpec
 
 
 class _Trained(nn.Module):

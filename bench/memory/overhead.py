@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from agd_fast.attaching import armed, require_attachment
+from agd_fast.forward import nest
 from agd_fast.memory import MODES, ops
 from agd_fast.memory.blocks import checkpointing
 from agd_fast.memory.frozen_backward import frozen_backward
 from agd_fast.memory.modes import WITHIN_BLOCKS, Mode
 from agd_fast.memory.ops import launching
-from agd_fast.spec import nest
 from memory.students import arguments, student
 from speed.architectures import ARCHITECTURES, Architecture
 from speed.counting import counting

@@ -12,10 +12,10 @@ from torch import nn
 from agd_fast.adapters import count_parameters
 from agd_fast.attaching import armed, require_attachment
 from agd_fast.families import find_spec
+from agd_fast.forward import nest
 from agd_fast.memory.counting import run_backward
 from agd_fast.memory.estimate import estimate_memory, keeping
 from agd_fast.reporting.tables import rich_table
-from agd_fast.spec import nest
 from memory.budget import MODELS, MODES, budget
 from memory.students import arguments, student
 from speed.architectures import Architecture, find_architecture

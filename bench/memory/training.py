@@ -20,10 +20,10 @@ from agd_fast.attaching import armed, require_attachment
 from agd_fast.distillation.graphed import Passes
 from agd_fast.distillation.loss import distillation_loss
 from agd_fast.families import find_spec
+from agd_fast.forward import nest
 from agd_fast.memory.base_weights import packed_base
 from agd_fast.memory.estimate import keeping
 from agd_fast.memory.optimizer import HostAdamW
-from agd_fast.spec import nest
 from memory.rows import CHECKPOINTING, EAGER, MINCUT, Row, empty_row
 from memory.students import arguments, student
 from speed.architectures import Architecture, find_architecture

@@ -15,15 +15,18 @@ from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler,
 from torch import Tensor
 
 import agd_fast as agd
-from agd_fast import Teacher, TrainConfig
+from agd_fast import AdapterConfig, Teacher, TrainConfig
+from agd_fast.environment import environment
 from agd_fast.evaluation import guidance_explained
 from agd_fast.evaluation.explained import SCALES, Student
 from agd_fast.files import write_json
 from agd_fast.teacher import Conditions, Guidance
 from agd_fast.trajectories import Trajectories, collect
+from nfe_speed import commit
+from quality.arms import FULL, OTHER_RATES
 from quality.guiders import apg, cfg_zero_star
 from quality.scoring import STATES_SEED, Sizes, cfg, draw, measure, unguided
-from quality.students import GUIDANCE_RANGE
+from quality.students import GUIDANCE_RANGE, full_finetune
 from quality.teachers import BenchTeacher
 from quality.tuning import Shift, faded, tuned_teacher, upside_down
 
@@ -65,7 +68,12 @@ class Lab:
 
     @contextmanager
     def distilled(
-        self, folder: str = ADAPTER, teacher: Teacher | None = None, states: Trajectories | None = None, **training: Any
+        self,
+        folder: str = ADAPTER,
+        teacher: Teacher | None = None,
+        states: Trajectories | None = None,
+        adapter: AdapterConfig | None = None,
+        **training: Any,
     ) -> Iterator[None]:
         """An adapter of the teacher, or of another one, attached; trained once, into `folder`. training: of the TrainConfig."""
         teacher = teacher or self.teacher
@@ -73,6 +81,7 @@ class Lab:
             teacher,
             output_dir=self.output / folder,
             conditions=self.bench.table,
+            adapter=adapter,
             train_config=TrainConfig(steps=self.steps, **training),
             trajectories=self.trajectories if states is None else states,
             validation=0,
@@ -130,7 +139,8 @@ def run_claims(
         if path.is_file():
             continue
         claim = CLAIMS[name](lab)
-        write_json(path, {"claim": name, "setting": claim.setting, "values": claim.values, "note": claim.note})
+        where = {"environment": environment(), "commit": commit()}
+        write_json(path, {"claim": name, "setting": claim.setting, "values": claim.values, "note": claim.note, **where})
         print(f"{name}: " + ", ".join(f"{label} {value:.3f}" for label, value in claim.values.items()), flush=True)
 
 
@@ -273,6 +283,23 @@ def ema(lab: Lab) -> Claim:
     return Claim("Explained on guided states by the decay of the average of the adapter's weights.", values, note)
 
 
+def training_length(lab: Lab) -> Claim:
+    """Of the default adapter at two sizes and of the full fine-tune, from a quarter of the steps to four times as many."""
+    with lab.distilled():
+        states = Trajectories(lab.output / ADAPTER / "trajectories")
+    values: Values = {}
+    for steps in (max(lab.steps // 4, 1), lab.steps, 4 * lab.steps):
+        longer = replace(lab, steps=steps)
+        for fraction in (0.02, 0.05):
+            config = AdapterConfig(max_fraction=fraction)
+            with longer.distilled(f"claims-length-{fraction}-{steps}", states=states, adapter=config):
+                values[f"adapter, {fraction:.0%}, {steps} steps"] = lab.explained()["mean"]
+        full, _ = full_finetune(lab.teacher, states, TrainConfig(steps=steps, learning_rate=OTHER_RATES[FULL], seed=SEED))
+        values[f"full fine-tune, {steps} steps"] = lab.explained(student=full)["mean"]
+    setting = f"Explained on guided states by the length of the training, all on the same {len(states):,} states."
+    return Claim(setting, values, "Learning rates are those tuned for 800 steps. One seed.")
+
+
 def more_trajectories(lab: Lab) -> Claim:
     few, many = lab.trajectories, 4 * lab.trajectories
     values: Values = {}
@@ -307,6 +334,7 @@ CLAIMS: dict[str, Callable[[Lab], Claim]] = {
     "guiders": guiders,
     "weightings": weightings,
     "ema": ema,
+    "training_length": training_length,
     "trajectories": more_trajectories,
     "unseen_captions": unseen_captions,
 }

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from sklearn.model_selection import train_test_split
 from torch import Tensor
+from torch.nn import functional as F
 
 from agd_fast.datasets import digits_images
 
@@ -62,13 +63,17 @@ def mirror_at_random(images: Tensor) -> Tensor:
     return torch.where(mirrored, images.flip(-1), images)
 
 
-def load_data(name_or_path: str | Path, limit: int | None = None) -> ImageData:
+def load_data(name_or_path: str | Path, limit: int | None = None, size: int | None = None) -> ImageData:
     """'digits', or the path of the training half of a set of JPEG files in npz; the test half lies beside it.
 
-    limit: take that many images of each half, for smoke runs.
+    limit: take that many images of each half, for smoke runs. size: shrink photographs to that side, for a CPU.
     Raises: FileNotFoundError, ValueError naming what was expected and found.
     """
-    return _digits(limit) if str(name_or_path) == "digits" else _photos(Path(name_or_path), limit)
+    if str(name_or_path) != "digits":
+        return _photos(Path(name_or_path), limit, size)
+    if size is not None:
+        raise ValueError(f"expected photographs to shrink, found 'digits' with size={size}")
+    return _digits(limit)
 
 
 def _digits(limit: int | None) -> ImageData:
@@ -82,7 +87,7 @@ def _digits(limit: int | None) -> ImageData:
     )
 
 
-def _photos(path: Path, limit: int | None) -> ImageData:
+def _photos(path: Path, limit: int | None, size: int | None) -> ImageData:
     if "train" not in path.name:
         raise ValueError(f"expected 'digits' or the path of an npz with 'train' in its name, found {path}")
     train, test = (_read(file) for file in (path, path.with_name(path.name.replace("train", "test"))))
@@ -90,9 +95,11 @@ def _photos(path: Path, limit: int | None) -> ImageData:
         raise ValueError(f"expected the same classes in both files, found {train['classes']} and {test['classes']}")
     images, labels = _decode(train, limit)
     test_images, test_labels = _decode(test, limit)
-    real = (to_pixels(images[:COMPARED]), to_pixels(test_images[:COMPARED]))
-    names = tuple(str(name) for name in train["classes"])
     name = path.name.split("_train")[0]
+    if size is not None:
+        images, test_images, name = _shrunk(images, size), _shrunk(test_images, size), f"{name}-{size}"
+    real = (to_pixels(images[:COMPARED]), to_pixels(test_images[:COMPARED]))
+    names = tuple(str(word) for word in train["classes"])
     return ImageData(name, images, labels, names, test_images, test_labels, real, PHOTO_TEMPLATES, mirrored=True)
 
 
@@ -114,6 +121,15 @@ def _read(path: Path) -> dict[str, np.ndarray[Any, Any]]:
             f"found {len(found['offsets'])} that end at {found['offsets'][-1]}"
         )
     return found
+
+
+def _shrunk(images: Tensor, size: int) -> Tensor:
+    """uint8 images [N, C, S, S] → [N, C, size, size], each pixel the mean of those that it stands for"""
+    side = images.shape[-1]
+    if size < 1 or side % size:
+        raise ValueError(f"expected a size that divides the images' side of {side}, found {size}")
+    parts = (F.avg_pool2d(part.float(), side // size) for part in images.split(1000))
+    return torch.cat([part.round().to(torch.uint8) for part in parts])
 
 
 def _decode(arrays: Mapping[str, np.ndarray[Any, Any]], limit: int | None) -> tuple[Tensor, Tensor]:

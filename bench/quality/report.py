@@ -77,7 +77,8 @@ def section(result: Result, output: Path) -> str:
 
 def caption(result: Result) -> str:
     teacher, sizes, where = (result.merged[name] for name in ("teacher", "sizes", "environment"))
-    commits = sorted({result.merged["commit"], *(row["commit"] for row in result.merged["rows"])})
+    runs = [*result.merged["rows"], *result.merged.get("claims", [])]
+    commits = sorted({result.merged["commit"], *(run["commit"] for run in runs if "commit" in run)})
     words = f", {len(teacher['templates'])} caption templates" if teacher["templates"] else ""
     classifier = teacher["classifier"]
     return (

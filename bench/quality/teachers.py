@@ -51,6 +51,23 @@ RECIPES: dict[tuple[str, int], Recipe] = {
         decay=0.0,
         label_noise=0.2,
     ),
+    # photographs shrunk for a CPU: some hours of two cores
+    ("unet", 16): Recipe(
+        config={
+            **_UNET,
+            "layers_per_block": 1,
+            "block_out_channels": (32, 64, 96),
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+            "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            "cross_attention_dim": 64,
+        },
+        batch=128,
+        steps=16_000,
+        learning_rate=1e-3,
+        ema_decay=0.9995,
+        minutes=600.0,
+        warmup=200,
+    ),
     ("dit", 32): Recipe(
         config={"num_attention_heads": 6, "attention_head_dim": 32, "num_layers": 9, "patch_size": 2},
         batch=512,
@@ -78,6 +95,7 @@ RECIPES: dict[tuple[str, int], Recipe] = {
 # what --smoke changes in the configs above
 TINY: dict[tuple[str, int], dict[str, Any]] = {
     ("unet", 8): {"block_out_channels": (8, 16), "cross_attention_dim": 16},
+    ("unet", 16): {"block_out_channels": (8, 16, 16), "cross_attention_dim": 16},
     ("dit", 32): {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 2, "patch_size": 4},
     ("unet", 32): {"block_out_channels": (8, 16, 16), "cross_attention_dim": 16},
 }
@@ -200,23 +218,26 @@ def make_teacher(
     minutes: float | None = None,
     steps: int | None = None,
     limit: int | None = None,
+    size: int | None = None,
     smoke: bool = False,
     device: torch.device | str | None = None,
 ) -> Path:
     """Train a teacher, and the classifier of its data if there is none, into a folder; one that is finished stays as it is.
 
     minutes, steps: in place of the recipe's. limit: images of each half of the data.
+    size: shrink photographs to that side.
     smoke: a tiny denoiser for a few steps, to see that all runs. device: None takes the GPU where there is one.
     Raises: ValueError when no recipe fits the data.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    data = load_data(name_or_path, SMOKE_IMAGES if smoke and limit is None else limit)
+    data = load_data(name_or_path, SMOKE_IMAGES if smoke and limit is None else limit, size)
     directory = output or (SMOKES if smoke else TEACHERS) / f"{data.name}-{model}"
     if (directory / TEACHER_NAME).is_file():
         print(f"{directory} is finished; remove it to train anew")
         return directory
     directory.mkdir(parents=True, exist_ok=True)
-    ensure_classifier(data, directory.parent, device, epochs=1 if smoke else 30)
+    epochs = 1 if smoke else 30 if size is None else 10  # shrunk images are for a CPU
+    ensure_classifier(data, directory.parent, device, epochs)
     if data.name == "digits" and model == "dit":
         shipped = digits_teacher()
         denoiser, scheduler, tables, training = shipped.denoiser, shipped.scheduler, {}, read_json(ASSETS / "training.json")

@@ -17,8 +17,8 @@ from agd_fast.attaching import scoped
 from agd_fast.engine import engine_of
 from agd_fast.engine.graphs import GraphedStep
 from agd_fast.families import find_spec
+from agd_fast.forward import nest
 from agd_fast.ops import kernels_info
-from agd_fast.spec import nest
 from speed.architectures import Architecture, build
 from speed.counting import Counts, counting
 from speed.reference import ReferenceAdapters
@@ -191,7 +191,7 @@ class Workbench:
     def _scope(self, denoiser: nn.Module, armed: bool = False) -> Callable[[], AbstractContextManager[Any]]:
         def enter() -> AbstractContextManager[Any]:
             stack = ExitStack()
-            stack.enter_context(scoped(denoiser, self.schedule))
+            stack.enter_context(scoped(denoiser, self.schedule, watched=False))
             if armed:
                 stack.enter_context(agd.guided(denoiser, self.omega))
             return stack

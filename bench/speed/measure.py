@@ -62,10 +62,11 @@ def rows_of(
 ) -> list[Row]:
     """One row an arm, for JSON. device: name of the card."""
     timed = {name: one.timed_steps or steps for name, one in measured.items()}
-    seconds = {name: one.timing.median / timed[name] for name, one in measured.items() if one.timing is not None}
+    timings = {name: one.timing for name, one in measured.items() if one.timing is not None}
 
-    def ratio(over: str, under: str) -> float | None:
-        return seconds[over] / seconds[under] if over in seconds and under in seconds else None
+    def ratio(key: str, over: str, under: str) -> Row:
+        found = timings[over].over(timings[under]) if over in timings and under in timings else None
+        return _spread(found, key, timed.get(under, steps) / timed.get(over, steps))
 
     rows = []
     for name, one in measured.items():
@@ -80,15 +81,16 @@ def rows_of(
                 "arm": name,
                 "nfe": one.nfe,
                 "timed_steps": timed[name],
-                **_times(one.timing, "ms_per_step", 1e3 / timed[name]),
-                **_times(one.timing, "ms_per_image", 1e3 / batch * steps / timed[name]),
+                **_spread(one.timing, "ms_per_step", 1e3 / timed[name]),
+                **_spread(one.timing, "ms_per_image", 1e3 / batch * steps / timed[name]),
                 "device_ms_per_step": None if one.device_seconds is None else one.device_seconds / steps * 1e3,
                 "launches_per_step": None if one.launches is None else one.launches / steps,
                 "flops_per_step": flops,
                 "peak_memory_bytes": one.peak_memory,
-                "ratio_to_unguided": ratio(name, "unguided"),
-                "ratio_to_unguided_engine": ratio(name, "unguided_engine"),
-                "speedup_over_cfg": ratio("cfg", name),
+                **ratio("ratio_to_unguided", name, "unguided"),
+                **ratio("ratio_to_unguided_engine", name, "unguided_engine"),
+                **ratio("speedup_over_cfg", "cfg", name),
+                **ratio("speedup_over_cfg_compiled", "cfg_compiled", name),
                 "relative_error": one.error,
                 "roofline_ms": least,
                 "seconds": None if one.timing is None else asdict(one.timing),
@@ -153,6 +155,6 @@ def _is_kernel(event: Any) -> bool:
     return on_device and not event.is_user_annotation() and not event.name().startswith(("Memcpy", "Memset"))
 
 
-def _times(timing: Timing | None, name: str, factor: float) -> Row:
+def _spread(timing: Timing | None, name: str, factor: float) -> Row:
     values = (None, None, None) if timing is None else (timing.median * factor, timing.p20 * factor, timing.p80 * factor)
     return dict(zip((name, f"{name}_p20", f"{name}_p80"), values, strict=True))

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from agd_fast.conditioning import condition_width, embed_time
-from agd_fast.spec import DenoiserSpec, apply_modules, label_count, resolve_sites
+from agd_fast.sites import apply_modules, label_count, resolve_sites
+from agd_fast.spec import DenoiserSpec
 
 TOKENS = 250  # that its positional encoding has room for, ω and t among them
 

@@ -27,6 +27,7 @@ COLUMNS = (  # header, entry of a row, unit, format
     ("× unguided", "ratio_to_unguided", 1, ".3f"),
     ("× its engine", "ratio_to_unguided_engine", 1, ".3f"),
     ("CFG / this", "speedup_over_cfg", 1, ".3f"),
+    ("compiled CFG / this", "speedup_over_cfg_compiled", 1, ".3f"),
     ("launches", "launches_per_step", 1, ",.0f"),
     ("GFLOP", "flops_per_step", 1e9, ",.6g"),
     ("error", "relative_error", 1, ".1e"),

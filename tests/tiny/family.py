@@ -37,7 +37,7 @@ def _found() -> dict[str, TinyFamily]:
     """Every FAMILY or FAMILIES of the files beside this one."""
     found: dict[str, TinyFamily] = {}
     for path in sorted(Path(__file__).parent.glob("[a-z]*.py")):
-        if path.stem not in ("family", "images", "text"):
+        if path.stem not in ("family", "images", "single", "text"):
             module = import_module(f"tiny.{path.stem}")
             for family in getattr(module, "FAMILIES", None) or [module.FAMILY]:
                 found[family.name] = family

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from diffusers import (
+    ChronoEditPipeline,
+    ChronoEditTransformer3DModel,
     CogVideoXImageToVideoPipeline,
     CogVideoXTransformer3DModel,
     DDPMScheduler,
@@ -16,6 +18,8 @@ from diffusers import (
     HunyuanVideo15ImageToVideoPipeline,
     HunyuanVideo15Transformer3DModel,
     Kandinsky5I2VPipeline,
+    KandinskyV22Img2ImgPipeline,
+    KandinskyV22InpaintPipeline,
     LTXConditionPipeline,
     LTXImageToVideoPipeline,
     QwenImageEditPipeline,
@@ -31,6 +35,7 @@ from diffusers import (
     WanTransformer3DModel,
     ZImageImg2ImgPipeline,
 )
+from diffusers.pipelines.chronoedit import pipeline_chronoedit
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
 from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
 from diffusers.pipelines.wan import pipeline_wan_i2v
@@ -44,7 +49,7 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from tiny import cogvideox, hunyuanvideo15, joyimage, kandinsky5, ltx, qwenimage, sd3, sd15, sdxl, wan, zimage
+from tiny import cogvideox, hunyuanvideo15, joyimage, kandinsky2, kandinsky5, ltx, qwenimage, sd3, sd15, sdxl, wan, zimage
 from tiny._language import TextProcessor
 from tiny._parts import lively, quiet
 from tiny.family import TinyFamily
@@ -54,7 +59,8 @@ SIZE = 16
 VISION = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 VISION |= {"image_size": SIZE, "patch_size": 8}
 
-vars(pipeline_wan_i2v).setdefault("ftfy", SimpleNamespace(fix_text=str))  # which this pipeline wants, unlike the plain one
+for module in (pipeline_wan_i2v, pipeline_chronoedit):  # which want it, unlike the plain one
+    vars(module).setdefault("ftfy", SimpleNamespace(fix_text=str))
 pipeline_qwenimage_edit.calculate_dimensions = lambda area, ratio: (SIZE, SIZE, None)  # 1024² whatever the picture is
 pipeline_qwenimage_edit_plus.calculate_dimensions = lambda area, ratio: (SIZE, SIZE)
 
@@ -97,6 +103,14 @@ def wan22_i2v() -> WanImageToVideoPipeline:
 def wan_ti2v() -> WanImageToVideoPipeline:
     """As TI2V-5B, whose tokens have a t of their own."""
     return wan_i2v(transformer=wan.transformer(0), image_encoder=None, expand_timesteps=True)
+
+
+def chronoedit() -> ChronoEditPipeline:
+    parts = wan_i2v().components
+    torch.manual_seed(0)
+    model = ChronoEditTransformer3DModel(**{**wan.SIZES, "in_channels": 4 + 4 + 4}, image_dim=8, added_kv_proj_dim=24)
+    kept = {name: part for name, part in parts.items() if name not in ("transformer_2", "boundary_ratio", "expand_timesteps")}
+    return quiet(ChronoEditPipeline(**{**kept, "transformer": lively(model)}))
 
 
 def cogvideox_i2v() -> CogVideoXImageToVideoPipeline:
@@ -182,6 +196,11 @@ def pairs(count: int) -> dict[str, Any]:
     return {"prompt": prompts(count), "image": [[sd15.image(row), sd15.image(row + 1)] for row in range(count)]}
 
 
+def embedded(count: int, **inputs: Any) -> dict[str, Any]:
+    """Embeddings of pictures from a prior in place of prompts."""
+    return {**kandinsky2.pictures(count), **inputs}
+
+
 def depths(count: int) -> dict[str, Any]:
     return {**images(count), "depth_map": torch.rand(count, SIZE, SIZE, generator=torch.Generator().manual_seed(0))}
 
@@ -197,6 +216,7 @@ SIBLINGS = {
         TinyFamily("wan_i2v", wan_i2v, of_size(32), wan.CALL),
         TinyFamily("wan22_i2v", wan22_i2v, of_size(32), wan.CALL, dict.fromkeys(TWO, 4.0), dict.fromkeys(TWO, 1.0)),
         TinyFamily("wan_ti2v", wan_ti2v, of_size(32), wan.CALL),
+        TinyFamily("chronoedit", chronoedit, of_size(32), wan.CALL),
         TinyFamily("cogvideox_i2v", cogvideox_i2v, of_size(32), {**cogvideox.CALL, "max_sequence_length": 16}),
         TinyFamily(
             "ltx_i2v",
@@ -212,6 +232,30 @@ SIBLINGS = {
             joyimage.edit_plus,
             lambda count: {"prompt": prompts(count), "images": pairs(count)["image"]},
             joyimage.CALL,
+        ),
+        TinyFamily(
+            "kandinsky21",
+            kandinsky2.decoder21,
+            lambda count: embedded(count, prompt=prompts(count)),
+            {**SQUARE, "output_type": "pt"},
+        ),
+        TinyFamily(
+            "kandinsky22_img2img",
+            lambda: kandinsky2.decoder(KandinskyV22Img2ImgPipeline),
+            lambda count: embedded(count, image=images(count)["image"]),
+            {**SQUARE, "strength": 0.8},
+        ),
+        TinyFamily(
+            "kandinsky22_inpaint",
+            lambda: kandinsky2.decoder(KandinskyV22InpaintPipeline, in_channels=4 + 4 + 1),
+            lambda count: embedded(count, image=images(count)["image"], mask_image=[sd15.mask()] * count),
+            SQUARE,
+        ),
+        TinyFamily(
+            "kandinsky22_controlnet",
+            kandinsky2.controlnet,
+            lambda count: embedded(count, hint=[*torch.rand(count, 1, 3, 64, 64, generator=torch.Generator().manual_seed(0))]),
+            {**SQUARE, "output_type": "pt"},
         ),
         TinyFamily("kandinsky5_i2v", kandinsky5_i2v, of_size(32), {**kandinsky5.CALL, "num_frames": 21}),
         TinyFamily("qwenimage_edit", lambda: qwenimage_with(QwenImageEditPipeline), images, SQUARE, **TRUE),

@@ -10,21 +10,22 @@ from tiny._parts import lively, quiet
 from tiny.family import TinyFamily
 from tiny.text import prompts, t5_tokenizer
 
+SIZES = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 12,
+    "in_channels": 4,
+    "out_channels": 4,
+    "text_dim": 16,
+    "freq_dim": 16,
+    "ffn_dim": 32,
+    "num_layers": 2,
+    "rope_max_seq_len": 32,
+}
+
 
 def transformer(seed: int) -> WanTransformer3DModel:
     torch.manual_seed(seed)
-    model = WanTransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=4,
-        out_channels=4,
-        text_dim=16,
-        freq_dim=16,
-        ffn_dim=32,
-        num_layers=2,
-        rope_max_seq_len=32,
-    )
-    return lively(model, seed)
+    return lively(WanTransformer3DModel(**SIZES), seed)
 
 
 def umt5_encoder(width: int) -> UMT5EncoderModel:

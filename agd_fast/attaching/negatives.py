@@ -1,0 +1,64 @@
+"""The negative prompt of a call: whether it is the one that an adapter was trained for."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from agd_fast.attaching.attachment import Attachment
+
+_ONE_EACH = {"num_images_per_prompt": 1, "num_videos_per_prompt": 1, "do_classifier_free_guidance": True}
+
+
+def other_negative(pipe: Any, arguments: Mapping[str, Any], attachment: Attachment) -> str:
+    """What there is to say of a negative prompt that the adapter does not know; empty where it knows it, or there is none."""
+    spec, trained = attachment.spec.pipeline, attachment.adapter.config.negative_prompt
+    known = (None, None if spec.own_negative else "", spec.negative_prompt, trained)
+    given = {name: value for name, value in arguments.items() if name.startswith("negative_prompt")}
+    leaves = {name: value if isinstance(value, (list, tuple)) else [value] for name, value in given.items()}
+    if any(not isinstance(one, Tensor) and one not in known for values in leaves.values() for one in values):
+        return "this adapter was trained for the unconditional prediction"
+    tensors = {name: found for name, values in leaves.items() if (found := [one for one in values if isinstance(one, Tensor)])}
+    if not tensors:
+        return ""
+    text = trained if trained is not None else spec.negative_prompt
+    own = _own_embeddings(pipe, arguments, text, attachment)
+    strange = [name for name, values in tensors.items() if not all(any(_same(one, like) for like in own) for one in values)]
+    if not strange:
+        return ""
+    what = f"the negative prompt {text!r}" if text else "the empty prompt"
+    why = "are not those that this pipeline makes of it" if own else "may be others, as this pipeline has none to compare with"
+    return f"this adapter was trained for {what}, and {', '.join(strange)} {why}"
+
+
+def _own_embeddings(pipe: Any, arguments: Mapping[str, Any], text: str | None, attachment: Attachment) -> list[Tensor]:
+    """All that the pipeline's own `encode_prompt` makes of a negative prompt, once; none where it does not run, as without text
+    encoders."""
+    encode = getattr(pipe, "encode_prompt", None)
+    if encode is None:
+        return []
+    parameters = inspect.signature(encode).parameters
+    further = {name: value for name, value in arguments.items() if name in parameters and "prompt" not in name}
+    key = (type(pipe), text, repr(further))
+    if key not in attachment.negatives:
+        asked = {"prompt": text or "", "device": pipe._execution_device, **further, **_ONE_EACH}
+        asked |= {} if text is None else {"negative_prompt": text}
+        needed = {name: None for name, one in parameters.items() if one.default is one.empty and one.kind is not one.VAR_KEYWORD}
+        try:
+            with torch.no_grad():
+                found = encode(**needed | {name: value for name, value in asked.items() if name in parameters})
+        except Exception:  # whatever the code of a pipeline may raise
+            return []
+        attachment.negatives[key] = [leaf for leaf in pytree.tree_leaves(found) if isinstance(leaf, Tensor)]
+    return attachment.negatives[key]
+
+
+def _same(given: Tensor, own: Tensor) -> bool:
+    """own: of one sample, or as given."""
+    like = own.to(given)
+    return (own.shape == given.shape or own.shape == (1, *given.shape[1:])) and torch.equal(given, like.expand_as(given))

@@ -1,0 +1,118 @@
+"""The guidance scales of a call as its caller gave them, and what ω they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from inspect import Parameter
+from typing import Any
+
+from torch import Tensor
+
+from agd_fast.adapters import AdapterConfig
+from agd_fast.attaching.arming import TOLERANCE, to_omega
+from agd_fast.attaching.attachment import require_attachment
+from agd_fast.attaching.find import components_of
+from agd_fast.spec import DenoiserSpec
+
+_ROWS = ("prompt", "class_labels", "prompt_embeds", "prompt_embeds_qwen", "prompt_embeds_t5", "image_embeds")
+_REPEATS = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt")
+
+
+@dataclass(frozen=True)
+class Given:
+    """The scale of one denoiser.
+
+    argument: of the call, where it comes from. value: one number, one a prompt, or a function of the fraction of the steps that
+    is done, which gives either. rows: ω of such a number, [B] where the call tells B, else [1] for all.
+    """
+
+    argument: str
+    value: Any
+    rows: Callable[[Any], Tensor]
+
+    @property
+    def varies(self) -> bool:
+        return callable(self.value)
+
+    @property
+    def is_off(self) -> bool:
+        """Whether it is without guidance, at all steps."""
+        return not self.varies and bool((self.omega() == 1).all())
+
+    def at(self, fraction: float) -> Any:
+        return self.value(fraction) if self.varies else self.value
+
+    def omega(self, fraction: float = 0.0) -> Tensor:
+        return self.rows(self.at(fraction))
+
+
+def scales_of(
+    pipe: Any, arguments: Mapping[str, Any], parameters: Mapping[str, Parameter], spec: DenoiserSpec
+) -> dict[str, Given]:
+    """Of each denoiser. Raises: ValueError where a call has none."""
+    found: dict[str, Given] = {}
+    value: Any = None
+    for index, (name, module) in enumerate(components_of(pipe, spec).items()):
+        argument = spec.pipeline.omega_arguments[min(index, len(spec.pipeline.omega_arguments) - 1)]
+        default = parameters[argument].default if argument in parameters else None
+        given = arguments.get(argument, default)
+        value = value if given is None else given  # a second denoiser goes by the first's
+        if value is None:
+            raise ValueError(f"expected {argument}=..., a number or one a prompt; found None")
+        rows = partial(_rows, argument, spec, require_attachment(module).adapter.config, _batch(arguments))
+        found[name] = Given(argument, value, rows)
+    return found
+
+
+def scales_inside_guided(pipe: Any, arguments: Mapping[str, Any], spec: DenoiserSpec) -> dict[str, Given]:
+    """Inside `agd_fast.guided`, which has decided ω. Raises: ValueError where the call decides too."""
+    name, off = spec.pipeline.omega_arguments[0], spec.pipeline.cfg_off_value
+    if arguments.get(name, off) != off:
+        raise _decided(name, f"left out or {off:g}", arguments[name])
+    found: dict[str, Given] = {}
+    for component, module in components_of(pipe, spec).items():
+        omega = require_attachment(module).omega
+        assert omega is not None
+        scale = omega - spec.omega_offset
+        found[component] = Given(name, scale, partial(_only, name, scale, omega))
+    return found
+
+
+def _only(argument: str, scale: Tensor, omega: Tensor, value: Any) -> Tensor:
+    if value is not scale:
+        raise _decided(argument, "left alone by callbacks", value)
+    return omega
+
+
+def _decided(argument: str, expected: str, found: Any) -> ValueError:
+    return ValueError(
+        f"agd_fast.guided(...) decides the guidance scale of this call; expected {argument} {expected}, "
+        f"found {found} (double guidance)"
+    )
+
+
+def _rows(argument: str, spec: DenoiserSpec, config: AdapterConfig, batch: tuple[int | None, int], scale: Any) -> Tensor:
+    """ω [B] of a guidance scale where the call tells B, else [1]; 1 where no pipeline guides and the adapter did not learn to."""
+    (low, _), above = config.guidance_range, spec.guides_above
+    omega, (prompts, repeats) = to_omega(scale, spec), batch
+    omega = omega.where(omega >= low - TOLERANCE if low < above else omega > above, 1.0)  # a guider may teach what none do
+    if len(omega) > 1 and len(omega) != prompts:
+        raise ValueError(
+            f"{argument} has {len(omega)} values for {prompts if prompts else 'an unknown number of'} prompt(s); "
+            "expected one number, or a list with one a prompt beside a list of prompts"
+        )
+    return omega if prompts is None else omega.expand(prompts).repeat_interleave(repeats)
+
+
+def _batch(arguments: Mapping[str, Any]) -> tuple[int | None, int]:
+    """Number of prompts, where the call tells it, and of samples a prompt."""
+    repeats = next((arguments[name] for name in _REPEATS if arguments.get(name)), 1)
+    for name in _ROWS:
+        value = arguments.get(name)
+        if isinstance(value, (str, int)):
+            return 1, repeats
+        if isinstance(value, (list, tuple, Tensor)):
+            return len(value), repeats
+    return None, repeats

@@ -1,0 +1,39 @@
+"""What numbers must be, said before anything is done with them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor
+
+LARGEST_SEED = 2**42  # what comes of one stays a seed of torch
+
+
+def require_whole(lowest: int = 1, highest: int | None = None, **values: Any) -> None:
+    """Raises: ValueError naming the first that is neither None nor an int from `lowest` to `highest`."""
+    for name, value in values.items():
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if value is not None and not (whole and lowest <= value and (highest is None or value <= highest)):
+            most = "" if highest is None else f" and at most {highest:,}"
+            raise ValueError(f"{name} must be an int of at least {lowest}{most}, found {value!r}")
+
+
+def require_seed(value: Any) -> None:
+    require_whole(0, LARGEST_SEED, seed=value)
+
+
+def number_range(name: str, value: Any) -> tuple[float, float]:
+    """Raises: ValueError when it is not (low, high), two finite numbers with low < high."""
+    try:
+        low, high = map(float, value)
+    except (TypeError, ValueError):
+        low = high = math.nan
+    if isinstance(value, str) or not -math.inf < low < high < math.inf:
+        raise ValueError(f"{name} must be (low, high), two finite numbers with low < high, found {value!r}")
+    return low, high
+
+
+def is_finite(tensor: Tensor) -> Tensor:
+    """By element; also of numbers of 8 bits, which torch does not ask."""
+    return (tensor.float() if tensor.element_size() == 1 else tensor).isfinite()

@@ -1,0 +1,48 @@
+"""One process at a time writes to a folder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from accelerate import PartialState
+from accelerate.state import is_initialized
+from filelock import FileLock, Timeout
+
+LOCK_NAME = ".lock"
+
+
+@contextmanager
+def only_writer(directory: str | os.PathLike[str]) -> Iterator[None]:
+    """Inside, no other process may enter it for the same folder; a kill ends that too. Leaves nothing there. Of processes that
+    train together the main one holds it for all.
+
+    Raises: BlockingIOError naming a folder that is held.
+    """
+    if is_initialized() and not PartialState().is_main_process:
+        yield
+        return
+    directory = Path(directory)
+    path, made = directory / LOCK_NAME, not directory.exists()
+    lock = FileLock(path)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise BlockingIOError(
+            f"another process is writing to {directory}; expected another folder, or this one when that process is done"
+        ) from error
+    except (OSError, NotImplementedError):
+        pass  # no file can be made there, which what is written says better, or none be locked
+    try:
+        yield
+    finally:
+        if lock.is_locked:
+            with suppress(OSError):  # a system that does not let go of open files
+                path.unlink()
+        lock.release()
+        if made:
+            with suppress(OSError):  # something was written
+                directory.rmdir()

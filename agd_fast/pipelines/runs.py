@@ -1,0 +1,224 @@
+"""A pipeline's own calls for rows of its inputs: runs that are followed, short ones that are asked something, pictures."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from agd_fast.attaching import disabled, own_call, uncompiled, without_negatives
+from agd_fast.forward import device_of
+from agd_fast.freezing import frozen
+from agd_fast.pipelines.handed import Handed, find_handed, numbered
+from agd_fast.pipelines.inputs import Inputs, asking_for_images, rows_of
+from agd_fast.pipelines.record import Call, Recorder, Step, UnknownShape
+from agd_fast.spec import DenoiserSpec
+
+Arm = Literal["unguided", "cfg", "agd"]
+ARMS: tuple[Arm, ...] = get_args(Arm)
+
+
+class _Answer(Exception):  # noqa: N818 (no error)
+    """Carries what a run is asked for out of it."""
+
+
+class _FirstCall(Recorder):
+    """Ends a run where its denoiser is first called, before a forward that may be slow where the pipeline is now."""
+
+    def _called(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        super()._called(args, kwargs)
+        raise _Answer(self._halves(self.calls[0])[0], self.calls[0])
+
+
+class _Numbered(Recorder):
+    """Ends a run where the scheduler is first handed something of its denoiser's output, which is numbers; the answer is that,
+    and the shape of a sample of the output."""
+
+    def _returned(self, output: Any) -> Any:
+        return numbered(super()._returned(output))
+
+    def _stepped(self, step: Callable[..., Any], model_output: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.shape and model_output.any():  # zeros: guiders may begin with a step of them
+            self._require_combined(model_output)
+            raise _Answer(self._one_half(model_output), self.shape)
+        return step(model_output, *args, **kwargs)
+
+    def _require_combined(self, model_output: Tensor) -> None:
+        """Raises: ValueError where the scheduler is handed two predictions that were made apart, as of Cosmos 1."""
+        if self._is_doubled(model_output) and all(len(call[self.spec.sample]) == self.batch for call in self.calls):
+            raise ValueError(
+                f"{type(self.pipe).__name__} hands its scheduler the conditional and the unconditional prediction before it "
+                "combines them; expected the guided one"
+            )
+
+    def _is_doubled(self, model_output: Tensor) -> bool:
+        """Told by its numbers, which are the same for every sample."""
+        return len(model_output) == 2 * self.batch and torch.equal(*model_output.chunk(2))
+
+
+@dataclass
+class Runs:
+    """The calls of a pipeline for one of its denoisers.
+
+    component: its name; denoiser: the module, compiled where it is. inputs, call: as `PipelineTeacher` has them.
+    """
+
+    pipe: Any
+    component: str
+    denoiser: nn.Module
+    spec: DenoiserSpec
+    inputs: Inputs
+    call: Mapping[str, Any]
+    handed: dict[tuple[int, ...], Handed] = field(default_factory=dict)
+
+    def first_call(self) -> tuple[Call, dict[str, Any]]:
+        """The denoiser's first call of a run, whatever it is conditioned on, and all that it is called with."""
+        with asking_for_images(own_call(self.pipe, self.spec), {**self.inputs, **self.call}, type(self.pipe).__name__):
+            call, arguments = self._ask(0, _FirstCall)
+        return call, arguments
+
+    def ask_what_is_handed(self, row: int) -> Mapping[tuple[int, ...], Handed]:
+        """What the scheduler gets of the denoiser's output, by its shape: one forward, or two, for this row of the inputs.
+
+        Raises: ValueError for a pipeline that hands on something else.
+        """
+        handed = find_handed(*self._ask(row, _Numbered))
+        if handed is None:
+            raise ValueError(
+                f"{type(self.pipe).__name__} hands its scheduler something else than its {self.component}'s guided output; "
+                "expected all of it or a part, in any order and with either sign"
+            )
+        self.handed[handed.shape] = handed
+        return self.handed
+
+    def follow(
+        self, rows: Sequence[int], scale: float, steps: int, seeds: Sequence[int], visit: Callable[[Step], Tensor]
+    ) -> None:
+        """One guided run, never armed. visit: is handed every step, and returns the guided prediction [B, ...] to go on with.
+
+        Raises: ValueError for a pipeline that does not step its scheduler with what its denoiser predicts.
+        """
+        try:
+            recorder = self._run(rows, scale, steps, seeds, visit)
+        except UnknownShape:  # the first one, or pictures of another size
+            self.ask_what_is_handed(rows[0])
+            recorder = self._run(rows, scale, steps, seeds, visit)
+        if not recorder.visited:
+            raise self._never_stepped()
+
+    def generate(self, rows: Sequence[int], arm: Arm, scale: float, steps: int, seeds: Sequence[int]) -> list[Image.Image]:
+        """The pipeline's pictures of rows of the inputs, by its call as a user makes it: middle frames of videos, none of sound.
+
+        arm: "agd" is the attached adapter, "cfg" the pipeline's own guidance. scale: in the family's own convention.
+        seeds: of the noise, one a row, so that it is the same whatever the rows are that are made together. What a pipeline
+        draws from torch's own generator, as JoyImage Edit the latents of its picture, follows the first one.
+        """
+        spec = self.spec.pipeline
+        if not spec.pictures:
+            return []
+        arguments = self._arguments(rows, spec.cfg_off_value if arm == "unguided" else scale, steps, seeds)
+        if self._takes("output_type"):
+            arguments["output_type"] = "pil"  # some pipelines of videos give arrays
+        # of a text an adapter tells whether it has learnt it
+        kept = without_negatives(arguments, inspect.signature(own_call(self.pipe, self.spec)).parameters)
+        left_out = [n for n, v in arguments.items() if arm == "unguided" or (arm == "agd" and _is_embedded(v))]
+        arguments = {n: v for n, v in arguments.items() if n in kept or n not in left_out}
+        with nullcontext() if arm == "agd" else disabled(self.pipe), self._held(seeds[0]):
+            output = self.pipe(**arguments)[0]
+        found = [one[len(one) // 2] if isinstance(one, list) else one for one in output]
+        return found if all(isinstance(one, Image.Image) for one in found) else []
+
+    def _ask(self, row: int, recorder: type[Recorder]) -> tuple[Any, ...]:
+        """By a run of two steps, of more where image to image leaves out the first ones."""
+        strength = inspect.signature(own_call(self.pipe, self.spec)).parameters.get("strength")
+        share = float(self.call.get("strength", 1.0 if strength is None else strength.default))
+        try:
+            self._run([row], 3.0, math.ceil(2 / max(share, 0.01)), [0], lambda step: step.guided, recorder)
+        except _Answer as answer:
+            return answer.args
+        raise self._never_stepped()
+
+    def _run(
+        self,
+        rows: Sequence[int],
+        scale: float,
+        steps: int,
+        seeds: Sequence[int],
+        visit: Callable[[Step], Tensor],
+        recorder: type[Recorder] = Recorder,
+    ) -> Recorder:
+        arguments = self._arguments(rows, scale, steps, seeds)
+        if self._takes("output_type"):
+            arguments.setdefault("output_type", "latent")
+        record = recorder(self.pipe, self.denoiser, self.spec, len(rows), visit, self.handed)
+        with frozen(uncompiled(self.denoiser)), self._held(seeds[0]):
+            vars(self.pipe).pop("_num_timesteps", None)  # of the last call
+            try:
+                record.run(lambda: own_call(self.pipe, self.spec)(**arguments))
+            except BaseException:
+                self.pipe.maybe_free_model_hooks()  # as at the end of a call: a model that is offloaded is no longer on the card
+                raise
+        return record
+
+    def _arguments(self, rows: Sequence[int], scale: float, steps: int, seeds: Sequence[int]) -> dict[str, Any]:
+        """Of a call: the inputs of these rows, and the negative prompts, one a row as well."""
+        found = rows_of(self.inputs, rows)
+        if not any(name.startswith("negative_prompt_embeds") for name in (*found, *self.call)):
+            negative = {"negative_prompt": self.spec.pipeline.negative_prompt} | dict(self.call)
+            names = [name for name in negative if name.startswith("negative_prompt") and name not in found]
+            found |= {name: [negative[name]] * len(rows) for name in names if isinstance(negative[name], str)}
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        decided = {"num_inference_steps": steps, "generator": generators, self.spec.pipeline.omega_arguments[0]: scale}
+        arguments = {**self.call, **found, **decided}
+        return arguments if self.spec.pipeline.batched else {name: self._of_one(value) for name, value in arguments.items()}
+
+    def _of_one(self, value: Any) -> Any:
+        """As a call takes it that makes one sample."""
+        if not isinstance(value, list) or not isinstance(value[0], (str, int, float, torch.Generator)):
+            return value
+        if len(value) > 1:
+            raise ValueError(f"{type(self.pipe).__name__} takes one prompt a call; expected batches of 1, found {len(value)}")
+        return value[0]
+
+    def _takes(self, parameter: str) -> bool:
+        return parameter in inspect.signature(own_call(self.pipe, self.spec)).parameters
+
+    @contextmanager
+    def _held(self, seed: int) -> Iterator[None]:
+        """Inside, no gradients, no progress bar, and torch's own generators begin as this seed: some pipelines encode pictures
+        with them."""
+        device = device_of(self.denoiser)
+        with torch.no_grad(), _silent(self.pipe), torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            yield
+
+    def _never_stepped(self) -> ValueError:
+        return ValueError(
+            f"{type(self.pipe).__name__} never called its {self.component} and scheduler; expected a pipeline that steps "
+            "`pipe.scheduler` with its prediction"
+        )
+
+
+def _is_embedded(value: Any) -> bool:
+    return isinstance(value, Tensor) or (isinstance(value, list) and all(isinstance(one, Tensor) for one in value))
+
+
+@contextmanager
+def _silent(pipe: Any) -> Iterator[None]:
+    """No progress bar of the pipeline inside: there is one over all runs."""
+    previous = getattr(pipe, "_progress_bar_config", None)
+    pipe.set_progress_bar_config(disable=True)
+    try:
+        yield
+    finally:
+        if previous is None:
+            del pipe._progress_bar_config
+        else:
+            pipe._progress_bar_config = previous
