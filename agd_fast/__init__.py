@@ -5,8 +5,6 @@ Adapter Guidance Distillation (Perez Jensen & Sadat, arXiv 2503.07274) on frozen
 
 from __future__ import annotations
 
-from importlib import import_module
-from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from agd_fast.version import __version__
@@ -90,6 +88,9 @@ if not TYPE_CHECKING:  # which knows the imports above, and no other names
 
     def __getattr__(name):
         """A name of `__all__` from its home, or a room of the package."""
+        from importlib import import_module
+        from importlib.util import find_spec
+
         if name in _HOME:
             globals()[name] = found = getattr(import_module(_HOME[name]), name)
             return found

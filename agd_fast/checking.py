@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 from torch import Tensor
@@ -23,14 +25,14 @@ def require_seed(value: Any) -> None:
     require_whole(0, LARGEST_SEED, seed=value)
 
 
-def number_range(name: str, value: Any) -> tuple[float, float]:
-    """Raises: ValueError when it is not (low, high), two finite numbers with low < high."""
-    try:
-        low, high = map(float, value)
-    except (TypeError, ValueError):
-        low = high = math.nan
-    if isinstance(value, str) or not -math.inf < low < high < math.inf:
-        raise ValueError(f"{name} must be (low, high), two finite numbers with low < high, found {value!r}")
+def number_range(name: str, value: Any, *, within: tuple[float, float] | None = None) -> tuple[float, float]:
+    """Raises: ValueError when it is not a sequence (low, high), two finite numbers with low < high, both `within` those."""
+    numbers = [*map(float, value)] if isinstance(value, Sequence) and all(isinstance(one, Real) for one in value) else []
+    low, high = numbers if len(numbers) == 2 else (math.nan, math.nan)
+    lowest, highest = within or (-math.inf, math.inf)
+    if not (-math.inf < low < high < math.inf and lowest <= low and high <= highest):
+        where = "" if within is None else f" and both from {lowest:g} to {highest:g}"
+        raise ValueError(f"{name} must be (low, high), two finite numbers with low < high{where}, found {value!r}")
     return low, high
 
 

@@ -16,8 +16,8 @@ LOCK_NAME = ".lock"
 
 @contextmanager
 def only_writer(directory: str | os.PathLike[str]) -> Iterator[None]:
-    """Inside, no other process may enter it for the same folder; a kill ends that too. Leaves nothing there. Of processes that
-    train together the main one holds it for all.
+    """Inside, no other process may enter it for the same folder; a kill ends that too. Leaves no file there when it ends. Of
+    processes that train together the main one holds it for all.
 
     Raises: BlockingIOError naming a folder that is held.
     """
@@ -26,20 +26,22 @@ def only_writer(directory: str | os.PathLike[str]) -> Iterator[None]:
         return
     directory = Path(directory)
     path, made = directory / LOCK_NAME, not directory.exists()
+    ours = not path.exists()
     lock = FileLock(path)
     try:
         directory.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except Timeout as error:
         raise BlockingIOError(
-            f"another process is writing to {directory}; expected another folder, or this one when that process is done"
+            f"another process is writing to {directory}; expected another folder, or this one when that process is done "
+            f"(where there is none, remove {path})"
         ) from error
     except (OSError, NotImplementedError):
         pass  # no file can be made there, which what is written says better, or none be locked
     try:
         yield
     finally:
-        if lock.is_locked:
+        if lock.is_locked or ours:
             with suppress(OSError):  # a system that does not let go of open files
                 path.unlink()
         lock.release()

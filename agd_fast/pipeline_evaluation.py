@@ -85,32 +85,32 @@ def evaluate_pipeline(
         phases.done("costs")
         pictures.make(ways, count, batch, progress)
         phases.done("pictures")
-    explained = _explained(
-        teachers, scales, steps, seed, teacher.validation_runs if explained_prompts is None else explained_prompts
-    )
-    phases.done("guidance explained")
-    numbers = _compared(pictures, ways, count)
-    features = None
-    if real is not None and networks.features is not None:
-        features = features_of_folder(Path(real), networks.features, Image.open(pictures.path(ways[0], 0)).size, device)
-    scorer = Scorer(pictures, numbers, networks, texts, features, device)
-    by_scale = {f"{scale:g}": PipelineScale(explained.get(scale, {}), _scores(scorer, scale)) for scale in scales}
-    phases.done("scores")
-    result = PipelineEvaluation(
-        pipeline=type(pipe).__name__,
-        adapters={name: describe_adapter(one) for name, one in teachers.items()},
-        prompts=len(teacher),
-        pictures=count,
-        left_out=count - len(numbers),
-        steps=steps,
-        seed=seed,
-        by_scale=by_scale,
-        costs=costs,
-        networks=networks.names,
-        directory=Path(output_dir),
-        seconds=phases.seconds,
-    )
-    write_pipeline_report(result, pictures, ways, numbers)
+        explained = _explained(
+            teachers, scales, steps, seed, teacher.validation_runs if explained_prompts is None else explained_prompts
+        )
+        phases.done("guidance explained")
+        numbers = _compared(pictures, ways, count)
+        features = None
+        if real is not None and networks.features is not None:
+            features = features_of_folder(Path(real), networks.features, Image.open(pictures.path(ways[0], 0)).size, device)
+        scorer = Scorer(pictures, numbers, networks, texts, features, device)
+        by_scale = {f"{scale:g}": PipelineScale(explained.get(scale, {}), _scores(scorer, scale)) for scale in scales}
+        phases.done("scores")
+        result = PipelineEvaluation(
+            pipeline=type(pipe).__name__,
+            adapters={name: describe_adapter(one) for name, one in teachers.items()},
+            prompts=len(teacher),
+            pictures=count,
+            left_out=count - len(numbers),
+            steps=steps,
+            seed=seed,
+            by_scale=by_scale,
+            costs=costs,
+            networks=networks.names,
+            directory=Path(output_dir),
+            seconds=phases.seconds,
+        )
+        write_pipeline_report(result, pictures, ways, numbers)
     return result
 
 

@@ -90,7 +90,7 @@ def sample(
             start = noise[rows].to(teacher.device, teacher.dtype)
             scale = omega[rows].to(teacher.device)
             armed = guided(teacher, scale - teacher.spec.omega_offset) if method == "agd" else nullcontext()
-            with scoped(teacher, times, watched=False), armed:
+            with scoped(teacher, times, watched=False, own_times=False), armed:
                 predict = predictor(teacher, part, scale, method)
                 results.append(
                     integrate(teacher.scheduler, start, steps, predict, generator=generators[rows], progress=bar.update)

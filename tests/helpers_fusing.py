@@ -7,12 +7,11 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from agd_fast import ops
-from agd_fast.graph.capture import add_call, capture
-from agd_fast.graph.levels import Level
+from agd_fast.graph.capture import capture, value_of
+from agd_fast.graph.levels import Level, leading_to
+from agd_fast.graph.partition import part_of
 from agd_fast.graph.rewriting import rewrite
 from conftest import assert_as_exact
-
-aten = torch.ops.aten
 
 B, T, C = 3, 7, 8
 
@@ -21,14 +20,17 @@ def as_list(found):
     return list(found) if isinstance(found, tuple) else [found]
 
 
-def concatenated(graph, pieces):
-    """A `cat` of weights, behind the last of them."""
-    first = next(node for node in graph.nodes if node.op != "placeholder")
-    last = max(piece for piece in pieces if not isinstance(piece, int))
-    like = next(piece for piece in pieces if not isinstance(piece, int))
-    with graph.inserting_before(first if last < first else last.next):
-        nodes = [add_call(graph, aten.new_zeros.default, like, [one]) if isinstance(one, int) else one for one in pieces]
-        return add_call(graph, aten.cat.default, nodes)
+def concatenated(graph, constants, pieces):
+    """One more constant, as the engine makes it: weights, and zeros of a length, joined."""
+    results = [piece for piece in pieces if isinstance(piece, fx.Node)]
+    values = part_of([node for node in leading_to(results) if node.op == "call_function"], results)(constants)
+    rest = iter(values)
+    joined = torch.cat([values[0].new_zeros(piece) if isinstance(piece, int) else next(rest) for piece in pieces])
+    with graph.inserting_after(graph.find_nodes(op="placeholder")[-1]):
+        node = graph.placeholder(f"joined_{len(constants)}")
+    node.meta["val"] = value_of(results[0]).fake_mode.from_tensor(joined)
+    constants[node] = joined
+    return node
 
 
 def rewritten(function, *inputs, policy="always", **options):
@@ -39,9 +41,10 @@ def rewritten(function, *inputs, policy="always", **options):
         node: Level.STATIC if isinstance(one, nn.Parameter) else Level.MOVING
         for node, one in zip(captured.inputs, inputs, strict=True)
     }
-    done = rewrite(graph, levels, policy, lambda pieces: concatenated(graph, pieces), **options)
+    values = {**dict(zip(captured.inputs, inputs, strict=True)), **captured.constants}
+    done = rewrite(graph, levels, policy, lambda pieces: concatenated(graph, values, pieces), **options)
     graph.lint()
-    return fx.GraphModule({}, graph)(*inputs, *captured.constants.values()), done
+    return fx.GraphModule({}, graph)(*values.values()), done
 
 
 @torch.no_grad()

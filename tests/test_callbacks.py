@@ -66,18 +66,25 @@ def test_a_scale_that_is_written_holds_inside_the_interval_alone(wrapped):
     assert torch.equal(two(wrapped, **given, callback_on_step_end=written({1: 3.0})), expected)
 
 
-def test_a_callback_reads_the_scale_of_its_step_and_what_it_wrote(wrapped):
-    seen = []
+@pytest.mark.parametrize("scale", [4.0, [4.0, 2.0], torch.tensor([4.0, 2.0]), lambda done: [5.0, 4.0 - done]])
+def test_a_callback_finds_the_pipelines_own_guidance_off(wrapped, scale):
+    """And what it wrote too: the tensors that it is handed have no unconditional half at any scale."""
+    seen, expected = [], two(wrapped, guidance_scale=scale)
 
     def callback(pipe, step, t, tensors):
-        seen.append(pipe.guidance_scale)
-        if step == 1:
-            pipe._guidance_scale = pipe.guidance_scale / 2
+        seen.append((pipe.guidance_scale, pipe.do_classifier_free_guidance, len(tensors["prompt_embeds"])))
+        if step == STEPS - 1:
+            pipe._guidance_scale = 3.0  # as late as that, without effect
         return tensors
 
-    sample(wrapped, SD15, guidance_scale=lambda done: 5.0 - 4.0 * done, callback_on_step_end=callback)
-    assert seen == [5.0, 4.0, 2.0, 2.0]
-    assert wrapped.guidance_scale == 1.0  # the pipeline's own stays off
+    assert torch.equal(two(wrapped, guidance_scale=scale, callback_on_step_end=callback, **EMBEDS), expected)
+    assert seen == [(1.0, False, 2)] * STEPS
+    assert wrapped.guidance_scale == 1.0 and type(wrapped._guidance_scale) is float
+
+
+def test_writing_the_number_that_is_there_ends_guidance(wrapped):
+    expected = sample(wrapped, SD15, guidance_scale=SCALE, guidance_interval=(0.0, 0.5))
+    assert torch.equal(sample(wrapped, SD15, guidance_scale=SCALE, callback_on_step_end=written({1: 1.0})), expected)
 
 
 def test_a_call_without_guidance_may_begin_to_guide(wrapped):
@@ -119,6 +126,16 @@ def test_two_denoisers_have_each_their_own_scale():
     assert torch.equal(found, expected) and not torch.equal(found, full)
 
 
+@pytest.mark.parametrize(("value", "second"), [(0.0, 0.0), (3.0, 5.0)])
+def test_ending_the_first_denoisers_guidance_ends_the_seconds(value, second):
+    family = FAMILIES["wan22"]
+    pipe = family.pipeline()
+    attach_trained(pipe)
+    given = {"guidance_scale": 4.0, "guidance_scale_2": 5.0}
+    expected = run(pipe, family, guidance_scale=lambda done: value if done else 4.0, guidance_scale_2=second)
+    assert torch.equal(run(pipe, family, **given, callback_on_step_end=written({0: value})), expected)
+
+
 @pytest.mark.parametrize("wrong", ["4", None, [1.0, 2.0, 3.0], float("nan")])
 def test_a_scale_that_cannot_be_is_an_error(wrapped, wrong):
     with pytest.raises((TypeError, ValueError), match=r"expected one (finite guidance scale|number)"):
@@ -145,6 +162,30 @@ def test_a_callback_that_cuts_off_a_half_that_is_not_there_leaves_all_prompts(wr
 
     expected = two(wrapped, guidance_scale=SCALE, guidance_interval=(0.0, 0.5))
     assert torch.equal(two(wrapped, guidance_scale=SCALE, callback_on_step_end=callback, **EMBEDS), expected)
+
+
+def test_so_does_one_that_cuts_a_list_of_prompts():
+    family = FAMILIES["zimage"]
+    pipe = family.pipeline()
+    attach_trained(pipe)
+
+    def callback(pipe, step, t, tensors):
+        return {**tensors, "prompt_embeds": tensors["prompt_embeds"][-1:]}
+
+    expected = run(pipe, family, guidance_scale=SCALE)
+    assert torch.equal(run(pipe, family, guidance_scale=SCALE, callback_on_step_end=callback, **EMBEDS), expected)
+
+
+def test_a_callbacks_own_embeddings_are_taken_as_they_are(wrapped):
+    """Also one for two prompts: the denoiser says that it does not do."""
+
+    def callback(pipe, step, t, tensors):
+        tensors["prompt_embeds"] = torch.zeros_like(tensors["prompt_embeds"].chunk(2)[-1])
+        return tensors
+
+    with pytest.raises(RuntimeError, match="must match the size"):
+        two(wrapped, guidance_scale=SCALE, callback_on_step_end=callback, **EMBEDS)
+    assert quiet(wrapped)
 
 
 def test_callbacks_of_the_base_are_its_own(pipe):

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -255,12 +256,41 @@ def test_a_copy_that_is_made_during_a_call_is_in_none(wrapped):
     copies = []
 
     def callback(pipe, step, t, tensors):
-        assert attachment_of(pipe).calling
+        assert attachment_of(pipe).caller is not None
         copies.append(copy.deepcopy(attachment_of(pipe)))
         return tensors
 
     sample(wrapped, SD15, guidance_scale=SCALE, callback_on_step_end=callback)
-    assert not any(one.calling for one in copies)
+    assert all(one.caller is None for one in copies)
+
+
+@pytest.mark.parametrize("how", ["a callback", "a thread"])
+def test_a_call_by_the_base_inside_another_is_an_error_too(wrapped, how):
+    expected = sample(wrapped, SD15, guidance_scale=SCALE)
+    partner = share(wrapped, StableDiffusionPipeline.from_pipe(wrapped))
+    with agd.disabled(wrapped):
+        base = sample(wrapped, SD15, guidance_scale=SCALE)
+
+    def inside():
+        with agd.disabled(partner):
+            sample(partner, SD15, guidance_scale=SCALE)
+
+    def callback(pipe, step, t, tensors):
+        message = "also inside agd_fast.disabled" if how == "a callback" else "which it would change"
+        with pytest.raises(RuntimeError, match=message):
+            inside() if how == "a callback" else in_thread(inside)
+        return tensors
+
+    assert torch.equal(sample(wrapped, SD15, guidance_scale=SCALE, callback_on_step_end=callback), expected)
+    assert quiet(wrapped)
+    if how == "a callback":
+        with agd.disabled(wrapped):
+            assert torch.equal(sample(wrapped, SD15, guidance_scale=SCALE, callback_on_step_end=callback), base)
+
+
+def in_thread(action):
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(action).result()
 
 
 # what a call leaves behind

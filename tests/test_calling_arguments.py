@@ -116,10 +116,12 @@ def test_guidance_interval_equals_switching_by_hand(wrapped, interval):
     assert torch.equal(found, by_hand)
 
 
-@pytest.mark.parametrize("interval", [(0.5, 0.5), (0.8, 0.2), (-0.1, 0.5), (0.5, 1.1), 0.5, (0.5,), ("a", "b"), "0.1"])
+@pytest.mark.parametrize(
+    "interval", [(0.5, 0.5), (0.8, 0.2), (-0.1, 0.5), (0.5, 1.1), 0.5, (0.5,), ("0", "1"), {0.0: 1, 0.5: 2}, torch.ones(2)]
+)
 @pytest.mark.parametrize("scale", [SCALE, 1.0])
 def test_bad_guidance_interval_is_an_error(wrapped, interval, scale):
-    with pytest.raises(ValueError, match=r"guidance_interval must be \(start, stop\)") as caught:
+    with pytest.raises(ValueError, match=r"guidance_interval must be .* both from 0 to 1, found ") as caught:
         sample(wrapped, SD15, guidance_scale=scale, guidance_interval=interval)
     assert str(caught.value).endswith(f"found {interval!r}")
     assert quiet(wrapped)
@@ -172,6 +174,19 @@ def test_negative_embeddings_are_left_out_with_a_warning(wrapped, encodes):
         assert torch.equal(sample(wrapped, SD15, **given), expected)
 
 
+def test_negative_embeddings_are_compared_with_what_the_text_encoder_makes_now(wrapped):
+    def given():
+        negative = torch.no_grad()(wrapped.encode_prompt)(["a"], "cpu", 1, True)[1]
+        sample(wrapped, SD15, guidance_scale=SCALE, negative_prompt_embeds=negative)
+
+    with no_warnings():
+        given()
+        with torch.no_grad():  # as a fused LoRA does
+            for parameter in wrapped.text_encoder.parameters():
+                parameter.add_(0.01)
+        given()
+
+
 NEGATIVES = {
     "sd15": {},
     "sdxl": {},
@@ -216,8 +231,23 @@ def test_negative_cfg_is_the_bases_own_guidance(pipe, scale):
     assert seen == [4] * STEPS
     assert torch.equal(found, base)
     assert quiet(pipe)
-    with agd.guided(pipe, SCALE):
-        assert torch.equal(sample(pipe, SD15, 2, **{**arguments, "guidance_scale": scale}, negative="cfg"), base)
+    with agd.guided(pipe, SCALE), pytest.raises(ValueError, match=r"agd_fast.guided\(...\) decides"):
+        sample(pipe, SD15, 2, **{**arguments, "guidance_scale": scale}, negative="cfg")
+
+
+@pytest.mark.parametrize("name", ["sd15", "zimage"])  # ω = g and ω = g + 1
+def test_negative_cfg_inside_guided_is_at_its_scale(name):
+    family = FAMILIES[name]
+    pipe = family.pipeline()
+
+    def blurred(**arguments):
+        return sample(pipe, family, negative_prompt=["blurred"], **arguments)
+
+    base = blurred(guidance_scale=SCALE)
+    attach(pipe)
+    for off in ({}, {"guidance_scale": attachment_of(pipe).spec.pipeline.cfg_off_value}):
+        with agd.guided(pipe, SCALE), no_warnings():
+            assert torch.equal(blurred(**off, negative="cfg"), base)
 
 
 def test_negative_cfg_without_a_negative_prompt_is_one_pass(wrapped):

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -27,6 +28,15 @@ def test_seeds_leave_room_for_what_comes_of_them(value):
     "value", [5, "ab", "19", (1, 6, 7), (1,), (1, math.inf), (-math.inf, 2), (math.nan, 2), (2, 1), (3, 3), None]
 )
 def test_ranges_are_two_finite_numbers(value):
+    assert_no_range(value)
+
+
+@pytest.mark.parametrize("value", [("1", "9"), {1: 0, 6: 0}, torch.tensor([1.0, 6.0]), np.array([1.0, 6.0])])
+def test_ranges_are_sequences_of_numbers(value):
+    assert_no_range(value)
+
+
+def assert_no_range(value):
     assert number_range("guidance_range", [1, 6]) == (1.0, 6.0)
     with pytest.raises(ValueError, match=r"guidance_range must be \(low, high\), two finite numbers with low < high, found "):
         number_range("guidance_range", value)

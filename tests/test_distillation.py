@@ -221,11 +221,13 @@ def failing(error):
 
 def test_distill_whose_pictures_cannot_be_drawn_says_so_and_is_done(tmp_path, monkeypatch):
     monkeypatch.setattr("agd_fast.distillation.job.preview", failing(torch.OutOfMemoryError("the VAE")))
+    (tmp_path / "samples.png").write_text("of an earlier run")
     teacher, settings = tiny_teacher(), {"guidance_range": (2.5, 3.5), "validation": 1, "validate_every": 12}
     with pytest.warns(UserWarning, match="was not drawn") as warned:
         result = distill_tiny(tmp_path, teacher, **settings)
     files = (tmp_path / "validation" / "step-000012.png", tmp_path / "samples.png")
     found = [str(one.message) for one in warned if "was not drawn" in str(one.message)]
+    assert not any(file.exists() for file in files)
     assert found == [f"{file} was not drawn: OutOfMemoryError: {found[0].rpartition('Error: ')[2]}" for file in files]
     assert result.explained is not None and {"adapter.safetensors", "distill.json"} <= contents(tmp_path).keys()
     assert attachment_of(teacher).adapter is result.adapter

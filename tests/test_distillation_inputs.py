@@ -167,8 +167,19 @@ def test_distill_warns_of_trajectories_of_another_noise_or_other_conditions(tmp_
         distill_tiny(tmp_path / "same", scheduler=same, **given)
     with pytest.warns(UserWarning, match=r"with another schedule of noise \(beta_end: expected 0.03, found 0.02\)"):
         distill_tiny(tmp_path / "noise", scheduler=other, **given)
-    with pytest.warns(UserWarning, match=r"from other conditions .*which are for validation alone"):
+    with pytest.warns(UserWarning, match=r"conditions than those given \(class_labels: expected .*for validation alone"):
         distill_tiny(tmp_path / "labels", class_labels=[1], **given)
+
+
+def test_distill_warns_of_trajectories_of_another_unconditional_embedding(tmp_path):
+    prompts, empty = torch.randn(2, 2, 8), torch.randn(1, 2, 8)
+    denoiser, settings = unet(), {"class_labels": None, "conditions": {"encoder_hidden_states": prompts}}
+    settings |= {"scheduler": ddim(), "adapter": small(), "train_config": short(steps=1)}
+    distill_tiny(tmp_path / "a", denoiser, null_condition={"encoder_hidden_states": empty}, **settings)
+    agd.unload(denoiser)
+    settings |= {"trajectories": Trajectories(tmp_path / "a" / "trajectories")}
+    with pytest.warns(UserWarning, match="with another null condition .*, or with the same in another precision"):
+        distill_tiny(tmp_path / "b", denoiser, null_condition={"encoder_hidden_states": empty.bfloat16().float()}, **settings)
 
 
 @pytest.mark.parametrize(

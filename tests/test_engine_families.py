@@ -3,10 +3,13 @@
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from diffusers import SkyReelsV2DiffusionForcingPipeline
+from diffusers.pipelines.skyreels_v2 import pipeline_skyreels_v2_diffusion_forcing
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
@@ -20,6 +23,7 @@ from conftest import assert_as_exact
 from helpers_engine import RECORDED, Reading, assert_same, in_pieces, own_forwards, programs, reasons, tables
 from helpers_families import Forward, attach_trained, denoisers, exact_output, run, spec_for
 from tiny import FAMILIES
+from tiny._parts import quiet
 
 PLAIN = {"hidream": "values of a tensor that depends on x_t"}
 FORWARDS = {"joyimage_plus": 2, "unet3d": 2}  # that are captured: x_t lies otherwise from the second step on
@@ -236,3 +240,18 @@ def test_what_does_not_move_with_x_is_not_read_in_a_step(name, kind, hoisted, mo
     (count,) = {len(rows) for rows in table.rows.values()}
     assert len(steps) < count <= 2 * len(steps) + 1  # a step may be passed in two roundings; one row is for none of them
     assert agd.info(pipe)["engine"]["ahead_bytes"] >= table.bytes > 0
+
+
+def test_frames_whose_timesteps_come_to_differ(monkeypatch):
+    """Diffusion forcing: all begin at one, then each block of frames is some steps behind the one before it."""
+    monkeypatch.setitem(vars(pipeline_skyreels_v2_diffusion_forcing), "ftfy", SimpleNamespace(fix_text=str))
+    family, outputs = FAMILIES["skyreels"], []
+    staggered = {"num_frames": 9, "base_num_frames": 9, "num_inference_steps": 4, "ar_step": 2, "causal_block_size": 1}
+    for optimized in (False, True):
+        pipe = quiet(SkyReelsV2DiffusionForcingPipeline(**family.pipeline().components))
+        pipe.transformer._set_ar_attention(1)
+        if optimized:
+            agd.optimize(pipe)
+        outputs.append(run(pipe, family, (0,), **staggered))
+    assert not reasons(pipe)
+    assert_same(outputs[1], outputs[0])

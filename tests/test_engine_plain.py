@@ -10,6 +10,7 @@ from diffusers.hooks import apply_layerwise_casting
 from diffusers.models.attention_processor import AttnProcessor2_0
 
 import agd_fast as agd
+from agd_fast.engine.fingerprint import Fingerprint
 from helpers_engine import (
     RECORDED,
     SCALE,
@@ -113,6 +114,24 @@ def test_a_model_that_can_no_longer_be_captured_says_why(pair, name):
     for pipe in pair:
         change(pipe)
     assert_plain(pair, reason)
+
+
+def test_a_model_that_changes_in_every_forward_is_looked_at_no_longer(pair, monkeypatch):
+    plain, fast = pair
+    for pipe in pair:
+        pipe.unet.set_attn_processor(Counting())
+    made = []
+
+    class Counted(Fingerprint):
+        def __init__(self, roots):
+            made.append(1)
+            super().__init__(roots)
+
+    monkeypatch.setattr("agd_fast.engine.engine.Fingerprint", Counted)
+    arguments = {"callback_on_step_end": lambda pipe, step, t, kwargs: kwargs, "num_inference_steps": 6}
+    with pytest.warns(UserWarning, match="changes the model"):
+        assert_same(call(fast, **arguments), call(plain, **arguments))
+    assert len(made) == 4  # of the model, and of what the forward changes, for two forwards
 
 
 def test_what_stood_in_the_way_may_go_again(pair):

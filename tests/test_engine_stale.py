@@ -1,5 +1,7 @@
 """An optimized model gives what the same model without the engine gives, whatever was changed, and whenever."""
 
+import gc
+import weakref
 from itertools import pairwise
 
 import pytest
@@ -392,6 +394,28 @@ def test_a_prompt_that_is_written_to_at_every_step_moves(monkeypatch):
             given["encoder_hidden_states"].mul_(0.9)
             assert_same(fast.unet(**{**given, "timestep": t}).sample, plain.unet(**{**given, "timestep": t}).sample)
     assert len(prepared) <= 1 + VALUES + 1  # for the recording, for each value, and of what moves then
+
+
+@torch.no_grad()
+def test_what_was_prepared_goes_before_what_moves_is_prepared(monkeypatch):
+    prepare, prepared, alive = Program.prepare, [], []
+
+    def noted(self, *args):
+        gc.collect()
+        alive.append(sum(one() is not None for one in prepared))
+        found = prepare(self, *args)
+        prepared.extend([weakref.ref(self), weakref.ref(found)])
+        return found
+
+    monkeypatch.setattr(Program, "prepare", noted)
+    fast = Holder()
+    agd.optimize(fast.unet)
+    times, given = torch.arange(900, 0, -100), unet_inputs()
+    with scoped(fast.unet, times), agd.guided(fast.unet, SCALE):
+        for t in times:
+            given["encoder_hidden_states"].mul_(0.9)
+            fast.unet(**{**given, "timestep": t})
+    assert max(alive) > 0 == alive[-1]
 
 
 @torch.no_grad()

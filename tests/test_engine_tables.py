@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import agd_fast as agd
 from agd_fast.attaching import scoped
+from agd_fast.attaching.scope import scope_of
 from agd_fast.attaching.timesteps import position_of, ways_to_pass
 from agd_fast.engine.config import EngineConfig
 from agd_fast.engine.program import Program, at_all_steps
@@ -12,7 +15,7 @@ from agd_fast.engine.tables import RowLayout, Rows, Table, fill_rows, find, inde
 from agd_fast.graph.capture import capture
 from agd_fast.graph.levels import Level
 from agd_fast.spec import DenoiserSpec
-from helpers_engine import SCALE, assert_same, programs, small_unet, tables, unet_inputs
+from helpers_engine import SCALE, assert_same, call, programs, small_pipeline, small_unet, tables, unet_inputs
 from helpers_pipelines import attach, noise
 
 STATIC, STEP, MOVING = Level.STATIC, Level.STEP, Level.MOVING
@@ -228,6 +231,74 @@ def test_timesteps_that_come_to_differ_within_a_batch(both):
     given = [torch.tensor([900, 900]), torch.tensor([600, 600]), torch.tensor([300, 300]), torch.tensor([300, 20])]
     for found, expected in one_after_another(both, times, given):
         assert_same(found, expected)
+
+
+class Timed(nn.Module):
+    """t is [B], or [B, N] of N tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, sample, timestep):
+        return self.linear(sample) * (timestep / 1000).cos().view(*timestep.shape, *[1] * (sample.ndim - timestep.ndim))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", [{}, {"watched": False, "own_times": False}], ids=["own loop", "as in a pipeline's call"])
+def test_timesteps_that_come_to_differ_within_a_sample(options):
+    model = agd.optimize(Timed().eval(), spec=agd.DenoiserSpec())
+    times, x = torch.tensor([900, 600, 300]), torch.randn(2, 3, 4)
+    with scoped(model, times, **options):
+        for given in ([900, 900, 900], [600, 600, 600], [600, 600, 900], [300, 300, 300]):
+            t = torch.tensor(given).repeat(2, 1)
+            assert_same(model(x, t), model._call_impl(x, t))
+        assert len(tables(model)) == 1
+
+
+class Waits(TorchDispatchMode):
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("passed", "options", "waits"),
+    [
+        (lambda t: t.repeat(2), {}, 1),
+        (lambda t: t.repeat(2), {"watched": False}, 1),
+        (lambda t: t.repeat(2), {"own_times": False}, 0),
+        (lambda t: t.expand(2), {}, 0),
+        (lambda t: t.repeat(2, 3), {"own_times": False}, 1),
+        (lambda t: t.expand(2, 3), {"own_times": False}, 0),
+    ],
+    ids=["samples", "samples, not watched", "samples that share it", "expanded", "tokens", "tokens, expanded"],
+)
+def test_a_step_waits_only_where_timesteps_may_come_to_differ(passed, options, waits):
+    model = agd.optimize(Timed().eval(), spec=agd.DenoiserSpec())
+    times, x = torch.tensor([900, 600, 300]), torch.randn(2, 3, 4)
+    with scoped(model, times, **options):
+        for t in times[:2]:
+            model(x, passed(t))
+        with Waits() as seen:
+            model(x, passed(times[2]))
+        assert len(tables(model)) == 1
+    assert seen.count == waits
+
+
+def test_samples_of_a_pipelines_call_share_their_timesteps():
+    pipe, seen = agd.optimize(small_pipeline()), []
+
+    def note(pipe, step, t, kwargs):
+        scope = scope_of(pipe.unet)
+        seen.append((scope.watched, scope.own_times))
+        return kwargs
+
+    call(pipe, callback_on_step_end=note)
+    assert set(seen) == {(True, False)}
 
 
 # how large a table may be

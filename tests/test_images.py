@@ -31,6 +31,7 @@ from tiny.text import prompts
 PARTS = {  # of the denoiser's output, where the scheduler is not handed all of it
     "ltx_i2v": ((4, 8), (0, 8)),  # without the tokens of the first frame
     "kandinsky21": ((0, 4), (0, 8), (0, 8)),  # without the learned sigma
+    "kandinsky21_inpaint": ((0, 4), (0, 8), (0, 8)),
     "kandinsky5_i2v": ((1, 6), (0, 4), (0, 4), (0, 4)),  # without the first frame
     "qwenimage_edit": ((0, 16), (0, 16)),  # without the tokens of one picture
     "qwenimage_edit_plus": ((0, 16), (0, 16)),  # without those of two
@@ -84,6 +85,7 @@ def test_a_pipeline_is_recorded_as_it_guides_and_makes_one_forward_a_step(name):
         (handed,) = teacher.runs.ask_what_is_handed(0).values()
         assert handed.sign == SIGNS.get(name, 1)
         assert handed.part == PARTS.get(name, tuple((0, size) for size in handed.shape))
+        assert (teacher.guided_channels or 0) <= handed.shape[0]
         inside = (slice(None), *(slice(*ends) for ends in handed.part))
         with watched(pipe) as recorded:
             states = followed(teacher, family)

@@ -1,5 +1,8 @@
 """One process at a time writes to a folder."""
 
+import errno
+from contextlib import contextmanager, nullcontext
+from importlib import import_module
 from types import SimpleNamespace
 
 import pytest
@@ -8,6 +11,8 @@ import agd_fast.locking
 from agd_fast.locking import LOCK_NAME, only_writer
 from helpers_distillation import collect_tiny, contents, distill_tiny, in_child, kill_in_child, kill_self
 from helpers_evaluation import evaluate, with_adapter
+
+collecting = import_module("agd_fast.trajectories.collect")  # the package has the function of that name
 
 
 def killed_inside(folder):
@@ -46,6 +51,44 @@ def test_what_is_collected_whole_is_read_beside_a_writer(tmp_path):
     collect_tiny(tmp_path)
     with only_writer(tmp_path):
         assert len(collect_tiny(tmp_path)) == 5 * 4
+
+
+def test_an_evaluation_holds_its_folder_to_the_end(tmp_path, monkeypatch):
+    def twice(*_):
+        with only_writer(tmp_path):
+            pytest.fail("another one was let in")
+
+    monkeypatch.setattr("agd_fast.pipeline_evaluation.write_pipeline_report", twice)
+    with pytest.raises(BlockingIOError, match="another process is writing"):
+        evaluate(with_adapter(), tmp_path)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_what_another_process_collected_while_this_one_looked_is_kept(tmp_path, monkeypatch, seed):
+    @contextmanager
+    def late(folder):
+        monkeypatch.setattr(collecting, "only_writer", only_writer)
+        collect_tiny(folder)
+        monkeypatch.setattr(collecting, "_run_shard", lambda *_: pytest.fail("collected again"))
+        before.update(contents(folder))
+        with only_writer(folder):
+            yield
+
+    before = {}
+    monkeypatch.setattr(collecting, "only_writer", late)
+    with pytest.raises(ValueError, match="holds other trajectories") if seed else nullcontext():
+        collect_tiny(tmp_path, seed=seed)
+    assert contents(tmp_path) == before
+
+
+def test_where_nothing_can_be_locked_folders_are_written_without(tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with only_writer(tmp_path), only_writer(tmp_path):
+        pass
+    assert contents(tmp_path) == {}
 
 
 def test_of_several_processes_the_main_one_holds_the_folder(tmp_path, monkeypatch):

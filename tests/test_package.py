@@ -36,6 +36,7 @@ def test_names_are_those_that_are_typed():
 
 
 def test_rooms_are_found_and_nothing_else():
+    assert not {"find_spec", "import_module"} & {*dir(agd_fast)}
     assert agd_fast.__getattr__("schedule") is import_module("agd_fast.schedule")  # as where nobody imported it before
     with pytest.raises(AttributeError, match="module 'agd_fast' has no attribute 'distil'"):
         agd_fast.distil  # noqa: B018

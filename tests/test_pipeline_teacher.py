@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from accelerate import cpu_offload
-from diffusers import DDIMScheduler, StableAudio3AudioToAudioPipeline
+from diffusers import DDIMScheduler, StableAudio3AudioToAudioPipeline, StableDiffusionPipeline
 
 import agd_fast as agd
 from agd_fast.attaching import attachment_of
@@ -16,7 +16,7 @@ from agd_fast.pipelines import PipelineTeacher
 from agd_fast.pipelines.inputs import require_arguments
 from helpers_distillation import assert_same_tensors, contents
 from helpers_pipeline_teacher import SD15, SIZE, assert_untouched, distill_pipe, plan_of, states_in, teacher_of
-from tiny import FAMILIES, cosmos, sd15, stable_cascade
+from tiny import FAMILIES, cosmos, kandinsky2, sd15, stable_cascade
 from tiny.text import prompts
 
 # what a pipeline is distilled on
@@ -34,8 +34,8 @@ def test_prompts_are_a_list_or_the_lines_of_a_file(tmp_path):
 @pytest.mark.parametrize(
     ("given", "error", "message"),
     [
-        ("nowhere.txt", FileNotFoundError, "a text file with one a line, found no file nowhere.txt"),
-        ("a red cat", FileNotFoundError, "found no file a red cat; one prompt goes in as a list"),
+        ("nowhere.txt", FileNotFoundError, "a text file with one prompt a line, .*; found no file nowhere.txt"),
+        ("a red cat", FileNotFoundError, "in Python a list of prompts; found no file a red cat"),
         ([], ValueError, "expected at least one prompt, found none"),
         (["", "  "], ValueError, "expected at least one prompt, found none"),
         (["a cat", 2], ValueError, "expected prompts as texts, found 2"),
@@ -64,7 +64,20 @@ def test_arguments_that_the_call_does_not_take_are_refused(pipe, given, tmp_path
 
 
 def test_a_call_that_passes_all_on_takes_any_argument():
-    require_arguments(lambda *args, prompt=None, **kwargs: None, {"prompt": ["a"], "height": 16}, "Pipe")
+    class Pipe:
+        def __call__(self, *args, prompt=None, **kwargs): ...
+
+    require_arguments(Pipe(), {"prompt": ["a"], "height": 16}, Pipe)
+
+
+def test_a_users_own_call_may_pass_arguments_on():
+    class Own(StableDiffusionPipeline):
+        def __call__(self, prompt=None, guidance_scale=7.5, **kwargs):
+            return super().__call__(prompt, guidance_scale=guidance_scale, **kwargs)
+
+    pipe = Own(**sd15.components())
+    own, plain = (PipelineTeacher.of(one, inputs={"prompt": prompts(1)}, call=SIZE) for one in (pipe, SD15.pipeline()))
+    assert own.sample_shape == plain.sample_shape == (4, 8, 8)
 
 
 def test_a_bare_call_takes_the_captions_that_ship(pipe, tmp_path):
@@ -225,6 +238,21 @@ def test_pipelines_without_a_guidance_scale_are_refused(tmp_path):
     with pytest.raises(ValueError, match="StableAudio3AudioToAudioPipeline takes no guidance_scale; expected a pipeline that"):
         agd.share(pipe, other)
     assert not is_wrapped(other)
+
+
+def test_pipelines_whose_denoiser_is_an_inner_ones_are_refused():
+    pipe = kandinsky2.combined()
+    message = "KandinskyV22CombinedPipeline runs other pipelines in its call; expected its prior_pipe or decoder_pipe"
+    with pytest.raises(ValueError, match=message):
+        PipelineTeacher.of(pipe, inputs={"prompt": prompts(1)}, call=SIZE)
+    assert not hasattr(pipe.decoder_pipe, "_progress_bar_config")
+
+
+def test_an_error_of_a_pipeline_that_keeps_no_setting_of_progress_bars_is_its_own(pipe, monkeypatch):
+    monkeypatch.setattr(StableDiffusionPipeline, "set_progress_bar_config", lambda self, **settings: None)
+    vars(pipe).pop("_progress_bar_config", None)
+    with pytest.raises(ValueError, match="callback_on_step_end_tensor_inputs` has to be in"):
+        PipelineTeacher.of(pipe, inputs={"prompt": prompts(1)}, call={"callback_on_step_end_tensor_inputs": ["noise"]})
 
 
 def test_more_than_two_branches_are_refused(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from agd_fast.attaching import attachment_of
-from agd_fast.files import read_json, read_tensors, write_json
+from agd_fast.files import read_json, read_tensors, write_json, write_tensors
 from helpers_distillation import (
     after_calls,
     assert_same_tensors,
@@ -265,6 +265,18 @@ def test_distill_refuses_to_continue_with_other_settings(tmp_path, settings, mes
     assert "batch_size" not in str(error.value)
     assert contents(tmp_path) == before
     assert attachment_of(teacher) is None
+
+
+def test_distill_names_a_checkpoint_of_another_version(tmp_path):
+    interrupt(tmp_path, 8)
+    path = tmp_path / "checkpoint.safetensors"
+    tensors, metadata = read_tensors(path)
+    run = json.loads(metadata["run"])
+    run["train"]["log_every"] = 20  # which runs did not go without
+    kept = {name: value for name, value in metadata.items() if name != "meter"}
+    write_tensors(path, {name: value.clone() for name, value in tensors.items()}, kept | {"run": json.dumps(run)}, sealed=True)
+    with pytest.raises(ValueError, match="is of another version: expected the state of meter too; resume=False starts anew"):
+        distill_tiny(tmp_path)
 
 
 def test_distill_refuses_a_foreign_checkpoint(tmp_path, whole):

@@ -1,5 +1,7 @@
 """Pipelines that take one prompt a call where they guide: distilled one by one, and what an adapter makes of them."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -49,6 +51,22 @@ def test_prx_takes_several_prompts_and_scales_with_an_adapter():
     alone = torch.cat([latents((0,), 1.5), latents((1,), 4.0)])
     assert torch.allclose(both, alone, atol=1e-4)
     assert not torch.allclose(both[0], latents((0,), 4.0)[0], atol=1e-2)
+
+
+@pytest.mark.parametrize(("name", "argument"), [("wan_vace", "conditioning_scale"), ("prx", "timesteps")])
+def test_lists_of_a_call_are_passed_as_they_are(name, argument):
+    family, given = SIBLINGS[name], {argument: [1.0, 0.5]}
+    runs = teacher_of(family.pipeline(), family).runs
+    arguments = replace(runs, call={**runs.call, **given})._arguments([1], 4.0, 2, [0])
+    assert arguments.items() >= given.items()
+    assert arguments["prompt"] == prompts(2)[1] and isinstance(arguments["generator"], torch.Generator)
+
+
+def test_a_list_is_one_row_of_its_argument():
+    family = SIBLINGS["wan_vace"]
+    inputs = {**family.inputs(1), "conditioning_scale": [[1.0, 0.5]]}
+    runs = replace(teacher_of(family.pipeline(), family).runs, inputs=inputs)
+    assert runs._arguments([0], 4.0, 2, [0])["conditioning_scale"] == [1.0, 0.5]
 
 
 @pytest.mark.parametrize("name", SIBLINGS)

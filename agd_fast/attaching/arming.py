@@ -11,7 +11,8 @@ from torch import Tensor
 
 from agd_fast.adapters import AdapterConfig
 from agd_fast.adapters.base import Ahead
-from agd_fast.attaching.attachment import Attachment, attachment_of, require_attachment
+from agd_fast.attaching.attachment import Attachment, attachments_of, require_attachment
+from agd_fast.attaching.calls import refuse_other_threads
 from agd_fast.attaching.find import components_of, uncompiled
 from agd_fast.attaching.scope import Scope, in_scope, scope_of
 from agd_fast.forward import device_of
@@ -63,13 +64,13 @@ def disabled(model: Any) -> Iterator[None]:
     """The base, whatever is attached or armed; a pipeline inside makes its own two-pass guidance.
 
     Bit-exact; to rounding where the engine is on (`optimize`), which runs the base too.
+    Raises: RuntimeError while another thread's call of a pipeline with this denoiser is under way.
     """
-    first = attachment_of(model)
-    components = () if first is None else components_of(model, first.spec).values()
-    attachments = [found for found in map(attachment_of, components) if found is not None]
-    previous = [attachment.enabled for attachment in attachments]
-    for attachment in attachments:
-        attachment.enabled = False
+    attachments = attachments_of(model)
+    with refuse_other_threads(attachments):
+        previous = [attachment.enabled for attachment in attachments]
+        for attachment in attachments:
+            attachment.enabled = False
     try:
         yield
     finally:

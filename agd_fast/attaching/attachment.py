@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from agd_fast.adapters import Adapter
 from agd_fast.adapters.base import Ahead, Prepared, SiteAdapter
-from agd_fast.attaching.find import bring, bring_embedders, denoiser_of
+from agd_fast.attaching.find import bring, bring_embedders, components_of, denoiser_of
 from agd_fast.conditioning import embed_conditions, embed_time
 from agd_fast.forward import argument_of
 from agd_fast.sites import config_value
@@ -47,14 +47,13 @@ class Attachment:
         self.handles: list[Any] = []
         self.checkpoints: list[tuple[Any, Any]] = []  # modules whose checkpointing was wrapped for one forward, and their own
         self.enabled = True
-        self.calling = False  # whether a pipeline's call that it is for is under way
-        self.negatives: dict[Any, list[Tensor]] = {}  # what a pipeline made of the negative prompt that it was trained for
+        self.caller: int | None = None  # the thread of a pipeline's call that is under way, with the adapter or without
         self.omega: Tensor | None = None  # [1] or [B] float32 while armed
         self.gate: Tensor | None = None  # [1], what the adapter is multiplied by; None is 1
         self.ahead: Ahead | None = None  # where entries are made before the first step, as the engine does
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "enabled": True, "calling": False, "negatives": {}, "omega": None, "gate": None, "ahead": None}
+        return {**vars(self), "enabled": True, "caller": None, "omega": None, "gate": None, "ahead": None}
 
     @property
     def active(self) -> bool:
@@ -157,6 +156,13 @@ def _image_tokens(denoiser: nn.Module, spec: DenoiserSpec, shape: tuple[int, ...
 
 def attachment_of(model: Any) -> Attachment | None:
     return vars(denoiser_of(model)).get(ROOT)
+
+
+def attachments_of(model: Any) -> list[Attachment]:
+    """Those of all its denoisers."""
+    first = attachment_of(model)
+    components = () if first is None else components_of(model, first.spec).values()
+    return [found for found in map(attachment_of, components) if found is not None]
 
 
 def require_attachment(model: Any) -> Attachment:

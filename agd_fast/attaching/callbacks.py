@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,10 +17,10 @@ def has_callbacks(arguments: Mapping[str, Any]) -> bool:
 
 
 def with_scales(
-    arguments: Mapping[str, Any], pipe: Any, read: Callable[[], dict[str, Any]], write: Callable[[str, Any], None]
+    arguments: Mapping[str, Any], pipe: Any, names: Sequence[str], write: Callable[[str, Any], None]
 ) -> dict[str, Any]:
-    """A call's arguments, whose callbacks see `read()`, by the argument's name, as the scales that the pipeline goes by
-    (`_guidance_scale`); what they put there goes to `write(name, value)`, and the pipeline's guidance stays off."""
+    """A call's arguments, whose callbacks find the pipeline's own scales (`_guidance_scale` and further `names`) off, as they
+    are in one pass; another number that they put there goes to `write(name, value)`, and the pipeline's guidance stays off."""
     found = dict(arguments)
     for name in _CALLBACKS:
         callback = arguments.get(name)
@@ -28,23 +28,26 @@ def with_scales(
             continue
         if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):  # which the pipeline asks
             found["callback_on_step_end_tensor_inputs"] = callback.tensor_inputs
-        found[name] = partial(_with_scales, pipe, read, write, partial(_whole, callback))
+        found[name] = partial(_with_scales, pipe, names, write, partial(_whole, callback))
     return found
 
 
+class _Off(float):
+    """The scale of a pipeline that does not guide, told apart from the same number written by a callback."""
+
+
 def _with_scales(
-    pipe: Any, read: Callable[[], dict[str, Any]], write: Callable[[str, Any], None], callback: Callable[..., Any], *args: Any
+    pipe: Any, names: Sequence[str], write: Callable[[str, Any], None], callback: Callable[..., Any], *args: Any
 ) -> Any:
-    seen = {name: value for name, value in read().items() if f"_{name}" in vars(pipe)}
-    off = {f"_{name}": vars(pipe)[f"_{name}"] for name in seen}
-    vars(pipe).update({f"_{name}": value for name, value in seen.items()})
+    off = {name: vars(pipe)[f"_{name}"] for name in names if vars(pipe).get(f"_{name}") is not None}
+    vars(pipe).update({f"_{name}": _Off(value) for name, value in off.items()})
     try:
         output = callback(*args)
     finally:
-        left = {name: vars(pipe)[f"_{name}"] for name in seen}
-        vars(pipe).update(off)
+        left = {name: vars(pipe)[f"_{name}"] for name in off}
+        vars(pipe).update({f"_{name}": value for name, value in off.items()})
     for name, value in left.items():
-        if value is not seen[name]:
+        if not isinstance(value, _Off):
             write(name, value)
     return output
 
@@ -54,13 +57,16 @@ def _whole(callback: Callable[..., Any], *args: Any) -> Any:
     handed = dict(args[3]) if len(args) > 3 else {}
     output = callback(*args)
     for name, value in handed.items():
-        if name != "latents" and isinstance(output, dict) and 0 < _count(output.get(name)) < _count(value):
+        if name != "latents" and isinstance(output, dict) and _is_part(output.get(name), value):
             output[name] = value
     return output
 
 
-def _count(value: Any) -> int:
-    """Of rows."""
-    if isinstance(value, Tensor):
-        return len(value) if value.ndim else 0
-    return len(value) if isinstance(value, (list, tuple)) else 0
+def _is_part(found: Any, handed: Any) -> bool:
+    """Whether it is some of the rows themselves, and no edit of them."""
+    if isinstance(found, Tensor) and isinstance(handed, Tensor):
+        same = found.untyped_storage().data_ptr() == handed.untyped_storage().data_ptr()
+        return same and found.ndim == handed.ndim > 0 and 0 < len(found) < len(handed)
+    if isinstance(found, (list, tuple)) and isinstance(handed, (list, tuple)):
+        return 0 < len(found) < len(handed) and {*map(id, found)} <= {*map(id, handed)}
+    return False

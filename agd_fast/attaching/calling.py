@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from agd_fast.attaching.arming import armed, to_omega
-from agd_fast.attaching.attachment import Attachment, attachment_of, require_attachment
+from agd_fast.attaching.attachment import Attachment, attachments_of, require_attachment
 from agd_fast.attaching.callbacks import has_callbacks, with_scales
+from agd_fast.attaching.calls import alone
 from agd_fast.attaching.find import components_of
 from agd_fast.attaching.negatives import other_negative
 from agd_fast.attaching.scales import scales_inside_guided, scales_of
 from agd_fast.attaching.scope import optimized, scoped
 from agd_fast.attaching.stepping import Interval, arm
+from agd_fast.checking import number_range
 from agd_fast.spec import DenoiserSpec
 from agd_fast.warning import warn
 
@@ -42,19 +44,18 @@ def call_pipeline(
     as in diffusers' guiders. negative: what to do with a negative prompt, which adapters do not know: "warn" that it is left out,
     or "cfg": two passes by the base, for this call.
     Raises: ValueError for scales that do not go with the prompts, and for a guidance_interval where no adapter acts; RuntimeError
-        when the pipeline calls a denoiser twice a step, and inside another call that its adapters are there for.
+        when the pipeline calls a denoiser twice a step, and inside another call with the same denoiser, by the base too.
     """
     if negative not in get_args(Negative):
         raise ValueError(f"negative must be one of {', '.join(map(repr, get_args(Negative)))}; found {negative!r}")
-    _require_interval(guidance_interval)
-    found = attachment_of(pipe)
-    attachment = found if found is not None and found.enabled else None
+    interval = None if guidance_interval is None else number_range("guidance_interval", guidance_interval, within=(0, 1))
+    found = attachments_of(pipe)
     timesteps, watched = (lambda: pipe.scheduler.timesteps), has_callbacks(kwargs)
-    with _alone(pipe, attachment), scoped(pipe, timesteps, watched=watched), _counting_versions(pipe):
+    with alone(found, type(pipe).__name__), scoped(pipe, timesteps, watched=watched, own_times=False), _counting_versions(pipe):
         vars(pipe).pop("_num_timesteps", None)  # of the last call
-        if attachment is not None:
-            return _call(pipe, call, args, kwargs, attachment, guidance_interval, negative)
-        _require_no_interval(guidance_interval)
+        if found and found[0].enabled:
+            return _call(pipe, call, args, kwargs, found[0], interval, negative)
+        _require_no_interval(interval)
         return call(*args, **kwargs)
 
 
@@ -73,6 +74,8 @@ def _call(
     if unknown := other_negative(pipe, arguments, first):
         if negative == "cfg":
             _require_no_interval(guidance_interval)
+            if first.omega is not None:
+                arguments = _at_armed_scale(pipe, arguments, spec)
             return _two_pass(pipe, call, arguments, spec)
         warn(f"the negative prompt is left out: {unknown}; negative='cfg' runs the base with two passes instead")
     if others := sorted(name for name in _OF_THE_RULE if arguments.get(name)):
@@ -92,37 +95,8 @@ def _call(
         arguments = _positive_images(arguments, parameters)
     with ExitStack() as stack:
         steps = arm(stack, pipe, scales, spec, guidance_interval)
-        arguments = with_scales(arguments, pipe, steps.scales, steps.change)
+        arguments = with_scales(arguments, pipe, spec.pipeline.omega_arguments, steps.change)
         return call(**_without_guidance(arguments, parameters, spec))
-
-
-@contextmanager
-def _alone(pipe: Any, attachment: Attachment | None) -> Iterator[None]:
-    """Raises: RuntimeError inside another call that the same adapter is there for."""
-    if attachment is None:
-        yield
-        return
-    if attachment.calling:
-        raise RuntimeError(
-            f"another call of this {type(pipe).__name__}, or of one that shares its denoiser, is under way; expected one after "
-            "another: in several threads, a pipeline each (copy.deepcopy(pipe))"
-        )
-    attachment.calling = True
-    try:
-        yield
-    finally:
-        attachment.calling = False
-
-
-def _require_interval(interval: Any) -> None:
-    if interval is None:
-        return
-    try:
-        start, stop = map(float, interval)
-    except (TypeError, ValueError):
-        start = stop = 0.0
-    if not 0 <= start < stop <= 1:
-        raise ValueError(f"guidance_interval must be (start, stop), fractions with 0 ≤ start < stop ≤ 1; found {interval!r}")
 
 
 def _require_no_interval(interval: Interval | None) -> None:
@@ -171,6 +145,13 @@ def _positive_images(arguments: dict[str, Any], parameters: Mapping[str, inspect
 def _second_half(both: Tensor) -> Tensor:
     """Of what has two halves."""
     return both if len(both) % 2 else both[len(both) // 2 :]
+
+
+def _at_armed_scale(pipe: Any, arguments: Mapping[str, Any], spec: DenoiserSpec) -> dict[str, Any]:
+    """A call's arguments with the scale of the `guided` around it. Raises: ValueError where the call decides too."""
+    scale = next(iter(scales_inside_guided(pipe, arguments, spec).values())).value
+    others = {name: value for name, value in arguments.items() if name not in spec.pipeline.omega_arguments}
+    return {**others, spec.pipeline.omega_arguments[0]: scale}
 
 
 def _two_pass(pipe: Any, call: Callable[..., Any], arguments: dict[str, Any], spec: DenoiserSpec) -> Any:

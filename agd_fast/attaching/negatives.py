@@ -27,7 +27,7 @@ def other_negative(pipe: Any, arguments: Mapping[str, Any], attachment: Attachme
     if not tensors:
         return ""
     text = trained if trained is not None else spec.negative_prompt
-    own = _own_embeddings(pipe, arguments, text, attachment)
+    own = _own_embeddings(pipe, arguments, text)
     strange = [name for name, values in tensors.items() if not all(any(_same(one, like) for like in own) for one in values)]
     if not strange:
         return ""
@@ -36,26 +36,23 @@ def other_negative(pipe: Any, arguments: Mapping[str, Any], attachment: Attachme
     return f"this adapter was trained for {what}, and {', '.join(strange)} {why}"
 
 
-def _own_embeddings(pipe: Any, arguments: Mapping[str, Any], text: str | None, attachment: Attachment) -> list[Tensor]:
-    """All that the pipeline's own `encode_prompt` makes of a negative prompt, once; none where it does not run, as without text
+def _own_embeddings(pipe: Any, arguments: Mapping[str, Any], text: str | None) -> list[Tensor]:
+    """All that the pipeline's own `encode_prompt` makes of a negative prompt; none where it does not run, as without text
     encoders."""
     encode = getattr(pipe, "encode_prompt", None)
     if encode is None:
         return []
     parameters = inspect.signature(encode).parameters
     further = {name: value for name, value in arguments.items() if name in parameters and "prompt" not in name}
-    key = (type(pipe), text, repr(further))
-    if key not in attachment.negatives:
-        asked = {"prompt": text or "", "device": pipe._execution_device, **further, **_ONE_EACH}
-        asked |= {} if text is None else {"negative_prompt": text}
-        needed = {name: None for name, one in parameters.items() if one.default is one.empty and one.kind is not one.VAR_KEYWORD}
-        try:
-            with torch.no_grad():
-                found = encode(**needed | {name: value for name, value in asked.items() if name in parameters})
-        except Exception:  # whatever the code of a pipeline may raise
-            return []
-        attachment.negatives[key] = [leaf for leaf in pytree.tree_leaves(found) if isinstance(leaf, Tensor)]
-    return attachment.negatives[key]
+    asked = {"prompt": text or "", "device": pipe._execution_device, **further, **_ONE_EACH}
+    asked |= {} if text is None else {"negative_prompt": text}
+    needed = {name: None for name, one in parameters.items() if one.default is one.empty and one.kind is not one.VAR_KEYWORD}
+    try:
+        with torch.no_grad():
+            found = encode(**needed | {name: value for name, value in asked.items() if name in parameters})
+    except Exception:  # whatever the code of a pipeline may raise
+        return []
+    return [leaf for leaf in pytree.tree_leaves(found) if isinstance(leaf, Tensor)]
 
 
 def _same(given: Tensor, own: Tensor) -> bool:

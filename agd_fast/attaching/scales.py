@@ -69,8 +69,9 @@ def scales_of(
 def scales_inside_guided(pipe: Any, arguments: Mapping[str, Any], spec: DenoiserSpec) -> dict[str, Given]:
     """Inside `agd_fast.guided`, which has decided ω. Raises: ValueError where the call decides too."""
     name, off = spec.pipeline.omega_arguments[0], spec.pipeline.cfg_off_value
-    if arguments.get(name, off) != off:
-        raise _decided(name, f"left out or {off:g}", arguments[name])
+    given = arguments.get(name, off)
+    if not isinstance(given, (int, float)) or given != off:
+        raise _decided(name, f"left out or {off:g}", given)
     found: dict[str, Given] = {}
     for component, module in components_of(pipe, spec).items():
         omega = require_attachment(module).omega

@@ -45,13 +45,16 @@ class Guidance:
 @dataclass(eq=False)
 class Scope:
     """timesteps: those of its schedule [T], in the scheduler's convention, asked for at the first forward; None where there is
-    no schedule. watched: whether the caller's own code runs between its forwards. guidance: where ω or the adapter's factor
-    changes from step to step. looked: whether the engine has seen the model in it. store: what the engine keeps."""
+    no schedule. watched: whether the caller's own code runs between its forwards. own_times: whether a t of [B] may be another
+    for each sample, as no pipeline passes it. guidance: where ω or the adapter's factor changes from step to step. looked:
+    whether the engine has seen the model in it. plain: whether it leaves its further forwards alone. store: what it keeps."""
 
     timesteps: Callable[[], Tensor] | None = None
     watched: bool = True
+    own_times: bool = True
     guidance: Guidance | None = None
     looked: bool = False
+    plain: bool = False
     store: dict[Any, Any] = field(default_factory=dict)
 
     def __reduce__(self) -> Any:
@@ -85,15 +88,18 @@ def scope_of(denoiser: nn.Module) -> Scope | None:
 
 
 @contextmanager
-def scoped(model: Any, timesteps: Callable[[], Tensor] | Tensor | None = None, *, watched: bool = True) -> Iterator[None]:
+def scoped(
+    model: Any, timesteps: Callable[[], Tensor] | Tensor | None = None, *, watched: bool = True, own_times: bool = True
+) -> Iterator[None]:
     """One run of a schedule, for which optimized denoisers may compute ahead: once for the same conditions, if it is known for
     all steps.
 
-    timesteps: the scheduler's [T], or what gives them at the first forward. watched: whether code that may change the model, or
-    pass t of its own for each sample, runs between the forwards; where none does, False saves a look at the model in each step.
+    timesteps: the scheduler's [T], or what gives them at the first forward. watched: whether code that may change the model runs
+    between the forwards; where none does, False saves a look at the model in each step. own_times: whether a t of [B] may be
+    another for each sample; where it is not, False saves a look at its values in each step, which waits for the device.
     """
     times = (lambda: timesteps) if isinstance(timesteps, Tensor) else timesteps
     with ExitStack() as stack:
         for denoiser in optimized(model):
-            stack.enter_context(in_scope(denoiser, Scope(times, watched)))
+            stack.enter_context(in_scope(denoiser, Scope(times, watched, own_times)))
         yield

@@ -91,15 +91,12 @@ class Steps:
         self.acts: list[bool] = []
         self.done, self.called = 0, False
 
-    def scales(self) -> dict[str, Any]:
-        """Those of the step that was made last, by the argument's name, in the pipeline's convention."""
-        fraction = self._same(self.done - 1) / len(self.firsts) if self.firsts else 0.0
-        return {one.given.argument: one.given.at(fraction) for one in reversed(self.placed)}
-
     def change(self, argument: str, value: Any) -> None:
-        """Go by another scale from the next step on."""
+        """Go by another scale from the next step on; one that ends the first denoiser's guidance ends that of all."""
+        first = self.placed[0]
         for one in self.placed:
-            if one.given.argument == argument:
+            ended = argument == first.given.argument and first.given.is_off
+            if ended or argument == one.given.argument:
                 one.change(value)
 
     def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -21,7 +21,7 @@ def read_prompts(path: str | os.PathLike[str]) -> list[str]:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(
-            f"expected a list of prompts or a text file with one a line, found no file {path}; one prompt goes in as a list"
+            f"expected a text file with one prompt a line, or in Python a list of prompts; found no file {path}"
         )
     found = [line.strip() for line in read_lines(path) if line.strip()]
     if not found:

@@ -42,6 +42,10 @@ def load_checkpoint(
         tensors, metadata = read_tensors(path)
     except ValueError as error:
         raise ValueError(f"{error}; remove it, or give resume=False, to start anew") from error
+    if "run" in metadata and (missing := [name for name in others if name not in metadata]):
+        raise ValueError(
+            f"{path} is of another version: expected the state of {', '.join(missing)} too; resume=False starts anew"
+        )
     if differing := differences(json.loads(json.dumps(run)), json.loads(metadata.get("run", "{}"))):
         raise ValueError(
             f"{path} belongs to a run with other settings ({differing}); give another output_dir, or resume=False to start anew"
@@ -55,10 +59,6 @@ def load_checkpoint(
             _, index, name = key.split("/")
             states.setdefault(int(index), {})[name] = value.clone()
     optimizer.load_state_dict({**optimizer.state_dict(), "state": states})
-    if missing := [name for name in others if name not in metadata]:
-        raise ValueError(
-            f"{path} is of another version: expected the state of {', '.join(missing)} too; resume=False starts anew"
-        )
     for name, other in others.items():
         other.load_state_dict(json.loads(metadata[name]))
     # the schedule set this run's rate when it was made; put the resumed step's in its place

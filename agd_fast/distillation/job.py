@@ -294,6 +294,7 @@ def _picture(job: Job, path: Path, residency: Residency) -> None:
     try:
         residency.run("drawing samples", partial(_draw, job, path, residency.short))
     except Exception as error:
+        path.unlink(missing_ok=True)  # it would be an earlier run's
         warn(f"{path} was not drawn: {described(error)}")
 
 
@@ -307,27 +308,30 @@ def _draw(job: Job, path: Path, short: bool) -> None:
             picture.save(partial, "PNG")
 
 
-_OF_BETAS = {"num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr"}
-_OF_NOISE = _OF_BETAS | {"shift", "use_dynamic_shifting", "base_shift", "max_shift"}  # what decides the noise in a state
+# what decides the noise in a state of some t; shifts of a flow's schedule decide which t there are
+_OF_NOISE = {"num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr"}
 
 
 def require_fit(states: Trajectories, job: Job) -> None:
-    """Raises: ValueError when trajectories collected before do not fit this run. Warns: when the weights, the schedule of noise
-    or the conditions were others."""
+    """Raises: ValueError when trajectories collected before do not fit this run. Warns: when the weights, the schedule of noise,
+    the conditions or the embedding of the null condition were others."""
     found, where = states.manifest.plan, states.manifest.directory
     expected = as_json({**identity(job.teacher), "guidance_range": job.config.guidance_range})
     decide = {"sample_shape", "guided_channels", "prediction_type", "guidance", "null_condition", "guidance_range"}
     ours, theirs = ({name: plan[name] for name in decide} | {"model.class": plan["model"]["class"]} for plan in (expected, found))
+    embeddings = [name for name, value in job.teacher.null_condition.items() if value.is_floating_point()]
+    nulls = [{name: found.pop(name, None) for name in embeddings} for found in (ours["null_condition"], theirs["null_condition"])]
     if differing := differences(ours, theirs):
         raise ValueError(f"{where} holds trajectories that do not fit this run ({differing})")
+    if differing := differences(*nulls):
+        warn(f"{where} was collected with another null condition ({differing}), or with the same in another precision")
     if found["model"]["hash"] != expected["model"]["hash"]:
         warn(f"{where} was collected from other weights than this {ours['model.class']} has")
     both = _OF_NOISE & expected["scheduler"].keys() & found["scheduler"].keys()
     if differing := differences(*({name: plan["scheduler"][name] for name in both} for plan in (expected, found))):
         warn(f"{where} was collected with another schedule of noise ({differing})")
-    if found["conditions"] != job.teacher.fingerprints(job.table):
-        given, held = ", ".join(job.teacher.fingerprints(job.table)), ", ".join(found["conditions"])
-        warn(f"{where} was collected from other conditions ({held}) than those given ({given}), which are for validation alone")
+    if differing := differences(job.teacher.fingerprints(job.table), found["conditions"]):
+        warn(f"{where} was collected from other conditions than those given ({differing}), which are for validation alone")
 
 
 def _write(job: Job, result: DistillResult, about: dict[str, Any]) -> None:

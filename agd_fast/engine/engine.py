@@ -82,7 +82,7 @@ class Engine:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         scope = scope_of(self.denoiser)
-        if scope is None or torch.is_grad_enabled() or self.denoiser.training or any(map(torch.is_autocast_enabled, _AUTOCAST)):
+        if scope is None or scope.plain or self._is_plain:
             return self._plain(args, kwargs)
         with torch.inference_mode(False), torch.no_grad():  # what is made here serves calls in either mode
             request = self._request(scope, args, kwargs)
@@ -120,6 +120,10 @@ class Engine:
     @property
     def _programs(self) -> list[Program]:
         return [found.program for kept in self.captured.values() for found in kept]
+
+    @property
+    def _is_plain(self) -> bool:
+        return torch.is_grad_enabled() or self.denoiser.training or any(map(torch.is_autocast_enabled, _AUTOCAST))
 
     def _plain(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return self.denoiser._call_impl(*args, **kwargs)
@@ -195,9 +199,10 @@ class Engine:
         """One plain forward, and its capture. key: what is refused where there is none."""
         before = Fingerprint(self._roots)
         output = self._plain(request.args, request.kwargs)
+        settled = before.holds(self._roots)
         try:
             with torch.inference_mode(False), torch.no_grad():
-                if before.holds(self._roots):
+                if settled:
                     self._keep(request, self._captured(request, output))
                     self.unsettled.discard(key)
                 else:
@@ -205,13 +210,15 @@ class Engine:
         except NotCapturableError as error:
             self._refuse(key, str(error))
         finally:
-            gc.collect()  # recording leaves circles that refer to copies which nobody reads
+            if settled:
+                gc.collect()  # recording leaves circles that refer to copies which nobody reads
         return output
 
     def _wait_or_refuse(self, key: Any, scope: Scope) -> None:
         """After a forward that changed the model: the first one may keep something for all others, as tables of positions.
         Raises: NotCapturableError when it was not the first."""
         if key in self.unsettled:
+            scope.plain = True  # it will change with each of them
             raise NotCapturableError("its forward changes the model, as by counting its calls, which a recorded one would not")
         self.unsettled.add(key)
         scope.looked = False
@@ -277,23 +284,29 @@ class Engine:
 
     def _prepared(self, found: Captured, request: Request, scope: Scope) -> Prepared:
         """What was prepared in this scope for the static inputs of this request; now, where nothing was."""
-        program = found.program
-        runs: list[_Run] = scope.store.setdefault(program, [])
-        timesteps = scope.timesteps() if scope.timesteps and not (scope.watched and request.has_several_times) else None
-        static = program.of_level(Level.STATIC)
-        inputs = [(request.inputs[index], version(request.inputs[index])) for index in static]
-        for run in runs:
-            if timesteps is run.timesteps and all(map(_is_same, inputs, run.static)):
-                return run.prepared
-        values = zip(*[run.static for run in runs], inputs, strict=True)
+        timesteps = scope.timesteps() if scope.timesteps and not request.has_several_times(scope.own_times) else None
+        static = _static_inputs(found.program, request)
+        prepared = _known(scope.store.get(found.program, []), static, timesteps)
+        if prepared is None:
+            self._let_move(found, request, scope)
+            prepared = self._prepare(found.program, request, scope, timesteps)
+        return prepared
+
+    def _let_move(self, found: Captured, request: Request, scope: Scope) -> None:
+        """Cut the program anew where static inputs turn out to move; what the old one prepared goes."""
+        runs, static = scope.store.get(found.program, []), found.program.of_level(Level.STATIC)
+        values = zip(*[run.static for run in runs], _static_inputs(found.program, request), strict=True)
         moving = [index for index, known in zip(static, values, strict=True) if _moves(known)]
         if moving:
-            found.program = program.moving(moving)
-            del scope.store[program]
-            return self._prepared(found, request, scope)
+            scope.store.pop(found.program, None)
+            found.program = found.program.moving(moving)
+
+    def _prepare(self, program: Program, request: Request, scope: Scope, timesteps: Tensor | None) -> Prepared:
+        static = _static_inputs(program, request)
         rows = None if timesteps is None else request.rows(timesteps, self.spec)
         prepared = program.prepare(request.inputs, rows, None if rows is None else request.steps(rows))
-        runs[:] = [*runs[-VALUES + 1 :], _Run(inputs, timesteps, prepared)]
+        runs: list[_Run] = scope.store.setdefault(program, [])
+        runs[:] = [*runs[-VALUES + 1 :], _Run(static, timesteps, prepared)]
         self.ahead_bytes = sum(one.prepared.bytes for one in runs)
         return prepared
 
@@ -301,6 +314,14 @@ class Engine:
         if reason not in self._told:
             self._told.add(reason)
             warn(f"{type(self.denoiser).__name__} {what}: {reason}")
+
+
+def _static_inputs(program: Program, request: Request) -> list[Value]:
+    return [(request.inputs[index], version(request.inputs[index])) for index in program.of_level(Level.STATIC)]
+
+
+def _known(runs: Sequence[_Run], static: Sequence[Value], timesteps: Tensor | None) -> Prepared | None:
+    return next((run.prepared for run in runs if timesteps is run.timesteps and all(map(_is_same, static, run.static))), None)
 
 
 def _is_same(one: Value, other: Value) -> bool:

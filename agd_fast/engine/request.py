@@ -74,11 +74,12 @@ class Request:
         self.inputs.append(leaf)
         return leaf.shape, leaf.stride(), leaf.dtype, leaf.device
 
-    @property
-    def has_several_times(self) -> bool:
-        """Whether samples are at different t. Waits for the device where that is [B > 1], and no expanded number."""
+    def has_several_times(self, own_times: bool) -> bool:
+        """Whether there are different t: of tokens or frames of a sample or, with `own_times`, of samples. Waits for the device
+        where there may be, and t is no expanded number."""
         time = self.time
-        return time.numel() > 1 and any(time.stride()) and bool((time != time.flatten()[0]).any())
+        alone = 1 if own_times else len(self.sample)
+        return time.numel() > alone and any(time.stride()) and bool((time != time.flatten()[0]).any())
 
     def function(self, *tensors: Tensor) -> list[Tensor]:
         """The call as a function of `inputs`; its output's tensors."""

@@ -51,8 +51,8 @@ class PipelineEvaluation:
 
     @property
     def speedup_over_cfg(self) -> float | None:
-        cfg, agd = self.costs["cfg"].seconds, self.costs["agd"].seconds
-        return cfg / agd if cfg and agd else None
+        cfg, agd = self.costs["cfg"].timing, self.costs["agd"].timing
+        return cfg.over(agd).median if cfg and agd else None
 
     def to_dict(self) -> dict[str, Any]:
         found = asdict(self)

@@ -9,6 +9,7 @@ from dataclasses import replace
 from agd_fast.families.deepfloyd_if import VARIANTS as DEEPFLOYD_IF
 from agd_fast.spec import Condition
 
+_IF = DEEPFLOYD_IF["UNet2DConditionModel"]["addition_embed_type=text"]
 _PICTURE = Condition("added_cond_kwargs.image_embeds", width="config.encoder_hid_dim")
 _PROMPT = (
     Condition("encoder_hidden_states", width="config.encoder_hid_dim"),
@@ -17,11 +18,9 @@ _PROMPT = (
 )
 
 VARIANTS = {
-    name: {
-        "addition_embed_type=image": replace(spec, conditions=(_PICTURE,)),
-        "addition_embed_type=image_hint": replace(spec, conditions=(_PICTURE, Condition("added_cond_kwargs.hint", adapt=False))),
-        "addition_embed_type=text_image": replace(spec, conditions=_PROMPT, guided_channels="config.in_channels"),
+    "UNet2DConditionModel": {
+        "addition_embed_type=image": replace(_IF, conditions=(_PICTURE,)),
+        "addition_embed_type=image_hint": replace(_IF, conditions=(_PICTURE, Condition("added_cond_kwargs.hint", adapt=False))),
+        "addition_embed_type=text_image": replace(_IF, conditions=_PROMPT, guided_channels=4),  # latents; inpainting sees more
     }
-    for name, variants in DEEPFLOYD_IF.items()
-    for spec in variants.values()
 }

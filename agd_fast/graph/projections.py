@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from agd_fast.graph.capture import add_call, sort, value_of
+from agd_fast.graph.capture import add_call, value_of
 from agd_fast.graph.fusing import Fusing, is_plain_linear, linear_arguments
 from agd_fast.graph.levels import Level, is_view
 from agd_fast.ops import refusal_of_join
@@ -110,17 +110,11 @@ def _join(fusing: Fusing, x: fx.Node, linears: list[fx.Node], concatenate: Conca
     bias = concatenate(biases) if biased else None
     if weight is None or (biased and bias is None):
         return False
-    first = min(linears)
-    late = any(one is not None and not one < first for one in (weight, bias))  # what it takes may be made behind it
-    if late and fusing.written:
-        return False
-    with graph.inserting_before(first):
+    with graph.inserting_before(min(linears)):
         joined = add_call(graph, aten.linear.default, x, weight, bias)
         start = 0
         for linear in linears:
             own = add_call(graph, aten.slice.Tensor, joined, -1, start, start + _rows(linear))
             linear.replace_all_uses_with(own)
             start += _rows(linear)
-    if late:
-        sort(graph)
     return True

@@ -19,13 +19,24 @@ from agd_fast.files import fingerprint
 Inputs = Mapping[str, Sequence[Any] | Tensor]
 
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+_FURTHER = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
-def rows_of(inputs: Inputs, rows: Sequence[int]) -> dict[str, Any]:
-    """These rows of every input. Of a single one what is neither text nor a number is passed as it is: many pipelines take one
-    picture, or read a list of them as several pictures of one prompt. Embeddings of prompts stay a list."""
+def rows_of(inputs: Inputs, rows: Sequence[int], batched: bool) -> dict[str, Any]:
+    """These rows of every input, for a call that takes several or, where it is not batched, one.
+
+    Of a single row what is neither text nor a number is passed as it is: many pipelines take one picture, or read a list of them
+    as several pictures of one prompt. So are texts and numbers where the call takes one. Embeddings of prompts stay a list.
+    """
     found = {n: value[[*rows]] if isinstance(value, Tensor) else [value[row] for row in rows] for n, value in inputs.items()}
-    return {n: value if "prompt" in n or len(rows) > 1 or _makes_batches(value) else value[0] for n, value in found.items()}
+    if len(rows) > 1:
+        return found
+    return {n: value if _stays(n, value, batched) else value[0] for n, value in found.items()}
+
+
+def _stays(name: str, value: Sequence[Any] | Tensor, batched: bool) -> bool:
+    """Whether a single row of an input is passed as a batch of one."""
+    return isinstance(value, Tensor) or (batched if _makes_batches(value) else "prompt" in name)
 
 
 def make_batches(inputs: Inputs) -> bool:
@@ -37,17 +48,22 @@ def _makes_batches(value: Sequence[Any] | Tensor) -> bool:
     return isinstance(value, Tensor) or all(isinstance(one, (str, int, float)) or one is None for one in value)
 
 
-def require_arguments(call: Callable[..., Any], given: Mapping[str, Any], name: str) -> None:
-    """Raises: ValueError when a pipeline's call needs more than that, such as the picture that a video begins with, or has no
-    such argument: many take any by **kwargs, and leave it."""
+def require_arguments(call: Callable[..., Any], given: Mapping[str, Any], cls: type) -> None:
+    """call: that of a pipeline of this class.
+
+    Raises: ValueError when it needs more than that, such as the picture that a video begins with, or has no such argument: many
+    of diffusers' own take any by **kwargs, and leave it. Others may pass them on.
+    """
     parameters = inspect.signature(call).parameters.values()
     named = {one.name: one for one in parameters if one.kind in _NAMED}
     if missing := [one.name for one in named.values() if one.default is one.empty and one.name not in given]:
-        raise ValueError(f"{name} needs {', '.join(missing)} beside {', '.join(given)}; {_expected(missing[0])}")
-    passed_on = any(one.kind is one.VAR_POSITIONAL for one in parameters)  # to a call that has further ones
+        raise ValueError(f"{cls.__name__} needs {', '.join(missing)} beside {', '.join(given)}; {_expected(missing[0])}")
+    passed_on = any(one.kind in _FURTHER for one in parameters) and not cls.__call__.__module__.startswith("diffusers.")
     if not passed_on and (unknown := [one for one in given if one not in named]):
         near = ", ".join(get_close_matches(unknown[0], named, cutoff=0.0))
-        raise ValueError(f"a call of {name} has no argument {', '.join(unknown)}; expected its own, the nearest are {near}")
+        raise ValueError(
+            f"a call of {cls.__name__} has no argument {', '.join(unknown)}; expected its own, the nearest are {near}"
+        )
 
 
 @contextmanager

@@ -169,23 +169,18 @@ class Runs:
 
     def _arguments(self, rows: Sequence[int], scale: float, steps: int, seeds: Sequence[int]) -> dict[str, Any]:
         """Of a call: the inputs of these rows, and the negative prompts, one a row as well."""
-        found = rows_of(self.inputs, rows)
+        batched = self.spec.pipeline.batched
+        if len(rows) > 1 and not batched:
+            raise ValueError(f"{type(self.pipe).__name__} takes one prompt a call; expected batches of 1, found {len(rows)}")
+        found = rows_of(self.inputs, rows, batched)
         if not any(name.startswith("negative_prompt_embeds") for name in (*found, *self.call)):
             negative = {"negative_prompt": self.spec.pipeline.negative_prompt} | dict(self.call)
             names = [name for name in negative if name.startswith("negative_prompt") and name not in found]
-            found |= {name: [negative[name]] * len(rows) for name in names if isinstance(negative[name], str)}
+            texts = {name: negative[name] for name in names if isinstance(negative[name], str)}
+            found |= {name: [text] * len(rows) if batched else text for name, text in texts.items()}
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        decided = {"num_inference_steps": steps, "generator": generators, self.spec.pipeline.omega_arguments[0]: scale}
-        arguments = {**self.call, **found, **decided}
-        return arguments if self.spec.pipeline.batched else {name: self._of_one(value) for name, value in arguments.items()}
-
-    def _of_one(self, value: Any) -> Any:
-        """As a call takes it that makes one sample."""
-        if not isinstance(value, list) or not isinstance(value[0], (str, int, float, torch.Generator)):
-            return value
-        if len(value) > 1:
-            raise ValueError(f"{type(self.pipe).__name__} takes one prompt a call; expected batches of 1, found {len(value)}")
-        return value[0]
+        found["generator"] = generators if batched else generators[0]
+        return {**self.call, **found, "num_inference_steps": steps, self.spec.pipeline.omega_arguments[0]: scale}
 
     def _takes(self, parameter: str) -> bool:
         return parameter in inspect.signature(own_call(self.pipe, self.spec)).parameters
@@ -219,6 +214,6 @@ def _silent(pipe: Any) -> Iterator[None]:
         yield
     finally:
         if previous is None:
-            del pipe._progress_bar_config
+            vars(pipe).pop("_progress_bar_config", None)  # a pipeline may hand the setting on instead
         else:
             pipe._progress_bar_config = previous

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from agd_fast.attaching import components_of, disabled, guiders_of, own_call, require_scale, spec_of
@@ -59,6 +60,7 @@ class PipelineTeacher(Teacher):
         require_scale(pipe, spec)
         components = components_of(pipe, spec)
         component = component or next(iter(components))
+        _require_outermost(pipe, components[component])
         for one in guiders_of(pipe, spec) if guider is None else [guider]:
             require_teachable(one)
         lengths = {name: len(value) for name, value in inputs.items()}
@@ -72,7 +74,7 @@ class PipelineTeacher(Teacher):
                 f"the weights of this pipeline's {component} lie in accelerate's hooks (sequential offloading), which hide them; "
                 "expected weights that can be read, for instance with enable_model_cpu_offload()"
             )
-        require_arguments(own_call(pipe, spec), {**inputs, **(call or {})}, type(pipe).__name__)
+        require_arguments(own_call(pipe, spec), {**inputs, **(call or {})}, type(pipe))
         return cls(
             denoiser=components[component],
             scheduler=pipe.scheduler,
@@ -229,6 +231,13 @@ class PipelineTeacher(Teacher):
 
     def _described_call(self) -> list[str]:
         return [f"{name}={described(value)}" for name, value in sorted(self.call.items())]
+
+
+def _require_outermost(pipe: Any, denoiser: nn.Module) -> None:
+    """Raises: ValueError for a pipeline that holds others, of which one runs the denoiser."""
+    inside = {name: value for name, value in vars(pipe).items() if isinstance(value, DiffusionPipeline)}
+    if any(one is denoiser for inner in inside.values() for one in vars(inner).values()):
+        raise ValueError(f"{type(pipe).__name__} runs other pipelines in its call; expected its {' or '.join(inside)}")
 
 
 def _without_values(leaf: Any) -> Any:

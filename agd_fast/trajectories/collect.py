@@ -100,6 +100,8 @@ def collect(
     missing = [shard for shard in plan.shards if shard.name not in manifest.files]
     if missing:
         with only_writer(directory):
+            manifest = _read(directory, plan, manifest)
+            missing = [shard for shard in plan.shards if shard.name not in manifest.files]
             _begin(manifest)
             _announce(plan, len(missing), directory, progress)
             with tqdm(total=sum(shard.calls for shard in missing), desc="collecting", disable=not progress) as bar:
@@ -150,8 +152,11 @@ def _public(config: Any) -> dict[str, Any]:
     return {name: value for name, value in config.items() if not name.startswith("_")}
 
 
-def _read(directory: Path, plan: Plan) -> Manifest:
-    """The folder's manifest, a new one where none has files yet, of the files in it that are whole: others are made again."""
+def _read(directory: Path, plan: Plan, before: Manifest | None = None) -> Manifest:
+    """The folder's manifest, a new one where none has files yet, of the files in it that are whole: others are made again.
+
+    before: it, as read without a lock; what that has is whole, and another process may have added to it.
+    """
     manifest = Manifest.read(directory) if (directory / MANIFEST_NAME).is_file() else None
     if manifest is not None and manifest.files:
         manifest.require_plan(plan)
@@ -159,13 +164,15 @@ def _read(directory: Path, plan: Plan) -> Manifest:
         manifest = Manifest(directory, plan.to_dict(), plan.id)
     damaged = []
     for name in list(manifest.files):
+        if before is not None and manifest.files[name] == before.files.get(name):
+            continue
         try:
             manifest.check_file(name)
         except ValueError as error:
             damaged.append(str(error))
             del manifest.files[name]
     manifest.check_foreign()
-    for found in damaged:
+    for found in damaged if before is not None else ():  # once
         warn(f"{found}; it is collected again")
     return manifest
 

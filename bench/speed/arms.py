@@ -191,7 +191,7 @@ class Workbench:
     def _scope(self, denoiser: nn.Module, armed: bool = False) -> Callable[[], AbstractContextManager[Any]]:
         def enter() -> AbstractContextManager[Any]:
             stack = ExitStack()
-            stack.enter_context(scoped(denoiser, self.schedule, watched=False))
+            stack.enter_context(scoped(denoiser, self.schedule, watched=False, own_times=False))
             if armed:
                 stack.enter_context(agd.guided(denoiser, self.omega))
             return stack

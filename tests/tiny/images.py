@@ -240,6 +240,12 @@ SIBLINGS = {
             {**SQUARE, "output_type": "pt"},
         ),
         TinyFamily(
+            "kandinsky21_inpaint",
+            kandinsky2.inpainting21,
+            lambda count: embedded(count, **images(count), mask_image=[sd15.mask()] * count),
+            {**SQUARE, "output_type": "pt"},
+        ),
+        TinyFamily(
             "kandinsky22_img2img",
             lambda: kandinsky2.decoder(KandinskyV22Img2ImgPipeline),
             lambda count: embedded(count, image=images(count)["image"]),

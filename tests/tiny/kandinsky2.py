@@ -8,7 +8,9 @@ import torch
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
+    KandinskyInpaintPipeline,
     KandinskyPipeline,
+    KandinskyV22CombinedPipeline,
     KandinskyV22ControlnetPipeline,
     KandinskyV22Pipeline,
     KandinskyV22PriorPipeline,
@@ -74,6 +76,11 @@ def controlnet() -> KandinskyV22ControlnetPipeline:
     return decoder(KandinskyV22ControlnetPipeline, in_channels=8, addition_embed_type="image_hint")
 
 
+def unet21(**changes: Any) -> UNet2DConditionModel:
+    kinds = {"encoder_hid_dim_type": "text_image_proj", "addition_embed_type": "text_image"}
+    return unet(encoder_hid_dim=24, cross_attention_dim=PICTURE, **kinds, **changes)  # that of both embeddings
+
+
 def decoder21() -> KandinskyPipeline:
     """Its scheduler has no use for the learned sigma."""
     torch.manual_seed(0)
@@ -87,14 +94,8 @@ def decoder21() -> KandinskyPipeline:
         num_attention_heads=2,
         max_position_embeddings=96,
     )
-    model = unet(
-        encoder_hid_dim=24,
-        encoder_hid_dim_type="text_image_proj",
-        addition_embed_type="text_image",
-        cross_attention_dim=PICTURE,  # which is that of both embeddings
-    )
     steps = DDIMScheduler(beta_start=0.00085, beta_end=0.012, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
-    return quiet(KandinskyPipeline(lively(MultilingualCLIP(text)), t5_tokenizer(77), model, steps, movq()))
+    return quiet(KandinskyPipeline(lively(MultilingualCLIP(text)), t5_tokenizer(77), unet21(), steps, movq()))
 
 
 def prior() -> KandinskyV22PriorPipeline:
@@ -113,6 +114,21 @@ def prior() -> KandinskyV22PriorPipeline:
             image_processor=None,
         )
     )
+
+
+def combined() -> KandinskyV22CombinedPipeline:
+    """Both in one, whose own call has two guidance scales."""
+    second = decoder()
+    parts = {name: getattr(second, name) for name in ("unet", "scheduler", "movq")}
+    parts |= {f"prior_{name}": part for name, part in prior().components.items()}
+    return KandinskyV22CombinedPipeline(**parts)
+
+
+def inpainting21() -> KandinskyInpaintPipeline:
+    """The U-Net sees the mask and what it leaves beside the latents."""
+    first = decoder21()
+    parts = {name: part for name, part in first.components.items() if name != "unet"}
+    return quiet(KandinskyInpaintPipeline(**parts, unet=unet21(in_channels=4 + 1 + 4)))
 
 
 def pictures(count: int) -> dict[str, Any]:
