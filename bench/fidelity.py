@@ -2,7 +2,7 @@
 
 python bench/fidelity.py teacher --data digits --model unet
 python bench/fidelity.py teacher --data PATH/cifar10_train_jpeg.npz --model dit        # one GPU, 8 minutes
-python bench/fidelity.py teacher --data PATH/cifar10_train_jpeg.npz --model unet --size 16   # hours of two CPU cores
+python bench/fidelity.py teacher --data PATH/cifar10_train_jpeg.npz --model unet --size 16   # shrunk, for a CPU
 python bench/fidelity.py run --teacher bench/teachers/digits-unet --adapters modulation cross_attention:paper full --seeds 3
 python bench/fidelity.py claims --teacher bench/teachers/digits-unet
 python bench/fidelity.py report

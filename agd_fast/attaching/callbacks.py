@@ -1,4 +1,4 @@
-"""Callbacks of a call with adapters, which read and write the pipeline's guidance scale as they do without."""
+"""Callbacks of a call with adapters: they find the pipeline's guidance off, and what they write to its scale counts."""
 
 from __future__ import annotations
 

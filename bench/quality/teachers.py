@@ -51,7 +51,7 @@ RECIPES: dict[tuple[str, int], Recipe] = {
         decay=0.0,
         label_noise=0.2,
     ),
-    # photographs shrunk for a CPU: some hours of two cores
+    # photographs shrunk for a CPU; it was not trained to its end yet
     ("unet", 16): Recipe(
         config={
             **_UNET,
