@@ -1,12 +1,13 @@
 # make        creates .venv with pinned versions and installs agd-fast into it
 # make demo   runs the main job on the digits that ship: runs/demo/report.html
 # make test   lint, types, tests, and the wheel in an environment of its own
+# make oldest PYTHON=python3.10   the oldest versions that pyproject.toml asks for, and tests that must run with them
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: all demo test lint types unit wheel clean
+.PHONY: all demo test lint types unit wheel oldest clean
 
 all: $(VENV)/.installed
 
@@ -40,6 +41,17 @@ wheel: all
 	build/wheel-venv/bin/pip install --quiet --constraint constraints.txt torch==2.13.0
 	build/wheel-venv/bin/pip install --quiet --constraint constraints.txt dist/*.whl
 	$(BIN)/python tests/check_wheel.py dist build/wheel-venv
+
+# of a wheel, away from the sources; families that an older diffusers lacks are left out
+OLDEST := adapters backend engine ops package resume sampling storage
+oldest:
+	rm -rf build/oldest
+	$(PYTHON) -m venv build/oldest
+	build/oldest/bin/pip install --quiet uv
+	AGD_FAST_BUILD_EXT=0 build/oldest/bin/uv build --quiet --wheel --out-dir build/oldest/dist .
+	build/oldest/bin/uv pip install --quiet --python build/oldest/bin/python --resolution lowest-direct --requirement pyproject.toml --extra test
+	build/oldest/bin/uv pip install --quiet --python build/oldest/bin/python --no-deps build/oldest/dist/*.whl
+	OMP_NUM_THREADS=1 build/oldest/bin/pytest $(OLDEST:%=tests/test_%.py)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -48,6 +48,8 @@ def evaluate_pipeline(
 ) -> PipelineEvaluation:
     """Compare one pass with the pipeline's own guidance and with none, from the same noise, by the pipeline's own call.
 
+    Its own also where a guider taught the adapter.
+
     pipe: a diffusers pipeline with adapters attached. prompts: ones that these were not distilled on, a list or a file with one
         a line. inputs, call: as in `agd_fast.distill`, the call being the one that the adapters were distilled with.
     guidance_scales: in the family's own convention; None takes the middle of the range that was trained.
@@ -61,7 +63,7 @@ def evaluate_pipeline(
     resume: go on with pictures that an interrupted call with the same settings left in output_dir; False deletes them.
 
     Writes pictures/, plan.json, report.json, report.html and grid.png. Of a video the middle frame is compared. A number of which
-    a picture is black all over, as safety checkers leave it, is left out, and counted.
+    a picture is black all over, as safety checkers and values that are not finite leave it, is left out, and counted by arm.
     Raises: ValueError for a pipeline without adapters or pictures, scales without guidance, or an output_dir of another
     evaluation; ImportError, OSError naming what a metric lacks; OSError when another process is writing to output_dir.
     """
@@ -89,7 +91,8 @@ def evaluate_pipeline(
             teachers, scales, steps, seed, teacher.validation_runs if explained_prompts is None else explained_prompts
         )
         phases.done("guidance explained")
-        numbers = _compared(pictures, ways, count)
+        black = black_in(pictures, ways, count)
+        numbers = _compared(black, count)
         features = None
         if real is not None and networks.features is not None:
             features = features_of_folder(Path(real), networks.features, Image.open(pictures.path(ways[0], 0)).size, device)
@@ -102,6 +105,7 @@ def evaluate_pipeline(
             prompts=len(teacher),
             pictures=count,
             left_out=count - len(numbers),
+            black={way: len(found) for way, found in black.items()},
             steps=steps,
             seed=seed,
             by_scale=by_scale,
@@ -188,14 +192,16 @@ def _explained(
     return found
 
 
-def _compared(pictures: Pictures, ways: Sequence[Way], count: int) -> list[int]:
+def _compared(black: Mapping[str, Sequence[int]], count: int) -> list[int]:
     """Numbers of which no picture is black all over. Raises: ValueError when none is left."""
-    black = black_in(pictures, ways, count)
-    if len(black) == count:
-        raise ValueError(f"expected pictures, found one that is black all over for each of {count} inputs: a safety checker's?")
-    if black:
-        warn(f"{len(black)} of {count} are left out, as a picture of theirs is black all over: a safety checker's?")
-    return [number for number in range(count) if number not in black]
+    out = {number for found in black.values() for number in found}
+    whose = ", ".join(f"{len(found)} of {way}" for way, found in black.items())
+    why = f"({whose}): a safety checker's, or values that are not finite?"
+    if len(out) == count:
+        raise ValueError(f"expected pictures, found one that is black all over for each of {count} inputs {why}")
+    if out:
+        warn(f"{len(out)} of {count} are left out, as a picture of theirs is black all over {why}")
+    return [number for number in range(count) if number not in out]
 
 
 def _scores(scorer: Scorer, scale: float) -> dict[str, Scores]:

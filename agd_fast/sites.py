@@ -174,7 +174,7 @@ def apply_modules(denoiser: nn.Module, names: tuple[str, ...], x: torch.Tensor) 
     """Pass `x` through the base's modules `names` in turn, each in its own dtype."""
     for name in names:
         module = denoiser.get_submodule(name)
-        if x.is_floating_point() and next(module.parameters(), None) is not None:
+        if x.is_floating_point() and list(module.parameters()):
             x = x.to(get_parameter_dtype(module))  # what it computes in, under layerwise casting too
         x = module(x)
     return x

@@ -83,7 +83,8 @@ class PipelineSpec:
     conditional: whether the conditional prediction is the "first" or the "last": of the halves of a doubled batch, or of two
         forwards one after another.
     negative_prompt: what to pass where guidance does not run without one and the caller gives none.
-    own_negative: whether the pipeline itself has a text there that is not empty.
+    own_negative: whether no negative prompt is something else there than an empty one: a text of the pipeline's own, or zeros; or
+        names of those of which it is true: pipelines, or "config.<attribute>" where that says so.
     guider: name of the component that holds the guidance scale, where the pipeline has a guider instead of an argument; or of
         several, of which a call uses one.
     pictures: whether its output is pictures, or videos of them; False for sound.
@@ -95,7 +96,7 @@ class PipelineSpec:
     cfg_off_value: float = 1.0
     conditional: Place = "last"
     negative_prompt: str | None = None
-    own_negative: bool = False
+    own_negative: bool | tuple[str, ...] = False
     guider: str | tuple[str, ...] | None = None
     pictures: bool = True
     batched: bool = True

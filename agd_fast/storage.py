@@ -20,7 +20,7 @@ from agd_fast.attaching import (
     install,
     layout_for,
     require_attachment,
-    require_scale,
+    require_known_call,
     spec_of,
     wrap,
 )
@@ -81,9 +81,9 @@ def _base_class(denoiser: nn.Module) -> str:
 
 
 def _base_model(model: Any, denoiser: nn.Module) -> str | None:
-    """A name for a reader; of a folder of this machine its last part."""
+    """A name for a reader; of a folder of this machine its last part, which is no repo's id."""
     name = getattr(model, "name", None) or getattr(model, "name_or_path", None) or getattr(denoiser, "name_or_path", None)
-    return Path(name).name if name and os.path.isabs(name) else name
+    return Path(name).name if name and (os.path.isabs(name) or os.path.isdir(name)) else name
 
 
 def load(
@@ -100,12 +100,12 @@ def load(
     source: a folder that `save` or `distill` wrote, or the id of a Hub repo ("name/repo") when no such folder is here.
     revision, token: of that repo; see `agd_fast.sources.resolve`.
     Raises: FileNotFoundError when a file or the repo is missing; ValueError when one is truncated, from a newer format, or
-    made for another base (naming what was expected and what was found), or a pipeline's call takes no guidance scale. The model
+    made for another base (naming what was expected and what was found), or a pipeline cannot have one (as in `attach`). The model
     is then as it was.
     """
     directory = resolve(source, revision=revision, token=token)
     spec = spec_of(model, spec)
-    require_scale(model, spec)
+    require_known_call(model, spec)
     components = components_of(model, spec)
     read = []
     for folder, component in zip(component_folders(directory, components), components.values(), strict=True):

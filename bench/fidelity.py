@@ -20,7 +20,7 @@ import torch
 from agd_fast import TrainConfig
 from agd_fast.distillation.presets import PRESETS
 from agd_fast.evaluation.explained import SCALES
-from quality.arms import make_arms
+from quality.arms import Arm, make_arms
 from quality.claims import CLAIMS, run_claims
 from quality.data import ImageData, load_data
 from quality.report import write_report
@@ -38,6 +38,11 @@ TEACHER_MINUTES = 7.0  # of training; the classifier and what is drawn of the da
 
 
 def main() -> None:
+    args = make_parser().parse_args()
+    args.call(args)
+
+
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="command")
     teacher = commands.add_parser("teacher", help="train the teacher that an adapter will distil; continues one cut short")
@@ -113,8 +118,7 @@ def main() -> None:
     report.add_argument("files", type=Path, nargs="*", help="default: all of bench/results/fidelity")
     report.add_argument("--output", type=Path, default=Path("docs"), help="folder to write to")
     report.set_defaults(call=_report)
-    args = parser.parse_args()
-    args.call(args)
+    return parser
 
 
 def _teacher(args: argparse.Namespace) -> None:
@@ -137,20 +141,23 @@ def _data(args: argparse.Namespace) -> ImageData | None:
 def _run(args: argparse.Namespace) -> None:
     bench = load_teacher(args.teacher, _data(args), args.device, args.inception)
     sizes = Sizes(args.samples, args.held_out, args.sampling_steps)
-    seeds = list(range(args.seeds))
-    arms = make_arms(
+    output = args.output or Path("runs/fidelity") / args.teacher.name
+    merged = run_arms(bench, arms_of(args), output, sizes=sizes, scales=tuple(args.scales), minutes=args.minutes)
+    print(f"merged into {merged}")
+
+
+def arms_of(args: argparse.Namespace) -> list[Arm]:
+    """Those that a run's command line asks for."""
+    return make_arms(
         args.adapters,
         args.fractions,
         args.sources,
-        seeds,
+        list(range(args.seeds)),
         args.steps,
         args.learning_rates,
         args.trajectories,
         args.keep or None,
     )
-    output = args.output or Path("runs/fidelity") / args.teacher.name
-    merged = run_arms(bench, arms, output, sizes=sizes, scales=tuple(args.scales), minutes=args.minutes)
-    print(f"merged into {merged}")
 
 
 def _claims(args: argparse.Namespace) -> None:

@@ -93,9 +93,10 @@ def measure(pipe: Any, bench: BenchTeacher, scale: float, samples: int, seed: in
     images: dict[str, Tensor] = {}
     arms = arms_of(pipe, bench, scale)
     rows = torch.arange(samples) % len(bench.row_labels)
+    first = range(seed * samples, (seed + 1) * samples, BATCH)  # of each batch the seed of its first picture's noise
     for name, arm in arms.items():
         with count_evaluations(pipe.unet) as count:
-            images[name] = torch.cat([arm(part, seed * samples + 1000 * index) for index, part in enumerate(rows.split(BATCH))])
+            images[name] = torch.cat([arm(part, start) for part, start in zip(rows.split(BATCH), first, strict=True)])
         hits = reference.classify(images[name]).argmax(dim=1) == bench.row_labels[rows]
         found[name] = {
             "nfe": count[0] / samples,

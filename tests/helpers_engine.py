@@ -17,8 +17,8 @@ from torch.utils._pytree import tree_leaves
 import agd_fast as agd
 from agd_fast.attaching.scope import scope_of
 from agd_fast.engine import engine_of
-from agd_fast.engine.engine import _Run
 from agd_fast.engine.pieces import Pieces
+from agd_fast.engine.recording import Use
 from agd_fast.engine.tables import Table
 from agd_fast.graph.partition import Part
 from agd_fast.graph.repeats import Call
@@ -88,6 +88,14 @@ def own_forwards(denoiser: nn.Module) -> Iterator[list[int]]:
         cls.forward = own
 
 
+class Holder:
+    """A denoiser with an adapter, where pipelines have it."""
+
+    def __init__(self):
+        self.unet = small_unet()
+        attach(self.unet)
+
+
 RECORDED = 2  # runs of its own forward in a call that is captured: one for its output, one on fake tensors
 
 
@@ -110,12 +118,12 @@ class Reading(TorchDispatchMode):
 
 def tables(denoiser: nn.Module) -> list[Table]:
     """Those of the scope that the denoiser is in."""
-    runs = [run for kept in scope_of(denoiser).store.values() for run in kept if isinstance(run, _Run)]
+    runs = [run for kept in scope_of(denoiser).store.values() if isinstance(kept, Use) for run in kept.runs]
     return [run.prepared.table for run in runs if run.prepared.table is not None]
 
 
 def programs(denoiser: nn.Module) -> list[Any]:
-    return [found.program for kept in engine_of(denoiser).captured.values() for found in kept]
+    return engine_of(denoiser)._programs
 
 
 def in_pieces(part: Part, calls: Sequence[Call]) -> Pieces:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import weakref
 from collections import Counter
 from collections.abc import Iterator
@@ -16,13 +15,12 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention import FeedForward
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
-from torch.autograd.function import Function
-from torch.overrides import TorchFunctionMode
 
 import agd_fast as agd
 from agd_fast.attaching import armed, require_attachment
 from agd_fast.datasets import digits_teacher
 from agd_fast.memory import MODES, Mode, frozen_backward
+from agd_fast.memory.counting import _Names
 from agd_fast.memory.modes import WITHIN_BLOCKS
 from helpers_distillation import tiny_teacher
 from helpers_families import attach_trained, denoisers, run, watched
@@ -31,23 +29,9 @@ from tiny import TinyFamily
 TEACHERS = Path(__file__).parents[1] / "bench" / "teachers"
 
 
-_APPLY = Function.apply.__func__.__code__  # type: ignore[attr-defined]
-
-
 class _Holder:
     def __init__(self, tensor: Tensor, name: str) -> None:
         self.tensor, self.name = tensor, name
-
-
-class _Names(TorchFunctionMode):
-    current = "other"
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        previous, self.current = self.current, getattr(func, "__name__", "other").strip("_")
-        try:
-            return func(*args, **(kwargs or {}))
-        finally:
-            self.current = previous
 
 
 @dataclass
@@ -82,13 +66,11 @@ def keeping(*modules: nn.Module) -> Iterator[Kept]:
     kept, names = Kept({tensor.untyped_storage()._cdata for tensor in tensors}), _Names()
 
     def pack(tensor: Tensor) -> _Holder:
-        frame = sys._getframe(1)
-        name = frame.f_locals["cls"].__name__ if frame.f_code is _APPLY else names.current
-        holder = _Holder(tensor, name)
+        holder = _Holder(tensor, names.current)
         kept.holders.append(weakref.ref(holder))
         return holder
 
-    with names, torch.autograd.graph.saved_tensors_hooks(pack, lambda holder: holder.tensor):
+    with names, names.of_classes(), torch.autograd.graph.saved_tensors_hooks(pack, lambda holder: holder.tensor):
         yield kept
 
 

@@ -346,6 +346,11 @@ def test_build_adapter_takes_the_largest_within_max_fraction(backbone, kind, sha
     assert count_parameters(adapter) <= share * base < cost(adapter.config.hidden + step)
 
 
+def test_cross_attention_needs_tokens(unet):
+    with pytest.raises(ValueError, match=r"expected blocks whose channels come last, found 'down_blocks.0.resnets.0.conv1'"):
+        agd.attach(unet.denoiser, agd.AdapterConfig("cross_attention", 4, blocks=("convolution",)))
+
+
 def test_cross_attention_needs_an_even_width():
     with pytest.raises(ValueError, match=r"even `hidden`, found 5"):
         make_adapter("cross_attention", hidden=5)

@@ -111,6 +111,16 @@ def test_unload_without_an_adapter_does_nothing(dit):
     assert trace(dit.denoiser) == before
 
 
+def test_a_denoiser_on_several_devices_is_refused(dit):
+    dit.denoiser.hf_device_map = {"transformer_blocks.0": 0, "transformer_blocks.1": 1, "proj_out_1": "cpu"}
+    with pytest.raises(
+        ValueError, match=r"DiTTransformer2DModel lies on several devices \(0, 1\); an adapter needs all of it on"
+    ):
+        attach(dit)
+    dit.denoiser.hf_device_map = {"transformer_blocks": 0, "proj_out_1": "cpu"}
+    attach(dit)
+
+
 def test_attach_twice_is_an_error(backbone):
     attach(backbone)
     before = trace(backbone.denoiser)

@@ -272,6 +272,22 @@ def test_what_is_not_frozen_not_plain_or_too_narrow_is_left_alone():
         pass
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_would_write_to_codes_is_refused(kind):
+    net = frozen_net()
+    with packed_base(net, kind), torch.no_grad():
+        weight, ones = net[2].weight, torch.ones(96, 36)
+        for write in (
+            lambda: weight.add_(1),
+            lambda: weight.data.copy_(ones),
+            lambda: torch._foreach_mul_([ones, weight], 2),
+            lambda: torch.add(ones, 1, out=weight),
+        ):
+            with pytest.raises(RuntimeError, match=f"kept as {kind}"):
+                write()
+        assert torch.equal(torch.mul(weight, 2, out=ones), 2 * weight.unpacked())
+
+
 def test_a_packed_weight_is_its_tensor_to_everything_else():
     layer = nn.Linear(64, 48).bfloat16().requires_grad_(False)
     with packed_base(layer, "int8"):

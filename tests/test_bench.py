@@ -5,8 +5,15 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from torch import nn
+
+sys.path.append(str(Path(__file__).parents[1] / "bench"))
+
+import pipeline_digits
 
 BENCH = Path(__file__).parents[1] / "bench"
 
@@ -62,6 +69,25 @@ def test_digits_bars(tmp_path):
     content = json.loads(path.read_text())
     explained = next(bar for bar in content["bars"] if bar["name"] == "guidance explained")
     assert not explained["cleared"] and explained["bound_95"] <= explained["mean"] and len(explained["values"]) == 2
+
+
+def test_no_two_pictures_of_pipeline_digits_start_from_the_same_noise(monkeypatch):
+    seeds = []
+
+    def arm(rows, seed):
+        seeds.extend(range(seed, seed + len(rows)))  # as `generate` numbers its generators
+        return torch.rand(len(rows), 1, 8, 8)
+
+    monkeypatch.setattr(
+        pipeline_digits, "arms_of", lambda *_: {"unguided": arm, "cfg": lambda rows, seed: torch.rand(len(rows), 1, 8, 8)}
+    )
+    reference = SimpleNamespace(
+        images=torch.rand(9, 1, 8, 8), features=lambda x: x.flatten(1)[:, :4], classify=lambda x: x.flatten(1)
+    )
+    bench = SimpleNamespace(reference=reference, row_labels=torch.arange(10))
+    for seed in range(3):
+        pipeline_digits.measure(SimpleNamespace(unet=nn.Identity()), bench, 2.0, 450, seed)
+    assert len(seeds) == len(set(seeds)) == 3 * 450
 
 
 def test_train_digits(tmp_path):

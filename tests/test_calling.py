@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from diffusers import StableDiffusionInstructPix2PixPipeline, StableDiffusionPipeline
+from diffusers import StableDiffusionInstructPix2PixPipeline, StableDiffusionPAGPipeline, StableDiffusionPipeline
 
 import agd_fast as agd
 from agd_fast.attaching import attachment_of, components_of, share
@@ -201,10 +201,23 @@ def test_a_pipeline_that_calls_its_denoiser_twice_a_step_is_an_error():
 def test_a_pipeline_with_three_branches_is_refused():
     parts = sd15.components(8)
     pipe = StableDiffusionInstructPix2PixPipeline(**parts)
-    with pytest.raises(ValueError, match=r"InstructPix2PixPipeline guides by more than two branches \(image_guidance_scale\)"):
+    message = r"InstructPix2PixPipeline guides by more than two branches \(image_guidance_scale\)"
+    with pytest.raises(ValueError, match=message):
         agd.attach(pipe)
     assert type(pipe) is StableDiffusionInstructPix2PixPipeline
     assert attachment_of(pipe) is None
+    agd.attach(pipe.unet)
+    with pytest.raises(ValueError, match=message):  # its call would arm that
+        agd.optimize(pipe)
+    assert type(pipe) is StableDiffusionInstructPix2PixPipeline
+    assert type(agd.optimize(agd.unload(pipe))) is not StableDiffusionInstructPix2PixPipeline
+
+
+def test_perturbed_attention_is_a_branch_that_no_adapter_knows(wrapped):
+    other = StableDiffusionPAGPipeline.from_pipe(wrapped, pag_applied_layers=["mid"])
+    with pytest.raises(ValueError, match=r"StableDiffusionPAGPipeline guides by more than two branches \(pag_scale\)"):
+        share(wrapped, other)
+    assert type(other) is StableDiffusionPAGPipeline
 
 
 def test_inside_guided_the_pipelines_guidance_is_off(wrapped):
@@ -288,6 +301,23 @@ def test_a_call_by_the_base_inside_another_is_an_error_too(wrapped, how):
             assert torch.equal(sample(wrapped, SD15, guidance_scale=SCALE, callback_on_step_end=callback), base)
 
 
+def test_guided_in_another_thread_is_an_error_during_a_call(wrapped):
+    expected = sample(wrapped, SD15, guidance_scale=SCALE)
+
+    def inside():
+        with agd.guided(wrapped.unet, 2.0):
+            pass
+
+    def callback(pipe, step, t, tensors):
+        with pytest.raises(RuntimeError, match=r"agd_fast.guided\(...\) in one thread, and a call .* in another, which it would"):
+            in_thread(inside)
+        inside()  # and leaves the scale of the call as it was
+        return tensors
+
+    assert torch.equal(sample(wrapped, SD15, guidance_scale=SCALE, callback_on_step_end=callback), expected)
+    in_thread(inside)
+
+
 def in_thread(action):
     with ThreadPoolExecutor(1) as pool:
         pool.submit(action).result()
@@ -353,10 +383,21 @@ def test_wan_22_arms_each_denoiser_with_its_own_scale():
     assert attachment_of(pipe.transformer_2) is None
 
 
+@pytest.mark.parametrize("first", [1.0, 0.5])
+def test_without_a_first_scale_wan_22_has_no_second_one(first):
+    family = FAMILIES["wan22"]
+    pipe = family.pipeline()
+    given = {"guidance_scale": first, "guidance_scale_2": 4.0}
+    base = run(pipe, family, **given)
+    attach_trained(pipe)
+    assert torch.equal(run(pipe, family, **given), base)
+    assert not torch.equal(run(pipe, family, **{**given, "guidance_scale": 4.0}), base)
+
+
 def test_hunyuanvideo_15_takes_the_scale_in_the_call_or_from_its_guider():
     family = FAMILIES["hunyuanvideo15"]
     pipe = family.pipeline()
-    attach(pipe)
+    attach_trained(pipe)
     guider = pipe.guider
     with forwards(pipe) as seen, no_warnings():
         found = sample(pipe, family, guidance_scale=3.0)
@@ -373,8 +414,10 @@ def test_hunyuanvideo_15_takes_the_scale_in_the_call_or_from_its_guider():
         sample(pipe, family)
     assert seen == [1] * 8  # one forward a condition
     with forwards(pipe) as seen:
-        sample(pipe, family, guidance_scale=1.0)
+        unguided = sample(pipe, family, guidance_scale=1.0)
     assert seen == [1] * 4
+    pipe.guider = guider.new(enabled=False)
+    assert torch.equal(sample(pipe, family), unguided)
 
 
 def test_prompts_with_and_without_quotes_have_each_a_guider_at_the_calls_scale():

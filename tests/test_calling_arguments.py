@@ -116,6 +116,18 @@ def test_guidance_interval_equals_switching_by_hand(wrapped, interval):
     assert torch.equal(found, by_hand)
 
 
+def test_every_schedule_of_a_call_is_gone_through_from_its_beginning():
+    """FreeInit's fast sampling makes two steps, then four."""
+    family = FAMILIES["animatediff"]
+    pipe = family.pipeline()
+    attach_trained(pipe)
+    pipe.enable_free_init(num_iters=2, use_fast_sampling=True)
+    attachment, seen = attachment_of(pipe), []
+    pipe.unet.register_forward_pre_hook(lambda *_: seen.append(None if attachment.omega is None else attachment.omega.item()))
+    sample(pipe, family, guidance_scale=lambda done: 2 + 4 * done, guidance_interval=(0.0, 0.5))
+    assert seen == [2.0, None, 2.0, 3.0, None, None]
+
+
 @pytest.mark.parametrize(
     "interval", [(0.5, 0.5), (0.8, 0.2), (-0.1, 0.5), (0.5, 1.1), 0.5, (0.5,), ("0", "1"), {0.0: 1, 0.5: 2}, torch.ones(2)]
 )
@@ -150,15 +162,41 @@ def test_negative_prompt_is_left_out_with_a_warning(wrapped, negative):
         assert torch.equal(sample(wrapped, SD15, guidance_scale=SCALE, negative_prompt=negative), expected)
 
 
-@pytest.mark.parametrize("trained_for", [None, ""])
-def test_no_negative_prompt_is_another_where_the_pipeline_has_its_own(trained_for):
-    family = FAMILIES["cosmos"]
+@pytest.mark.parametrize("name", ["cosmos", "sdxl"])
+def test_no_negative_prompt_is_another_where_the_pipeline_has_its_own(name):
+    family = FAMILIES[name]
     pipe = family.pipeline()
-    attach_trained(pipe, negative_prompt=trained_for)
-    with pytest.warns(UserWarning, match="negative prompt is left out") if trained_for is None else no_warnings():
-        run(pipe, family, guidance_scale=SCALE, negative_prompt="")
+    for trained_for in (None, ""):
+        attach_trained(pipe, negative_prompt=trained_for)
+        said = "left out: this adapter was trained for no negative prompt; negative='cfg' runs"
+        with pytest.warns(UserWarning, match=said) if trained_for is None else no_warnings():
+            run(pipe, family, guidance_scale=SCALE, negative_prompt="")
+        with no_warnings():
+            run(pipe, family, guidance_scale=SCALE)
+        agd.unload(pipe)
+
+
+def test_an_empty_negative_prompt_is_another_where_the_family_has_one_that_is_not():
+    family = FAMILIES["qwenimage"]
+    pipe = family.pipeline()
+    attach_trained(pipe)
+    for negative in (" ", ""):
+        with pytest.warns(UserWarning, match="was trained for the negative prompt ' ';") if not negative else no_warnings():
+            run(pipe, family, true_cfg_scale=SCALE, negative_prompt=negative)
+
+
+def test_an_empty_negative_prompt_is_none_where_sdxl_has_no_zeros_for_it():
+    family = FAMILIES["sdxl"]
+    pipe = family.pipeline()
+    attach_trained(pipe)
+    _, negative, _, negative_pooled = torch.no_grad()(pipe.encode_prompt)(["a red cat"] * 2, negative_prompt=[""] * 2)
+    given = {"negative_prompt_embeds": negative, "negative_pooled_prompt_embeds": negative_pooled}
+    with pytest.warns(UserWarning, match="trained for no negative prompt, and negative_prompt_embeds are not"):
+        sample(pipe, family, 2, guidance_scale=SCALE, **given)
+    pipe.register_to_config(force_zeros_for_empty_prompt=False)
     with no_warnings():
-        run(pipe, family, guidance_scale=SCALE)
+        sample(pipe, family, 2, guidance_scale=SCALE, **given)
+        sample(pipe, family, 2, guidance_scale=SCALE, negative_prompt=["", ""])
 
 
 @pytest.mark.parametrize("encodes", [True, False])
@@ -217,7 +255,8 @@ def test_negative_embeddings_of_what_the_adapter_was_trained_for_are_known(name,
     with no_warnings(), forwards(pipe) as seen:
         sample(pipe, family, 2, guidance_scale=SCALE, **negatives(trained_for), negative="cfg")
     assert {*seen} == {2}
-    with pytest.warns(UserWarning, match=f"trained for {'the negative prompt .a blue' if trained_for else 'the empty prompt'}"):
+    none = "no negative prompt" if name == "sdxl" else "the empty prompt"
+    with pytest.warns(UserWarning, match=f"trained for {'the negative prompt .a blue' if trained_for else none}"):
         sample(pipe, family, 2, guidance_scale=SCALE, **negatives("a red cat"))
 
 

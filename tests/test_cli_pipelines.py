@@ -53,6 +53,7 @@ def test_distill_follows_a_pipeline(distilled):
     assert config["base_class"] == "UNet2DConditionModel"
     assert config["about"]["pipeline"] == "StableDiffusionPipeline" and config["about"]["pipeline_tag"] == "text-to-image"
     assert config["about"]["call"] == "height=16, width=16"
+    assert config["adapter"]["hidden"] == 2 and config["adapter"]["guidance_range"] == [1.0, 12.0]
     drawn = sorted(path.name for path in (distilled / "validation").iterdir())
     assert drawn == [f"step-00000{step}.{end}" for step in (2, 4) for end in ("json", "png")]
     assert Image.open(distilled / "samples.png").size == (3 * 16, 3 * 16)  # three prompts, three arms
@@ -94,7 +95,7 @@ def test_evaluate_compares_an_adapter_with_its_pipeline(pipeline, distilled, tmp
     done = run("evaluate", distilled, *options, "--seed", 1, check=False)
     assert "seed: expected 1, found 0" in str(done.exception)
     run("evaluate", distilled, *options, "--seed", 1, "--fresh", "--quiet")
-    assert list(json.loads((output / "report.json").read_text())["by_scale"]) == ["3.5"]  # the middle of 1 to 6
+    assert list(json.loads((output / "report.json").read_text())["by_scale"]) == ["6.5"]  # the middle of 1 to 12
 
 
 @pytest.mark.parametrize(

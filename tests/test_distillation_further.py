@@ -82,6 +82,7 @@ def test_distill_goes_on_at_another_checkpoint_of_the_base(tmp_path, before):
     [
         ({"adapter": small(hidden=4, guidance_range=(1.0, 4.0))}, "adapter.* asked for .hidden: expected 4, found 5"),
         ({"adapter": agd.AdapterConfig(kind="offset", guidance_range=(1.0, 4.0))}, "kind: expected 'offset', found 'modulation'"),
+        ({"adapter": {"hiden": 4}}, r"unknown \['hiden'\]"),
         ({"guidance_range": (1, 6)}, r"guidance_range: expected \[1.0, 6.0\], found \[1.0, 4.0\]"),
         ({"teacher": dit(width=32)}, r"width mismatch at .* 16 → 96 channels, this base 32 → 192"),
         ({"teacher": custom_teacher()}, "adapter for a DiTTransformer2DModel, expected one for this Net"),
@@ -98,10 +99,9 @@ def test_distill_refuses_an_adapter_that_does_not_fit(tmp_path, before, settings
     assert contents(tmp_path / "run").keys() <= {".lock"}
 
 
-def test_distill_leaves_open_what_a_config_does_not_decide(tmp_path, before):
-    config = agd.AdapterConfig(guidance_range=(1.0, 4.0))
-    assert config.hidden is None
-    assert distill_tiny(tmp_path, adapter=config, init=before).adapter.config.hidden == 5
+@pytest.mark.parametrize("adapter", [agd.AdapterConfig(guidance_range=(1.0, 4.0)), {"guidance_range": (1, 4)}])
+def test_distill_leaves_open_what_a_config_does_not_decide(tmp_path, before, adapter):
+    assert distill_tiny(tmp_path, adapter=adapter, init=before).adapter.config.hidden == 5
 
 
 def test_distill_needs_a_trained_adapter_for_its_own_states(tmp_path, before):

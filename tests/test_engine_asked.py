@@ -264,4 +264,4 @@ def test_no_more_is_kept_than_may_be(monkeypatch):
     assert_follows(plain, fast, [torch.full((4,), count) for count in range(5)])
     assert len(programs(fast)) == 3 and len(fast._compiled_call_impl.met) == 5
     assert_follows(plain, fast, [torch.ones(size) for size in (2, 3, 5, 6)], rounds=1)
-    assert len(fast._compiled_call_impl.captured) == 3
+    assert len(fast._compiled_call_impl.recorded) == 3

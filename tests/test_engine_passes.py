@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from agd_fast.engine.config import EngineConfig
 from agd_fast.engine.program import Program
 from agd_fast.graph.capture import NotCapturableError, capture, schema_name
-from agd_fast.graph.folding import drop_identities, fold_into_norms
+from agd_fast.graph.folding import drop_needless, fold_into_norms
 from agd_fast.graph.joining import join_equal_cats
 from agd_fast.graph.levels import Level, levels_of
 from agd_fast.graph.partition import partition
@@ -62,6 +62,16 @@ def test_what_cannot_be_captured_says_why(function, message):
         captured(function, torch.randn(4))
 
 
+def test_gradients_that_a_forward_switches_on_are_not_lost():
+    @torch.enable_grad()
+    def function(x):
+        return x.sin()
+
+    assert names(captured(function, torch.randn(4)).graph) == ["sin"]
+    with torch.no_grad(), pytest.raises(NotCapturableError, match="switches gradients on"):
+        captured(function, torch.randn(4))
+
+
 # levels
 
 
@@ -78,6 +88,17 @@ def test_what_is_written_in_place_has_one_level_with_all_its_views():
 
     found = levels(function, [torch.ones(2, 3), torch.ones(3)], [STATIC, MOVING])
     assert found["aten::exp"] == found["aten::sin"] == MOVING
+
+
+def test_a_write_to_an_input_happens_at_every_step():
+    assert levels(lambda c: (c.add_(1), c.exp())[1], [torch.ones(3)], [STATIC])["aten::exp"] == MOVING
+
+    def beside(c):
+        h = c.exp()
+        torch._foreach_add_([h, c], 1.0)
+        return h.sin()
+
+    assert levels(beside, [torch.ones(3)], [STATIC])["aten::sin"] == MOVING
 
 
 def test_random_numbers_move():
@@ -102,12 +123,22 @@ def test_a_cast_to_the_dtype_of_what_moves_does_not_move():
 
 # partition
 
+
+def written_beside_what_moves(c, t, x):
+    still, moving = c.exp(), x * t
+    torch._foreach_mul_([moving, still], 2.0)
+    return still.sin() @ moving
+
+
 FUNCTIONS = {
     "three levels": lambda c, t, x: (c.exp() * t.sin()) @ x + c.cos() @ x,
     "views of the step": lambda c, t, x: sum(piece @ x for piece in (c * t.sin()).chunk(3, dim=0)) + (c * t).mT.mT @ x,
     "written in place": lambda c, t, x: torch.cat([c.exp() * t, c]).mul_(2)[:3] @ x.clone().add_(t),
     "the output does not move": lambda c, t, x: c.exp() * t,
     "the output is an input": lambda c, t, x: x,
+    "read before it is written": lambda c, t, x: (lambda h: (h * t) @ x + h.mul_(2) @ x)(c.exp()),
+    "viewed before it is written": lambda c, t, x: (lambda h: (lambda v: (v * t) @ x + h.mul_(2) @ x)(h.mT))(c.exp()),
+    "written beside what moves": written_beside_what_moves,
     "dead operations": lambda c, t, x: (c.exp(), x * t)[1],
 }
 
@@ -146,14 +177,14 @@ def test_pieces_of_one_tensor_are_stored_once():
 def test_operations_that_change_nothing_are_dropped():
     x = torch.randn(3)
     found = captured(lambda x: ((x / 1.0) * 1 + 0 - 0.0).exp(), x)
-    drop_identities(found.graph)
+    drop_needless(found.graph)
     assert names(found.graph) == ["exp"]
     assert torch.equal(run_graph(found, [x])[0], x.exp())
 
 
 def test_operations_that_change_the_dtype_are_kept():
     found = captured(lambda x: x * 1.0, torch.arange(3))
-    drop_identities(found.graph)
+    drop_needless(found.graph)
     assert run_graph(found, [torch.arange(3)])[0].dtype == torch.float32
 
 
@@ -173,7 +204,7 @@ def folded(function, x, a, b):
     found = captured(function, x, a, b)
     placeholders = dict(zip(found.inputs, (MOVING, STEP, STEP), strict=True))
     before = len(partition(found.graph, placeholders).body.module.graph.nodes)
-    drop_identities(found.graph)
+    drop_needless(found.graph)
     fold_into_norms(found.graph, levels_of(found.graph, placeholders))
     found.graph.eliminate_dead_code()
     after = len(partition(found.graph, placeholders).body.module.graph.nodes)
@@ -200,6 +231,14 @@ def test_scales_and_shifts_are_folded_into_layer_norms(form, affine, dtype):
     plain = function(x, a, b)
     norm.double()
     assert_as_exact(found, plain, function(x.double(), a.double(), b.double()))
+
+
+@torch.no_grad()
+def test_rows_of_another_dtype_than_the_norms_weight_stay_behind_it():
+    norm, row = nn.LayerNorm(6, bias=False), torch.randn(1, 6).bfloat16()
+    x = torch.randn(1, 5, 6).bfloat16()
+    found, smaller = folded(lambda x, a, b: norm(x) + b[:, None], x, row, row)
+    assert not smaller and torch.equal(found, norm(x) + row[:, None])
 
 
 @torch.no_grad()

@@ -361,5 +361,5 @@ def test_compiled_by_inductor_they_are_as_exact():
     assert info(this)["repeated_blocks"] == {"compiled": 3, "calls": 7} and not info(this)["slower_because"]
     (one,) = programs(this.denoiser)
     assert len(one.body.compiled) == 3  # strides are the same in all blocks
-    assert engine_of(this.denoiser).captured
+    assert engine_of(this.denoiser).recorded
     assert_as_exact(found, plain, reference)

@@ -1,7 +1,5 @@
 """An optimized model gives what the same model without the engine gives, whatever was changed, and whenever."""
 
-import gc
-import weakref
 from itertools import pairwise
 
 import pytest
@@ -13,19 +11,17 @@ from torch import nn
 import agd_fast as agd
 from agd_fast.attaching import attachment_of, require_attachment, scoped
 from agd_fast.engine import engine_of
-from agd_fast.engine.engine import VALUES
-from agd_fast.engine.program import Program
 from agd_fast.graph.levels import Level
 from helpers_engine import (
     RECORDED,
     SCALE,
+    Holder,
     add_lora,
     assert_same,
     call,
     differs,
     own_forwards,
     programs,
-    reasons,
     small_unet,
     twins,
     unet_inputs,
@@ -341,14 +337,6 @@ def noise_in(inputs):
     inputs["sample"] = noise(2, seed=4)
 
 
-class Holder:
-    """A denoiser with an adapter, where pipelines have it."""
-
-    def __init__(self):
-        self.unet = small_unet()
-        attach(self.unet)
-
-
 @torch.no_grad()
 def test_another_guidance_scale_in_every_block():
     plain, fast = Holder(), Holder()
@@ -380,67 +368,6 @@ def test_changes_between_the_steps_of_a_loop_that_says_its_schedule():
             assert_same(fast.unet(**{**given, "timestep": t}).sample, plain.unet(**{**given, "timestep": t}).sample)
             write_base(plain)
             write_base(fast)
-
-
-@torch.no_grad()
-def test_a_prompt_that_is_written_to_at_every_step_moves(monkeypatch):
-    prepare, prepared = Program.prepare, []
-    monkeypatch.setattr(Program, "prepare", lambda self, *args: prepared.append(1) or prepare(self, *args))
-    plain, fast = Holder(), Holder()
-    agd.optimize(fast.unet)
-    times, given = torch.arange(900, 0, -100), unet_inputs()
-    with scoped(fast.unet, times), agd.guided(plain.unet, SCALE), agd.guided(fast.unet, SCALE):
-        for t in times:
-            given["encoder_hidden_states"].mul_(0.9)
-            assert_same(fast.unet(**{**given, "timestep": t}).sample, plain.unet(**{**given, "timestep": t}).sample)
-    assert len(prepared) <= 1 + VALUES + 1  # for the recording, for each value, and of what moves then
-
-
-@torch.no_grad()
-def test_what_was_prepared_goes_before_what_moves_is_prepared(monkeypatch):
-    prepare, prepared, alive = Program.prepare, [], []
-
-    def noted(self, *args):
-        gc.collect()
-        alive.append(sum(one() is not None for one in prepared))
-        found = prepare(self, *args)
-        prepared.extend([weakref.ref(self), weakref.ref(found)])
-        return found
-
-    monkeypatch.setattr(Program, "prepare", noted)
-    fast = Holder()
-    agd.optimize(fast.unet)
-    times, given = torch.arange(900, 0, -100), unet_inputs()
-    with scoped(fast.unet, times), agd.guided(fast.unet, SCALE):
-        for t in times:
-            given["encoder_hidden_states"].mul_(0.9)
-            fast.unet(**{**given, "timestep": t})
-    assert max(alive) > 0 == alive[-1]
-
-
-@torch.no_grad()
-def test_a_graph_that_was_interrupted_while_it_was_cut_anew(monkeypatch):
-    def interrupted(*args):
-        raise KeyboardInterrupt
-
-    plain, fast = Holder(), Holder()
-    agd.optimize(fast.unet)
-    times, given = torch.tensor([900, 700, 500, 300, 20]), unet_inputs()
-
-    def follow():
-        with scoped(fast.unet, times), agd.guided(plain.unet, SCALE), agd.guided(fast.unet, SCALE):
-            for t in times:
-                other = {**given, "timestep": t, "encoder_hidden_states": torch.randn(2, 5, 16)}
-                assert_same(fast.unet(**other).sample, plain.unet(**other).sample)
-
-    with agd.guided(fast.unet, SCALE):
-        fast.unet(**given)  # which records it
-    with monkeypatch.context() as patch:
-        patch.setattr("agd_fast.engine.program.partition", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            follow()
-    follow()
-    assert not reasons(fast.unet)
 
 
 def test_a_schedule_that_is_set_anew_in_the_middle_of_a_block():

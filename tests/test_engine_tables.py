@@ -55,6 +55,21 @@ def test_an_input_that_is_let_move_is_read_at_every_step():
     assert torch.allclose(program.run([c, x], prepared)[0], c.exp() @ x)
 
 
+@torch.no_grad()
+def test_what_does_not_move_may_be_written_to_where_it_is_given():
+    def function(c, t, x):
+        h, row = c.exp(), t.sin() * c
+        return [h, row, h @ x + row]
+
+    inputs = [torch.randn(3, 3), torch.tensor(0.4), torch.randn(3, 3)]
+    program = Program(capture(function, inputs), [STATIC, STEP, MOVING], 1, EngineConfig())
+    prepared = program.prepare(inputs)
+    for _ in range(2):
+        for found, expected in zip(program.run(inputs, prepared), function(*inputs), strict=True):
+            assert torch.allclose(found, expected, atol=1e-6)
+            found.add_(5)
+
+
 def test_all_steps_at_once_are_the_steps_one_by_one():
     def batched(t, c):
         return [t.sin() * c, c + t]

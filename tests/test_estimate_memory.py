@@ -305,6 +305,21 @@ def test_what_is_dropped_on_the_way_is_not_counted():
     assert z.requires_grad and dict(saved.by_op) == {"matmul": 64, "gelu": 32, "mul": 32}
 
 
+def test_what_a_function_of_autograd_keeps_is_named_by_its_class():
+    class Square(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return F.relu(x)  # which is named by itself alone
+
+    apply, x = torch.autograd.Function.__dict__["apply"], torch.empty(2, 4, device=META, requires_grad=True)
+    with saving() as saved:
+        y = Square.apply(x * 2)
+        z = y * y
+    assert z.requires_grad and dict(saved.by_op) == {"Square": 32, "mul": 32}
+    assert torch.autograd.Function.__dict__["apply"] is apply
+
+
 def test_peaks_are_of_what_lives_at_once():
     """x stays, a temporary of twice its size goes; the gradients of what is trained can be left out."""
     w = torch.empty(16, 16, device=META, requires_grad=True)

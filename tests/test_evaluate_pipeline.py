@@ -131,7 +131,8 @@ def test_a_black_picture_leaves_its_number_out(tmp_path):
     Image.new("RGB", (16, 16)).save(tmp_path / "pictures" / "agd-4" / "00001.png")
     with pytest.warns(UserWarning, match="1 of 3 are left out, as a picture of theirs is black"):
         result = evaluate(pipe, tmp_path)
-    assert result.left_out == 1
+    assert result.left_out == 1 and result.black == {"agd-4": 1}
+    assert "1 of them left out as black (agd-4: 1)" in (tmp_path / "report.html").read_text()
     kept = [read(tmp_path, way, (0, 2)) for way in ("agd-2", "cfg-2")]
     assert result.by_scale["2"].arms["agd"].rmse == pytest.approx(np.sqrt(np.mean((kept[0] - kept[1]) ** 2)), rel=1e-5)
     Image.new("RGB", (16, 16)).save(tmp_path / "pictures" / "cfg-2" / "00000.png")
@@ -140,7 +141,7 @@ def test_a_black_picture_leaves_its_number_out(tmp_path):
     assert result.by_scale["2"].arms["agd"].frechet_to_cfg is None  # of one picture
     for number in (0, 2):
         Image.new("RGB", (16, 16)).save(tmp_path / "pictures" / "cfg-2" / f"{number:05d}.png")
-    with pytest.raises(ValueError, match="black all over for each of 3 inputs"):
+    with pytest.raises(ValueError, match=r"black all over for each of 3 inputs \(2 of cfg-2, 1 of agd-4\): .*not finite"):
         evaluate(pipe, tmp_path)
 
 

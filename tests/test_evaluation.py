@@ -342,6 +342,15 @@ def test_evaluate_with_conditions_is_that_with_class_labels(teacher):
     assert unjudged.arms["agd"].frechet_distance == found.arms["agd"].frechet_distance
 
 
+def test_a_time_is_that_of_the_images_that_were_made(teacher):
+    agd.attach(teacher)
+    settings = {**SMALL, "timing_rounds": 1, "timing_batch": 64, "guidance_scales": (2.0,)}
+    result = evaluate(teacher, digits_reference(), class_labels=range(10), **settings)
+    assert {name: arm.seconds_per_image * 25 for name, arm in result.arms.items()} == pytest.approx(
+        {name: timing.median for name, timing in result.timing.items()}
+    )
+
+
 def test_evaluate_a_model_of_captions(unet):
     """Its prompts are cycled through, and each sample is judged by the class of its own prompt."""
     teacher = unet.teacher()

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import agd_fast as agd
 from agd_fast.attaching import attachment_of
+from agd_fast.attaching.negatives import other_negative
 from agd_fast.families import SPECS
 from agd_fast.forward import argument_of
 from agd_fast.pipelines import PipelineTeacher
@@ -22,6 +23,9 @@ from tiny import FAMILIES, animatediff, audioldm, images, sd15, single
 CONFIG = agd.AdapterConfig(hidden=2)
 # what these bases compute depends on how far a prompt is padded
 WITH_PADDING = ("joyimage", "audioldm2", "kandinsky3", "kandinsky5", "longcat_audio")
+# that may be given a negative prompt or none
+NEGATIVES = [name for name, family in FAMILIES.items() if "prompt" in family.inputs(1) and "negative_prompt" not in family.guided]
+NEGATIVES.remove("flux2")
 SIBLINGS = {**sd15.SIBLINGS, **animatediff.SIBLINGS, **audioldm.SIBLINGS}
 
 
@@ -76,6 +80,16 @@ def test_a_zero_adapter_gives_the_conditional_prediction_bit_for_bit(family, pip
     agd.attach(pipe, CONFIG)
     assert torch.equal(run(pipe, family, **family.guided), unguided)
     assert not torch.equal(guided, unguided)
+
+
+@pytest.mark.parametrize("name", NEGATIVES)
+def test_an_empty_negative_prompt_is_known_where_it_is_what_the_pipeline_takes_for_none(name):
+    family = FAMILIES[name]
+    pipe = family.pipeline()
+    given = {"rows": (0,), "num_inference_steps": 2, **family.guided}
+    same = torch.equal(run(pipe, family, **given), run(pipe, family, **given, negative_prompt=""))
+    agd.attach(pipe, CONFIG)
+    assert (other_negative(pipe, {"negative_prompt": [""]}, attachment_of(pipe)) == "") == same
 
 
 def test_an_adapter_that_is_disabled_or_unloaded_leaves_the_pipelines_own_guidance_bit_for_bit(family, pipe):

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,9 @@ from PIL import Image
 
 sys.path.append(str(Path(__file__).parents[1] / "bench"))
 
+from quality import report, scoring
 from quality.data import load_data
+from quality.run import require_sizes
 
 BENCH = Path(__file__).parents[1] / "bench"
 SIZES = ["--samples", 20, "--held-out", 4, "--sampling-steps", 2]
@@ -128,6 +131,51 @@ def test_claims_and_report(digits_runs, tmp_path):
     page = (tmp_path / "fidelity.md").read_text()
     assert "text embedding" in page and "offset, paper form" in page and "unseen captions" in page
     assert (tmp_path / "fidelity_digits-unet.png").stat().st_size > 10_000
+
+
+def test_the_page_is_what_the_report_writes_of_the_results(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "save_panels", lambda *_: None)
+    monkeypatch.setattr(report, "save_samples", lambda *_: True)
+    report.write_report(sorted((BENCH / "results" / "fidelity").glob("*.json")), tmp_path)
+    assert (tmp_path / "fidelity.md").read_text() == (BENCH.parent / "docs" / "fidelity.md").read_text()
+
+
+def test_a_folder_is_of_one_size(tmp_path):
+    require_sizes(tmp_path / "runs", scoring.Sizes(samples=20))
+    require_sizes(tmp_path / "runs", scoring.Sizes(samples=20))
+    with pytest.raises(
+        ValueError, match=r"runs of other sizes \(trajectories: expected 50, found 100\); expected another --output"
+    ):
+        require_sizes(tmp_path / "runs", scoring.Sizes(samples=20, trajectories=50))
+
+
+class NoiseAlone:
+    """A stochastic scheduler of two steps whose samples are the noise of the last one."""
+
+    timesteps = torch.tensor([2, 1])
+
+    def set_timesteps(self, steps):
+        pass
+
+    def step(self, prediction, t, x, return_dict, generator):
+        return (torch.randn(x.shape, generator=generator),)
+
+
+def test_noise_of_steps_is_neither_that_they_start_from_nor_that_of_other_images(monkeypatch):
+    monkeypatch.setattr(scoring, "BATCH", 2)
+    bench = SimpleNamespace(
+        teacher=SimpleNamespace(sample_shape=(1, 4, 4), device="cpu", scheduler=NoiseAlone()), table={}, row_labels=torch.zeros(1)
+    )
+    seen = []
+
+    def student(x, t, conditions, omega):
+        seen.append(x)
+        return x
+
+    images = scoring.draw(bench, student, 2.0, 0, scoring.Sizes(samples=4))
+    drawn = torch.cat([*seen, images]).flatten(1)
+    assert len(drawn) == 12 and len(drawn.unique(dim=0)) == 12
+    assert torch.equal(scoring.draw(bench, student, 2.0, 0, scoring.Sizes(samples=4)), images)
 
 
 def test_unknown_adapters_are_named():

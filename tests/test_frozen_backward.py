@@ -23,7 +23,7 @@ import agd_fast as agd
 from agd_fast.attaching import require_attachment
 from agd_fast.families import find_spec
 from agd_fast.forward import nest
-from agd_fast.memory import MODES, frozen_backward, interception
+from agd_fast.memory import MODES, Mode, frozen_backward, interception
 from agd_fast.memory.blocks import _Again, checkpointing
 from agd_fast.memory.counting import FusedAttention
 from agd_fast.memory.interception import FrozenBackward
@@ -137,6 +137,12 @@ def test_an_unknown_mode_is_refused_with_those_there_are(armed_backbone):
     message = "'exact', '8bit', '4bit', 'recompute'; found '2bit'"
     with pytest.raises(ValueError, match=message), frozen_backward(armed_backbone.denoiser, "2bit"):
         pass
+
+
+@pytest.mark.parametrize("wrong", [{"fine": 8}, {"norm": 8}, {"norm": 8, "fine": 3, "factor": 8}, {"groups": (16, 64)}])
+def test_a_mode_of_bits_that_do_not_go_together_is_refused(wrong):
+    with pytest.raises(ValueError, match="must be"):
+        Mode(**wrong)
 
 
 def test_it_is_not_entered_twice(armed_backbone):

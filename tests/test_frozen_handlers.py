@@ -257,6 +257,11 @@ def test_a_second_backward_is_refused(mode):
         output.sum().backward()
 
 
+def test_squares_are_followed_however_they_are_written():
+    for square in (torch.square, lambda x: x**2, lambda x: x.pow(2.0), lambda x: torch.pow(x, exponent=2)):
+        assert run("8bit", square, wanted(3, 8)).grad_fn.name() == "squareBackward"
+
+
 def test_nan_stays_nan():
     x = wanted(4, 64)
     with torch.no_grad():

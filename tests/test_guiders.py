@@ -13,6 +13,7 @@ from diffusers.guiders import (
     BaseGuidance,
     ClassifierFreeGuidance,
     ClassifierFreeZeroStarGuidance,
+    LTX2Guidance,
     PerturbedAttentionGuidance,
     SkipLayerGuidance,
     TangentialClassifierFreeGuidance,
@@ -46,6 +47,9 @@ GUIDERS = {
     "cfg in half of the steps": lambda fqn, **scale: ClassifierFreeGuidance(start=0.25, stop=0.75, **scale),
     "cfg zero star": lambda fqn, **scale: ClassifierFreeZeroStarGuidance(**scale),
     "apg": lambda fqn, **scale: AdaptiveProjectedGuidance(eta=0.5, adaptive_projected_guidance_rescale=2.0, **scale),
+    "apg, original": lambda fqn, **scale: AdaptiveProjectedGuidance(
+        eta=0.0, adaptive_projected_guidance_rescale=2.0, use_original_formulation=True, **scale
+    ),
     "tangential": lambda fqn, **scale: TangentialClassifierFreeGuidance(**scale),
     "skip layer": lambda fqn, **scale: SkipLayerGuidance(
         skip_layer_config=LayerSkipConfig([0], fqn=fqn), **WHOLE_RUN["skip_layer"], **scale
@@ -121,7 +125,7 @@ def test_the_target_is_what_the_guider_gives_when_it_is_run_by_hand(name, kind, 
     teacher = teacher_of(pipe, family, GUIDERS[kind](BLOCKS[name]))
     states = states_of(teacher)
     assert len(states) == STEPS
-    guider = GUIDERS[kind](BLOCKS[name], guidance_scale=OMEGA)
+    guider = GUIDERS[kind](BLOCKS[name], guidance_scale=OMEGA - ("original" in kind))
     expected = [by_hand(guider, untouched, teacher, state, null, step) for step, state in enumerate(states)]
     assert all(map(torch.equal, [state.target for state in states], expected))
     plain = [state.target for state in states_of(teacher_of(pipe, family))]
@@ -260,13 +264,15 @@ class ScaleAStep(BaseGuidance):
             "adaptive_projected_guidance_momentum=-0.5 adds up earlier steps",
         ),
         (ScaleAStep(), ValueError, "ScaleAStep has no single guidance_scale"),
+        (ClassifierFreeGuidance(enabled=False), ValueError, "ClassifierFreeGuidance is switched off, and guides by no scale"),
+        (LTX2Guidance(stg_scale=1.0), ValueError, "LTX2Guidance guides x0 by passes that LTX-2's own blocks change"),
         (
             AutoGuidance(auto_guidance_layers=[0], dropout=0.1),
             ValueError,
             r"AutoGuidance drops a part of its layers at random \(dropout=0.1\)",
         ),
     ],
-    ids=["no guider", "adapter", "momentum", "no scale", "dropout"],
+    ids=["no guider", "adapter", "momentum", "no scale", "off", "ltx2", "dropout"],
 )
 def test_what_cannot_teach_is_refused_before_anything_runs(guider, error, message, tmp_path):
     pipe = FAMILIES["dit"].pipeline()

@@ -355,6 +355,7 @@ def test_the_base_model_is_linked_where_it_is_a_repo(tmp_path, monkeypatch, base
     teacher = tiny_teacher()
     teacher.name = base_model
     random_adapter(tmp_path, teacher, about={"pipeline_tag": "text-to-image"})
+    monkeypatch.chdir(tmp_path.parent)  # it is pushed from elsewhere
     card = model_card([tmp_path], "me/tiny-agd")
     remark = "" if is_repo else " (a local folder, or a name that its maker gave: no repo of the Hub)"
     assert f"Base model: `{shown}`{remark}, class" in card and "somewhere/" not in card

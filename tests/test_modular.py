@@ -94,6 +94,16 @@ def test_a_guider_arms_unless_it_is_switched_off_and_restores_what_it_found(wrap
     assert omega() is None
 
 
+def test_a_guider_arms_no_adapter_whose_modules_were_replaced():
+    base = sdxl.pipeline()
+    attach(base)
+    pipe = modular(base, AdapterGuidance(SCALE, start=0.5))
+    base.unet.conv_norm_out = nn.Identity()
+    with pytest.raises(ValueError, match=r"modules of this UNet2DConditionModel were replaced .*'conv_norm_out'"):
+        modular_sample(pipe)
+    assert attachment_of(base).omega is None
+
+
 def test_a_modular_pipeline_without_an_adapter_is_an_error():
     pipe = modular(sdxl.pipeline(), AdapterGuidance(SCALE))
     with pytest.raises(ValueError, match="no adapter is attached to this UNet2DConditionModel"):

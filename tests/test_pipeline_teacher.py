@@ -82,7 +82,8 @@ def test_a_users_own_call_may_pass_arguments_on():
 
 def test_a_bare_call_takes_the_captions_that_ship(pipe, tmp_path):
     settings = {"trajectories": 1, "sampling_steps": 1, "train_config": TrainConfig(steps=1, batch_size=1), "validation": 0}
-    agd.distill(pipe, output_dir=tmp_path, progress=False, call=SIZE, **settings)
+    agd.distill(pipe, output_dir=tmp_path, progress=False, call=SIZE, preset="small", adapter={"hidden": 2}, **settings)
+    assert agd.info(pipe)["adapter"]["hidden"] == 2
     teacher = PipelineTeacher.of(SD15.pipeline(), inputs={"prompt": captions()}, call=SIZE)
     assert len(teacher) > 400
     assert plan_of(tmp_path)["conditions"] == teacher.fingerprints(teacher.conditions())
@@ -148,7 +149,7 @@ def test_further_arguments_of_the_call_are_used_and_recorded(pipe, tmp_path):
     assert not torch.equal(found["target"][:2], plain["target"][:2])
 
 
-@pytest.mark.parametrize("name", ["guidance_scale", "num_inference_steps", "generator", "prompt"])
+@pytest.mark.parametrize("name", ["guidance_scale", "num_inference_steps", "generator", "prompt", "num_images_per_prompt"])
 def test_arguments_that_distilling_decides_are_refused(pipe, name, tmp_path):
     with pytest.raises(ValueError, match=rf"call holds \['{name}'\], which distilling decides"):
         distill_pipe(pipe, tmp_path, call={**SIZE, name: 3})
@@ -243,9 +244,15 @@ def test_pipelines_without_a_guidance_scale_are_refused(tmp_path):
 def test_pipelines_whose_denoiser_is_an_inner_ones_are_refused():
     pipe = kandinsky2.combined()
     message = "KandinskyV22CombinedPipeline runs other pipelines in its call; expected its prior_pipe or decoder_pipe"
-    with pytest.raises(ValueError, match=message):
-        PipelineTeacher.of(pipe, inputs={"prompt": prompts(1)}, call=SIZE)
-    assert not hasattr(pipe.decoder_pipe, "_progress_bar_config")
+    agd.attach(pipe.decoder_pipe, agd.AdapterConfig(hidden=2))
+    for use in (
+        lambda: PipelineTeacher.of(pipe, inputs={"prompt": prompts(1)}, call=SIZE),
+        lambda: agd.share(pipe.decoder_pipe, pipe),
+        lambda: agd.attach(pipe, agd.AdapterConfig(hidden=2)),
+    ):
+        with pytest.raises(ValueError, match=message):
+            use()
+    assert not hasattr(pipe.decoder_pipe, "_progress_bar_config") and not is_wrapped(pipe)
 
 
 def test_an_error_of_a_pipeline_that_keeps_no_setting_of_progress_bars_is_its_own(pipe, monkeypatch):

@@ -11,6 +11,7 @@ import contextlib
 import copy
 import functools
 import json
+import types
 
 import accelerate
 import pytest
@@ -26,7 +27,7 @@ from torch._dynamo.testing import CompileCounter
 import agd_fast as agd
 from agd_fast.attaching import attachment_of, share
 from helpers_pipelines import MODELS, SCALE, attach, forwards, model, sample
-from tiny import dit, sd15
+from tiny import FAMILIES, dit, sd15
 
 every_model = pytest.mark.parametrize("name", MODELS)
 order = pytest.mark.parametrize("first", ["hook", "adapter"])
@@ -39,7 +40,58 @@ def _fresh_dynamo():
     torch._dynamo.reset()
 
 
+# modules that others take the place of
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_modules_that_are_replaced_under_an_adapter_are_named(name):
+    this = model(name)
+    attach(this.denoiser)
+    path = next(this.attachment.adapter.sites).site.path
+    this.denoiser.set_submodule(path, nn.Identity())
+    message = rf"of this {type(this.denoiser).__name__} were replaced .*\(1, first '{path}'\).*; expected agd_fast.unload"
+    with pytest.raises(ValueError, match=message):
+        this(SCALE)
+
+
+def test_free_noise_under_an_adapter_is_an_error():
+    pipe = FAMILIES["animatediff"].pipeline()
+    pipe.motion_adapter = types.SimpleNamespace(config=types.SimpleNamespace(motion_max_seq_length=32))
+    attach(pipe)
+    given = {**FAMILIES["animatediff"].call, "prompt": "a red cat", "guidance_scale": SCALE}
+    pipe(**given)
+    pipe.enable_free_noise(context_length=2, context_stride=1)
+    with pytest.raises(ValueError, match=r"UNetMotionModel were replaced .*motion_modules"):
+        pipe(**given)
+    attach(agd.unload(pipe))
+    with forwards(pipe) as seen:
+        pipe(**given)
+    assert len(seen) == given["num_inference_steps"]
+
+
 # torch.compile block by block
+
+
+@torch.no_grad()
+def test_blocks_that_compiled_ones_replace_keep_their_names(tmp_path):
+    this, config = model("dit"), {"kind": "modulation+cross_attention"}
+    blocks = this.denoiser.transformer_blocks
+    lora = LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False)
+    plain = this.copy()
+    for one in (plain, this):
+        torch.manual_seed(0)
+        inject_adapter_in_model(lora, one.denoiser)
+    attach(plain.denoiser, **config)
+    for index, block in enumerate(blocks):
+        blocks[index] = torch.compile(block, backend="eager")
+    compiled = [*blocks]
+    attach(this.denoiser, **config)
+    assert torch.equal(this(SCALE), plain(SCALE))
+    agd.save(this.denoiser, tmp_path)
+    agd.unload(plain.denoiser)
+    agd.load(plain.denoiser, tmp_path)
+    assert torch.equal(this(SCALE), plain(SCALE))
+    assert all(now is before for now, before in zip(blocks, compiled, strict=True))
 
 
 @torch.no_grad()

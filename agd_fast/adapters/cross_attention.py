@@ -100,6 +100,8 @@ class CrossAttention(Part):
         super().__init__(config, sites, layout)
         if self.hidden % 2:
             raise ValueError(f"cross_attention needs an even `hidden`, found {self.hidden}")
+        if first := [site.path for site in sites if site.channel_dim != -1]:
+            raise ValueError(f"cross_attention meets tokens; expected blocks whose channels come last, found {first[0]!r}")
         self.sites = nn.ModuleList(CrossAttentionSite(site, self.hidden, config.heads) for site in sites)
 
     def forward(self, context: Context) -> Prepared:

@@ -12,7 +12,7 @@ from agd_fast.attaching.attachment import Attachment, attachment_of, require_att
 from agd_fast.attaching.calling import without_negatives
 from agd_fast.attaching.find import component_of, components_of, denoiser_of, uncompiled
 from agd_fast.attaching.scope import scoped
-from agd_fast.attaching.wrapping import guiders_of, own_call, require_scale, share, unwrap, wrap
+from agd_fast.attaching.wrapping import guiders_of, own_call, require_known_call, share, unwrap, wrap
 
 __all__ = [
     "Attachment",
@@ -31,7 +31,7 @@ __all__ = [
     "layout_for",
     "own_call",
     "require_attachment",
-    "require_scale",
+    "require_known_call",
     "scoped",
     "share",
     "spec_of",

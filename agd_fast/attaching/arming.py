@@ -29,15 +29,19 @@ def guided(model: Any, guidance_scale: GuidanceScale) -> Iterator[None]:
 
     guidance_scale: one number, or one a sample [B], in the family's own convention. With one number a doubled CFG
     batch cannot be told from a plain one: call the denoiser, or a pipeline with its own guidance off.
-    Raises: ValueError when no adapter is attached. Warns: when ω lies outside the range that was trained.
+    Raises: ValueError when no adapter is attached, or modules that it acts on were replaced since; RuntimeError while another
+    thread's call of a pipeline with this denoiser is under way. Warns: when ω lies outside the range that was trained.
     """
     spec = require_attachment(model).spec
     omega = to_omega(guidance_scale, spec)
+    attachments = {component: require_attachment(component) for component in components_of(model, spec).values()}
     with ExitStack() as stack:
-        for component in components_of(model, spec).values():
-            attachment = require_attachment(component)
-            warn_outside(omega, attachment.adapter.config)
-            stack.enter_context(armed(attachment, omega.to(device_of(component))))
+        with refuse_other_threads([*attachments.values()], "guided"):
+            for component, attachment in attachments.items():
+                attachment.require_sites(uncompiled(component))
+                warn_outside(omega, attachment.adapter.config)
+                stack.enter_context(armed(attachment, omega.to(device_of(component))))
+        for component in attachments:
             if scope_of(uncompiled(component)) is None:
                 stack.enter_context(in_scope(component, Scope()))
         yield
@@ -67,7 +71,7 @@ def disabled(model: Any) -> Iterator[None]:
     Raises: RuntimeError while another thread's call of a pipeline with this denoiser is under way.
     """
     attachments = attachments_of(model)
-    with refuse_other_threads(attachments):
+    with refuse_other_threads(attachments, "disabled"):
         previous = [attachment.enabled for attachment in attachments]
         for attachment in attachments:
             attachment.enabled = False

@@ -14,7 +14,7 @@ from agd_fast.attaching.find import bring_embedders, components_of, denoiser_of,
 from agd_fast.attaching.hooks import change_argument, change_output, finish_forward, prepare_forward
 from agd_fast.attaching.markers import mark, unmark
 from agd_fast.attaching.scope import optimized
-from agd_fast.attaching.wrapping import require_scale, unwrap, wrap
+from agd_fast.attaching.wrapping import require_known_call, unwrap, wrap
 from agd_fast.conditioning import condition_width, embed_time
 from agd_fast.families import find_spec
 from agd_fast.forward import device_of, forward_parameters
@@ -36,10 +36,10 @@ def attach(model: Any, config: AdapterConfig | None = None, *, spec: DenoiserSpe
     A pipeline with several denoisers gets one on each; that of the first is returned. The pipeline's own call then arms them.
     Raises: TypeError for an unknown denoiser without a spec; ValueError when an adapter is attached already, a block
     path is unknown, a width does not match, the model has its guidance distilled into it already, or a pipeline's call takes no
-    guidance scale.
+    guidance scale, guides by more than two branches, or leaves its denoiser to other pipelines, which it holds.
     """
     spec = spec_of(model, spec)
-    require_scale(model, spec)
+    require_known_call(model, spec)
     config = for_backbone(config or AdapterConfig(), spec)
     _require_undistilled(getattr(model, "owner", model))
     fresh = []
@@ -57,13 +57,15 @@ def attach(model: Any, config: AdapterConfig | None = None, *, spec: DenoiserSpe
 def layout_for(denoiser: nn.Module, config: AdapterConfig, spec: DenoiserSpec) -> Layout:
     """Sites and widths of `denoiser` for this kind of adapter, read off its modules.
 
-    Raises: ValueError when a path is unknown, a width mismatched, or the spec's embeddings do not run.
+    Raises: ValueError when a path is unknown, a width mismatched, or the spec's embeddings do not run, and for a denoiser on
+    several devices.
     """
+    _require_one_device(denoiser)
     with own_modules(denoiser):
         sites = {kind: resolve_sites(denoiser, adapter_sites(kind, config, spec)) for kind in config.kinds}
-    for names in (spec.time_embedding, *(condition.embedding for condition in spec.adapted)):
-        for name in names:
-            find_modules(denoiser, name)
+        for names in (spec.time_embedding, *(condition.embedding for condition in spec.adapted)):
+            for name in names:
+                find_modules(denoiser, name)
     bring_embedders(denoiser, spec, device_of(denoiser))
     with torch.no_grad():
         try:
@@ -117,6 +119,17 @@ def _position(module: nn.Module, site: ResolvedSite) -> int:
     if site.argument not in parameters:
         raise ValueError(f"expected an argument {site.argument!r} of {site.path!r} ({type(module).__name__}), found {parameters}")
     return parameters.index(site.argument)
+
+
+def _require_one_device(denoiser: nn.Module) -> None:
+    """Raises: ValueError for one that a device_map spread over several: what its sites need of (ω, t, c) is made on one."""
+    places: Any = getattr(denoiser, "hf_device_map", None) or {}
+    devices = sorted({str(place) for place in places.values()} - {"cpu", "disk"})  # from where it comes to run
+    if len(devices) > 1:
+        raise ValueError(
+            f"this {type(denoiser).__name__} lies on several devices ({', '.join(devices)}); an adapter needs all of it on one, "
+            "for instance with enable_group_offload or enable_model_cpu_offload where it is too large"
+        )
 
 
 def _require_guidance(denoiser: nn.Module) -> None:

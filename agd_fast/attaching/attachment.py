@@ -59,6 +59,18 @@ class Attachment:
     def active(self) -> bool:
         return self.omega is not None and self.enabled
 
+    def require_sites(self, denoiser: nn.Module) -> None:
+        """Raises: ValueError where modules that it acts on are the denoiser's no more: FreeNoise and some quantisation put others
+        there, without hooks."""
+        there = {id(site) for module in denoiser.modules() for site in vars(module).get(SITES, ())}
+        gone = [site.adapter.site.path for site in self.sites if id(site) not in there]
+        if gone:
+            raise ValueError(
+                f"modules of this {type(denoiser).__name__} were replaced after its adapter was put on ({len(gone)}, first "
+                f"{gone[0]!r}), and have none of it; expected agd_fast.unload(...) of a saved one, then agd_fast.load(...), "
+                "which finds those that are there now"
+            )
+
     def argument(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         return argument_of(name, self.parameters, args, kwargs)
 

@@ -30,12 +30,12 @@ def alone(attachments: Sequence[Attachment], pipeline: str) -> Iterator[None]:
 
 
 @contextmanager
-def refuse_other_threads(attachments: Sequence[Attachment]) -> Iterator[None]:
-    """Raises: RuntimeError while a call of another thread is under way; inside, none begins."""
+def refuse_other_threads(attachments: Sequence[Attachment], name: str) -> Iterator[None]:
+    """name: of the function that asks. Raises: RuntimeError while a call of another thread is under way; inside, none begins."""
     with _ASKING:
         if any(attachment.caller not in (None, get_ident()) for attachment in attachments):
             raise RuntimeError(
-                "agd_fast.disabled(...) in one thread, and a call with the same denoiser under way in another, which it would "
+                f"agd_fast.{name}(...) in one thread, and a call with the same denoiser under way in another, which it would "
                 "change; expected one after another: in several threads, a pipeline each (copy.deepcopy(pipe))"
             )
         yield

@@ -61,12 +61,12 @@ def bring_embedders(denoiser: nn.Module, spec: DenoiserSpec, device: torch.devic
     """
     for name in (*spec.time_embedding, *(name for condition in spec.adapted for name in condition.embedding)):
         module = denoiser.get_submodule(name)
-        parameter = next(module.parameters(), None)
-        if parameter is None:
+        parameters = list(module.parameters())
+        if not parameters:
             continue
-        if parameter.device.type != "meta":
+        if parameters[0].device.type != "meta":
             bring(module, device)
-        if hasattr(parameter, "full_tensor"):
+        if hasattr(parameters[0], "full_tensor"):
             _owner(denoiser, name).unshard()  # its own next forward puts it in pieces again
 
 
@@ -79,14 +79,19 @@ def _owner(denoiser: nn.Module, path: str) -> Any:
 
 @contextmanager
 def own_modules(denoiser: nn.Module) -> Iterator[None]:
-    """Inside, the denoiser's own modules are in the places where LoRA has put its wrappers, which go again with LoRA."""
-    wrappers = {
-        name: module for name, module in denoiser.named_modules() if isinstance(getattr(module, "base_layer", None), nn.Module)
-    }
-    for name, wrapper in wrappers.items():
-        denoiser.set_submodule(name, wrapper.base_layer)
+    """Inside, the denoiser's own modules are in the places where LoRA and torch.compile have put their wrappers, so that they
+    have their own names."""
+    wrappers = {name: module for name, module in denoiser.named_modules() if _wrapped(module) is not module}
+    for name, wrapper in reversed(wrappers.items()):  # of wrappers in a wrapper, the inner ones first
+        denoiser.set_submodule(name, _wrapped(wrapper))
     try:
         yield
     finally:
         for name, wrapper in wrappers.items():
             denoiser.set_submodule(name, wrapper)
+
+
+def _wrapped(module: nn.Module) -> nn.Module:
+    """What a wrapper of LoRA or torch.compile is around, else the module itself."""
+    inner = getattr(module, "base_layer", None)
+    return inner if isinstance(inner, nn.Module) else uncompiled(module)

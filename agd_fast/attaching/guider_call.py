@@ -8,7 +8,8 @@ from typing import Any
 
 
 class GuiderCall:
-    """`call` with a further argument, the guidance scale, which is put on the guiders for that call; without it each has its own.
+    """`call` with a further argument, the guidance scale, which is put on the guiders for that call; without it each has its own,
+    and the default is the first one's.
 
     off: the scale at which there is no guidance; the guiders are then switched off, whatever else they would do.
     """
@@ -16,7 +17,8 @@ class GuiderCall:
     def __init__(self, call: Callable[..., Any], guiders: Sequence[Any], argument: str, off: float) -> None:
         self.call, self.guiders, self.argument, self.off = call, guiders, argument, off
         signature = inspect.signature(call)
-        scale = inspect.Parameter(argument, inspect.Parameter.KEYWORD_ONLY, default=guiders[0].guidance_scale)
+        default = guiders[0].guidance_scale if guiders[0]._enabled else off
+        scale = inspect.Parameter(argument, inspect.Parameter.KEYWORD_ONLY, default=default)
         self.__signature__ = signature.replace(parameters=[*signature.parameters.values(), scale])
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

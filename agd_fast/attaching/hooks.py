@@ -1,5 +1,7 @@
 """The hooks: one before and after the denoiser, which prepare and clear, and those at the sites, which change a module's
-output or one of its arguments. They are module-level functions, so that copies and pickles carry them along."""
+output or one of its arguments. They are module-level functions, so that copies and pickles carry them along.
+
+torch.compile traces them, and that of torch 2.8 knows no `vars`."""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ from agd_fast.attaching.attachment import ROOT, SITES, AttachedSite, Attachment
 
 
 def prepare_forward(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    attachment: Attachment = vars(denoiser)[ROOT]
+    attachment: Attachment = getattr(denoiser, ROOT)
     if attachment.active:
         for site, entry in zip(attachment.sites, attachment.prepare(denoiser, args, kwargs), strict=True):
             site.prepared = entry
@@ -22,7 +24,7 @@ def prepare_forward(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str
 
 
 def finish_forward(denoiser: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    attachment: Attachment = vars(denoiser)[ROOT]
+    attachment: Attachment = getattr(denoiser, ROOT)
     for site in attachment.sites:
         site.prepared = None
     if attachment.checkpoints:
@@ -32,7 +34,7 @@ def finish_forward(denoiser: nn.Module, args: tuple[Any, ...], output: Any) -> N
 
 
 def change_output(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    for attached in vars(module)[SITES]:
+    for attached in getattr(module, SITES):
         if attached.prepared is not None and attached.adapter.site.argument is None:
             site = attached.adapter.site
             base = output[site.output] if isinstance(output, tuple) else output
@@ -44,7 +46,7 @@ def change_output(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
 
 
 def change_argument(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    for attached in vars(module)[SITES]:
+    for attached in getattr(module, SITES):
         name, position = attached.adapter.site.argument, attached.position
         if attached.prepared is None or name is None:
             continue

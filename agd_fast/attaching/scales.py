@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from inspect import Parameter
 from typing import Any
@@ -17,7 +17,7 @@ from agd_fast.attaching.find import components_of
 from agd_fast.spec import DenoiserSpec
 
 _ROWS = ("prompt", "class_labels", "prompt_embeds", "prompt_embeds_qwen", "prompt_embeds_t5", "image_embeds")
-_REPEATS = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt")
+REPEATS = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt")
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Given:
 def scales_of(
     pipe: Any, arguments: Mapping[str, Any], parameters: Mapping[str, Parameter], spec: DenoiserSpec
 ) -> dict[str, Given]:
-    """Of each denoiser. Raises: ValueError where a call has none."""
+    """Of each denoiser; where the first has none, none has, as without adapters. Raises: ValueError where a call has none."""
     found: dict[str, Given] = {}
     value: Any = None
     for index, (name, module) in enumerate(components_of(pipe, spec).items()):
@@ -63,7 +63,8 @@ def scales_of(
             raise ValueError(f"expected {argument}=..., a number or one a prompt; found None")
         rows = partial(_rows, argument, spec, require_attachment(module).adapter.config, _batch(arguments))
         found[name] = Given(argument, value, rows)
-    return found
+    first = next(iter(found.values()))
+    return {name: replace(one, value=first.value) for name, one in found.items()} if first.is_off else found
 
 
 def scales_inside_guided(pipe: Any, arguments: Mapping[str, Any], spec: DenoiserSpec) -> dict[str, Given]:
@@ -109,7 +110,7 @@ def _rows(argument: str, spec: DenoiserSpec, config: AdapterConfig, batch: tuple
 
 def _batch(arguments: Mapping[str, Any]) -> tuple[int | None, int]:
     """Number of prompts, where the call tells it, and of samples a prompt."""
-    repeats = next((arguments[name] for name in _REPEATS if arguments.get(name)), 1)
+    repeats = next((arguments[name] for name in REPEATS if arguments.get(name)), 1)
     for name in _ROWS:
         value = arguments.get(name)
         if isinstance(value, (str, int)):

@@ -23,10 +23,11 @@ Interval = tuple[float, float]
 
 
 def arm(stack: ExitStack, pipe: Any, scales: Mapping[str, Given], spec: DenoiserSpec, interval: Interval | None) -> Steps:
-    """Inside `stack`, every step of the pipeline has its ω."""
+    """Inside `stack`, every step of the pipeline has its ω. Raises: ValueError where what an adapter acts on was replaced."""
     components = components_of(pipe, spec)
     placed = [_Placed(component, scales[name]) for name, component in components.items()]
     for one in placed:
+        one.attachment.require_sites(uncompiled(one.component))
         stack.enter_context(armed(one.attachment, one.omega))
     steps = Steps(pipe, placed, interval)
     for component in components.values():
@@ -87,6 +88,7 @@ class Steps:
     def __init__(self, pipe: Any, placed: list[_Placed], interval: Interval | None) -> None:
         self.pipe, self.placed, self.interval = pipe, placed, interval
         self.varies = interval is not None or any(one.given.varies for one in placed)
+        self.times: Tensor | None = None  # the scheduler's timesteps that the steps are laid out for
         self.firsts: list[int] = []  # of each step, the first one at the same timestep
         self.acts: list[bool] = []
         self.done, self.called = 0, False
@@ -107,7 +109,7 @@ class Steps:
             )
         self.called = True
         if self.varies:
-            if not self.firsts:
+            if self.times is not self.pipe.scheduler.timesteps:  # FreeInit goes through several schedules
                 self._plan(args, kwargs)
             step = self._same(self.done)
             for one in self.placed:
@@ -122,7 +124,8 @@ class Steps:
         return self.firsts[min(step, len(self.firsts) - 1)]
 
     def _plan(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        total, times = number_of_steps(self.pipe), self.pipe.scheduler.timesteps
+        self.times, self.done = self.pipe.scheduler.timesteps, 0
+        total, times = number_of_steps(self.pipe), self.times
         attachment = self.placed[0].attachment
         first = position_of(times, attachment.spec, torch.as_tensor(attachment.argument(attachment.spec.timestep, args, kwargs)))
         first = len(times) - total if first is None else first  # as image-to-image does it, which makes the last steps

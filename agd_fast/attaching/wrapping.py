@@ -20,21 +20,13 @@ from agd_fast.spec import DenoiserSpec
 
 Pipeline = TypeVar("Pipeline")
 
+_FURTHER_BRANCHES = ("image_guidance_scale", "pag_scale")  # arguments that weigh one
+
 
 def wrap(pipe: Pipeline) -> Pipeline:
-    """Let a pipeline's own call arm the adapters of its denoisers. Returns its argument.
-
-    Raises: ValueError for a pipeline that guides by more than two branches.
-    """
-    cls = type(pipe)
+    """Let a pipeline's own call arm the adapters of its denoisers. Returns its argument."""
     if isinstance(pipe, DiffusionPipeline) and not is_wrapped(pipe):
-        parameters = inspect.signature(cls.__call__).parameters
-        if "image_guidance_scale" in parameters:
-            raise ValueError(
-                f"{cls.__name__} guides by more than two branches (image_guidance_scale); expected a pipeline with one "
-                "guidance scale"
-            )
-        pipe.__class__ = _wrapped(cls)  # type: ignore[arg-type]
+        pipe.__class__ = _wrapped(type(pipe))  # type: ignore[arg-type]
     return pipe
 
 
@@ -67,19 +59,29 @@ def guiders_of(pipe: Any, spec: DenoiserSpec) -> list[Any]:
     return found
 
 
-def require_scale(pipe: Any, spec: DenoiserSpec) -> None:
-    """Raises: ValueError for a pipeline whose call takes no guidance scale, as one that holds other pipelines."""
-    name = spec.pipeline.omega_arguments[0]
-    if isinstance(pipe, DiffusionPipeline) and name not in inspect.signature(own_call(pipe, spec)).parameters:
-        inside = [inner for inner, value in vars(pipe).items() if isinstance(value, DiffusionPipeline)]
-        expected = f"its {' or '.join(inside)}" if inside else "a pipeline that guides by it"
-        raise ValueError(f"a call of {type(pipe).__name__} takes no {name}; expected {expected}")
+def require_known_call(pipe: Any, spec: DenoiserSpec) -> None:
+    """Raises: ValueError for a pipeline whose call takes no guidance scale, guides by more than two branches, or leaves its
+    denoisers to other pipelines, which it holds."""
+    if not isinstance(pipe, DiffusionPipeline):
+        return
+    cls, name = type(pipe).__name__, spec.pipeline.omega_arguments[0]
+    parameters = inspect.signature(own_call(pipe, spec)).parameters
+    inner = {name: value for name, value in vars(pipe).items() if isinstance(value, DiffusionPipeline)}
+    if name not in parameters:
+        expected = f"its {' or '.join(inner)}" if inner else "a pipeline that guides by it"
+        raise ValueError(f"a call of {cls} takes no {name}; expected {expected}")
+    if further := [name for name in _FURTHER_BRANCHES if name in parameters]:
+        raise ValueError(f"{cls} guides by more than two branches ({further[0]}); expected a pipeline with one guidance scale")
+    ours = {*map(id, components_of(pipe, spec).values())}
+    if any(id(one) in ours for other in inner.values() for one in vars(other).values()):
+        raise ValueError(f"{cls} runs other pipelines in its call; expected its {' or '.join(inner)}")
 
 
 def share(pipe: Any, other: Pipeline) -> Pipeline:
     """Let `other`, a pipeline with the same denoiser as `pipe` (img2img, inpainting, ControlNet, `from_pipe`), run one pass too.
 
-    Returns `other`. Raises: ValueError when `pipe` has no adapter, or `other` another denoiser or no guidance scale.
+    Returns `other`. Raises: ValueError when `pipe` has no adapter, or `other` has another denoiser or is not called as adapters
+    need it: with one guidance scale, for two branches, by itself.
     """
     attachment = attachment_of(pipe)
     if attachment is None:
@@ -90,7 +92,7 @@ def share(pipe: Any, other: Pipeline) -> Pipeline:
             f"expected a pipeline with the same denoiser as this {type(pipe).__name__}, for its adapter is attached to that; "
             f"found another {type(denoiser_of(other)).__name__}. Make one by {type(other).__name__}.from_pipe(pipe)"
         )
-    require_scale(other, attachment.spec)
+    require_known_call(other, attachment.spec)
     return wrap(other)
 
 

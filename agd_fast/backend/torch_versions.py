@@ -1,6 +1,6 @@
 """What the backend and the engine's pieces ask of torch beyond its documented interface: what a new version of torch may change.
 
-It has run with torch 2.13.
+It has run with torch 2.8 and 2.13.
 """
 
 from __future__ import annotations

@@ -92,8 +92,8 @@ def distill(
         "ema": ema,
         "mixed_precision": mixed_precision,
     }
-    of_adapter = {"kind": kind, "hidden": hidden, "max_fraction": max_fraction}
-    chosen = given(of_adapter)
+    adapter = given({"kind": kind, "hidden": hidden, "max_fraction": max_fraction})
+    replace(preset_settings.adapter, **adapter)  # or raises
     settings: dict[str, Any] = {
         "output_dir": output,
         "guidance_range": guidance,
@@ -111,7 +111,7 @@ def distill(
         "prompts": None if prompts is None else agd.datasets.read_prompts(prompts),
         "inputs": None if inputs is None else agd.datasets.read_inputs(inputs),
         "call": None if call is None else parse_call(call),
-        "adapter": replace(preset_settings.adapter, **chosen) if chosen else None,
+        "adapter": adapter,
         "train_config": replace(preset_settings.train, **given(of_training)),
     }
     result = agd.distill(

@@ -43,7 +43,7 @@ def distill(
     teacher: Any = None,
     guidance_range: tuple[float, float] | None = None,
     preset: str | None = None,
-    adapter: AdapterConfig | None = None,
+    adapter: AdapterConfig | Mapping[str, Any] | None = None,
     init: str | os.PathLike[str] | None = None,
     train_config: TrainConfig | None = None,
     trajectories: int | Trajectories | None = None,
@@ -78,12 +78,14 @@ def distill(
     guidance_range: (low, high) of the guidance scale, in the family's own convention; None takes that of `adapter` or `init`,
         else ω of 1 to 6, or 1 to 12 for a pipeline, from where the pipeline guides at all.
     preset: name of settings that go together (`agd_fast.distillation.presets.PRESETS`), for all of the following that is None.
-    adapter: kind and size. train_config: see TrainConfig.
+    adapter: kind and size; some entries of an AdapterConfig, by name, leave the others as they are without. train_config: see
+        TrainConfig.
     init: folder, or Hub repo, of a trained adapter to start from, instead of a fresh one that is zero; it decides `adapter`.
     trajectories: how many to collect into output_dir/trajectories, or ones collected before. sampling_steps, keep_steps,
         source, data, shard_size, store_dtype: see `agd_fast.trajectories.collect`. source="student" follows the adapter of
         `init`: one round of training on its own states. A pipeline runs shard_size samples at once, at one scale.
-    validation: held-out guided trajectories a scale for `guidance_explained`; 0 for none, None for 50, or 8 of a pipeline.
+    validation: guided trajectories a scale, of the same inputs from other noise, for `guidance_explained`; 0 for none, None for
+        50, or 8 of a pipeline.
     validate_every: also measure, and draw a picture, after every so many steps, into output_dir/validation.
     memory: what is kept of a forward for its backward: "exact" (what is needed, not rounded), "8bit", "4bit",
         "recompute", "blocks" (gradient checkpointing, and 8 bits inside of it: mostly the least), or "auto", the first of these
@@ -110,8 +112,7 @@ def distill(
     directory = Path(output_dir)
     init = None if init is None else resolve(init)
     settings = find_preset(preset)
-    if adapter is None and preset is not None:
-        adapter = settings.adapter
+    chosen = {**({} if settings.adapter == AdapterConfig() else settings.adapter.to_dict()), **_entries(adapter)}
     require_settings(
         output_dir=directory,
         guidance_range=guidance_range,
@@ -142,11 +143,11 @@ def distill(
         ways_of(memory, base_weights, None, has_blocks(one.denoiser))  # "blocks" may not be
         folder = directory if index == 0 else directory / name
         of_init = init if init is None or index == 0 else init / name
-        config = _adapter_config(adapter, guidance_range, one.spec.omega_offset, of_init)
-        if adapter is None and init is None:
+        config = _adapter_config(chosen, guidance_range, one.spec.omega_offset, of_init)
+        if "identity_at_one" not in chosen and init is None:
             config = replace(config, identity_at_one=one.gives_cond_at_one)
         if guidance_range is None and config.guidance_range == AdapterConfig().guidance_range:  # nobody chose it
-            low, high = one.guidance_range if adapter is None and init is None else config.guidance_range
+            low, high = one.guidance_range if "guidance_range" not in chosen and init is None else config.guidance_range
             config = replace(config, guidance_range=(max(low, one.guides_above), high))
         negative = (call or {}).get("negative_prompt")
         if init is None and isinstance(negative, str):
@@ -229,20 +230,26 @@ def _train_config(config: TrainConfig, adapter: AdapterConfig, dtype: torch.dtyp
     return replace(config, learning_rate=learning_rate, seed=seed if config.seed is None else config.seed)
 
 
+def _entries(adapter: AdapterConfig | Mapping[str, Any] | None) -> dict[str, Any]:
+    """What was chosen of an adapter."""
+    return adapter.to_dict() if isinstance(adapter, AdapterConfig) else {**(adapter or {})}
+
+
 def _adapter_config(
-    adapter: AdapterConfig | None,
+    chosen: Mapping[str, Any],
     guidance_range: tuple[float, float] | None,
     omega_offset: float,
     init: str | os.PathLike[str] | None,
 ) -> AdapterConfig:
-    """The config as given, or that of `init`. Raises: ValueError naming each entry in which the two contradict each other."""
-    given = {} if adapter is None else adapter.to_dict()
+    """The config as chosen, or that of `init`. Raises: ValueError naming each entry in which the two contradict each other."""
+    given = {**chosen}
     if guidance_range is not None:
         given["guidance_range"] = [scale + omega_offset for scale in guidance_range]
     if init is None:
         return AdapterConfig.from_dict({**AdapterConfig().to_dict(), **given})
-    found = read_config(Path(init))["adapter"]
+    found = AdapterConfig.from_dict(read_config(Path(init))["adapter"])
     decided = {name: value for name, value in given.items() if value is not None}
-    if differing := differences({**found, **decided}, found):
+    asked = AdapterConfig.from_dict({**found.to_dict(), **decided})
+    if differing := differences(asked.to_dict(), found.to_dict()):
         raise ValueError(f"{init} holds another adapter than was asked for ({differing})")
-    return AdapterConfig.from_dict(found)
+    return found

@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,12 +20,12 @@ from agd_fast.attaching.scope import Scope, scope_of
 from agd_fast.engine.asked import Asked, Asking
 from agd_fast.engine.config import EngineConfig
 from agd_fast.engine.copies import Copies, in_channels_last, prefers_channels_last
-from agd_fast.engine.fingerprint import Fingerprint, obstacle, version
-from agd_fast.engine.program import Prepared, Program
+from agd_fast.engine.fingerprint import Fingerprint, obstacle
+from agd_fast.engine.program import Program
+from agd_fast.engine.recording import Recording
 from agd_fast.engine.request import Request
 from agd_fast.forward import argument_of, device_of, forward_parameters
 from agd_fast.graph.capture import NotCapturableError, capture
-from agd_fast.graph.levels import Level
 from agd_fast.graph.rewriting import Rewritten
 from agd_fast.spec import DenoiserSpec
 from agd_fast.warning import described, warn
@@ -34,31 +33,9 @@ from agd_fast.warning import described, warn
 PROGRAMS = 16  # kept at once: shapes, armed or not, values that a forward asks for
 ANSWERS = 4  # sets of values that forwards at the same shapes may be recorded anew for in one scope
 MET = 256  # sets of values that are remembered
-VALUES = 2  # that a static argument may have in one scope: conditional and unconditional forwards one after another
 AGREEMENT = {torch.float16: 0.05, torch.bfloat16: 0.1}  # of a captured program with the model, relative; other dtypes: EXACT
 EXACT = 1e-2
 _AUTOCAST = ("cuda", "cpu")
-
-
-Value = tuple[Tensor, int | None]  # of an argument: a tensor, and how often it was written to
-
-
-@dataclass(eq=False)
-class _Run:
-    """What was prepared for one set of static inputs and one schedule."""
-
-    static: list[Value]
-    timesteps: Tensor | None
-    prepared: Prepared
-
-
-@dataclass(eq=False)
-class Captured:
-    """output: the tree of the forward's output. asked: the values that it holds for."""
-
-    program: Program
-    output: Any
-    asked: Asked
 
 
 class Engine:
@@ -69,7 +46,7 @@ class Engine:
     def __init__(self, denoiser: nn.Module, spec: DenoiserSpec, config: EngineConfig) -> None:
         self.denoiser, self.spec, self.config = denoiser, spec, config
         self.parameters = forward_parameters(denoiser)
-        self.captured: dict[Any, list[Captured]] = {}  # more than one where values differ that the forward asks for
+        self.recorded: dict[Any, list[Recording]] = {}  # more than one where values differ that the forward asks for
         self.refused: dict[Any, str] = {}  # why calls with a key, or with these values at one, are plain
         self.obstacle = ""  # why all calls are, for the model as it is
         self.copies = Copies()
@@ -105,7 +82,7 @@ class Engine:
         return {
             "compile": self.config.compiles(device),
             "cuda_graph": self.config.graphs(device),
-            "captured": len(programs),
+            "captured": len(self._recordings),
             "ahead_bytes": self.ahead_bytes,
             "copied_bytes": self.copies.bytes,
             "repeated_blocks": programs[-1].pieces if programs else {},
@@ -118,8 +95,12 @@ class Engine:
         }
 
     @property
+    def _recordings(self) -> list[Recording]:
+        return [found for kept in self.recorded.values() for found in kept]
+
+    @property
     def _programs(self) -> list[Program]:
-        return [found.program for kept in self.captured.values() for found in kept]
+        return [program for found in self._recordings for program in found.programs]
 
     @property
     def _is_plain(self) -> bool:
@@ -141,20 +122,24 @@ class Engine:
             self._refuse(request.key, request.obstacle)
         return None if request.key in self.refused else request
 
-    def _found(self, request: Request, scope: Scope) -> tuple[Captured | None, Any]:
+    def _found(self, request: Request, scope: Scope) -> tuple[Recording | None, Any]:
         """What was captured for such a call; where nothing was, the key at which to record it, or None for not now."""
-        kept = self.captured.get(request.key, [])
+        kept = self.recorded.get(request.key, [])
         found = next((one for one in kept if one.asked.holds(request.inputs, scope.store)), None)
         if found is not None or not kept:
             return found, request.key
         answers = (request.key, kept[0].asked.values(request.inputs, scope.store))
         return None, answers if self._is_due(answers, scope) else None
 
-    def _run(self, found: Captured, request: Request, scope: Scope) -> Any:
-        prepared, number = self._prepared(found, request, scope), None if request.guidance is None else request.guidance.number
-        results = found.program.run(request.inputs, prepared, number)
-        if found.program.trouble:
-            self._tell(found.program.trouble, "is optimized in part")
+    def _run(self, found: Recording, request: Request, scope: Scope) -> Any:
+        timesteps = scope.timesteps() if scope.timesteps and not request.has_several_times(scope.own_times) else None
+        use = found.use(scope)
+        prepared = found.prepared(use, request, timesteps, self.spec)
+        number = None if request.guidance is None else request.guidance.number
+        self.ahead_bytes = use.bytes
+        results = use.program.run(request.inputs, prepared, number)
+        if use.program.trouble:
+            self._tell(use.program.trouble, "is optimized in part")
         return pytree.tree_unflatten(results, found.output)
 
     @property
@@ -169,7 +154,7 @@ class Engine:
             return
         if self._model is None or not self._model.holds(self._roots):
             self._model = None  # until all is forgotten
-            self.captured.clear()
+            self.recorded.clear()
             self.refused.clear()
             self.copies, self.unturned = Copies(), ""
             scope.store.clear()
@@ -179,8 +164,8 @@ class Engine:
                 self._tell(self.obstacle)
         elif not scope.looked:
             self.copies.renew()
-            for program in self._programs:
-                program.renew()
+            for found in self._recordings:
+                found.program.renew()  # and so what a finer one shares with it
         scope.looked = True
 
     def _is_due(self, answers: Any, scope: Scope) -> bool:
@@ -203,7 +188,7 @@ class Engine:
         try:
             with torch.inference_mode(False), torch.no_grad():
                 if settled:
-                    self._keep(request, self._captured(request, output))
+                    self._keep(request, self._recording(request, output))
                     self.unsettled.discard(key)
                 else:
                     self._wait_or_refuse(key, scope)
@@ -223,13 +208,13 @@ class Engine:
         self.unsettled.add(key)
         scope.looked = False
 
-    def _captured(self, request: Request, output: Any) -> Captured:
+    def _recording(self, request: Request, output: Any) -> Recording:
         """output: what it is to give. Raises: NotCapturableError."""
         leaves, tree = pytree.tree_flatten(output)
         if not all(isinstance(leaf, Tensor) for leaf in leaves):
             raise NotCapturableError(f"its output holds more than tensors: {[type(leaf).__name__ for leaf in leaves]}")
         program, asked = self._turned_or_not(request, leaves)
-        return Captured(program, tree, asked)
+        return Recording(program, tree, asked)
 
     def _turned_or_not(self, request: Request, expected: Sequence[Tensor]) -> tuple[Program, Asked]:
         """With convolutions in channels-last order where that is wanted, and as they are where code does not take it, as where it
@@ -268,69 +253,24 @@ class Engine:
             return self.config.channels_last
         return self.config.compiles(device_of(self.denoiser)) and prefers_channels_last(self.denoiser)
 
-    def _keep(self, request: Request, found: Captured) -> None:
+    def _keep(self, request: Request, found: Recording) -> None:
         """The newest last; of too many, the oldest goes."""
-        kept = self.captured.pop(request.key, [])
-        self.captured[request.key] = [*kept, found]
-        if sum(map(len, self.captured.values())) > PROGRAMS:
-            oldest = next(iter(self.captured))
-            del self.captured[oldest][0]
-            if not self.captured[oldest]:
-                del self.captured[oldest]
+        kept = self.recorded.pop(request.key, [])
+        self.recorded[request.key] = [*kept, found]
+        if len(self._recordings) > PROGRAMS:
+            oldest = next(iter(self.recorded))
+            del self.recorded[oldest][0]
+            if not self.recorded[oldest]:
+                del self.recorded[oldest]
 
     def _refuse(self, key: Any, reason: str) -> None:
         self.refused[key] = reason
         self._tell(reason)
 
-    def _prepared(self, found: Captured, request: Request, scope: Scope) -> Prepared:
-        """What was prepared in this scope for the static inputs of this request; now, where nothing was."""
-        timesteps = scope.timesteps() if scope.timesteps and not request.has_several_times(scope.own_times) else None
-        static = _static_inputs(found.program, request)
-        prepared = _known(scope.store.get(found.program, []), static, timesteps)
-        if prepared is None:
-            self._let_move(found, request, scope)
-            prepared = self._prepare(found.program, request, scope, timesteps)
-        return prepared
-
-    def _let_move(self, found: Captured, request: Request, scope: Scope) -> None:
-        """Cut the program anew where static inputs turn out to move; what the old one prepared goes."""
-        runs, static = scope.store.get(found.program, []), found.program.of_level(Level.STATIC)
-        values = zip(*[run.static for run in runs], _static_inputs(found.program, request), strict=True)
-        moving = [index for index, known in zip(static, values, strict=True) if _moves(known)]
-        if moving:
-            scope.store.pop(found.program, None)
-            found.program = found.program.moving(moving)
-
-    def _prepare(self, program: Program, request: Request, scope: Scope, timesteps: Tensor | None) -> Prepared:
-        static = _static_inputs(program, request)
-        rows = None if timesteps is None else request.rows(timesteps, self.spec)
-        prepared = program.prepare(request.inputs, rows, None if rows is None else request.steps(rows))
-        runs: list[_Run] = scope.store.setdefault(program, [])
-        runs[:] = [*runs[-VALUES + 1 :], _Run(static, timesteps, prepared)]
-        self.ahead_bytes = sum(one.prepared.bytes for one in runs)
-        return prepared
-
     def _tell(self, reason: str, what: str = "runs as it is, not optimized") -> None:
         if reason not in self._told:
             self._told.add(reason)
             warn(f"{type(self.denoiser).__name__} {what}: {reason}")
-
-
-def _static_inputs(program: Program, request: Request) -> list[Value]:
-    return [(request.inputs[index], version(request.inputs[index])) for index in program.of_level(Level.STATIC)]
-
-
-def _known(runs: Sequence[_Run], static: Sequence[Value], timesteps: Tensor | None) -> Prepared | None:
-    return next((run.prepared for run in runs if timesteps is run.timesteps and all(map(_is_same, static, run.static))), None)
-
-
-def _is_same(one: Value, other: Value) -> bool:
-    return one[0] is other[0] and one[1] == other[1]
-
-
-def _moves(values: Sequence[Value]) -> bool:
-    """Whether an argument has more values in one scope than a static one may, or changes of it cannot be seen."""
-    return None in {count for _, count in values} or len({(id(tensor), count) for tensor, count in values}) > VALUES
 
 
 def _first_results(program: Program, request: Request) -> list[Tensor]:

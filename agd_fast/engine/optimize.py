@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from agd_fast.attaching import attachment_of, components_of, spec_of, uncompiled, unwrap, wrap
+from agd_fast.attaching import attachment_of, components_of, require_known_call, spec_of, uncompiled, unwrap, wrap
 from agd_fast.engine.config import EngineConfig
 from agd_fast.engine.engine import Engine
 from agd_fast.ops import default_policy
@@ -24,12 +24,14 @@ def optimize(model: Model, config: EngineConfig | None = EngineConfig(), *, spec
     (offloading hooks, code that asks for values of tensors that move during a call), the plain path runs, a warning says so
     once, and `agd_fast.info(model)` says why.
     config: None takes the engine off: everything is as before.
-    Raises: TypeError for an unknown denoiser without a spec; ValueError for one that is compiled already, and for an unknown
-        AGD_FAST_KERNELS.
+    Raises: TypeError for an unknown denoiser without a spec; ValueError for one that is compiled already, for a pipeline that
+        cannot have the adapter on its denoiser (as in `attach`), and for an unknown AGD_FAST_KERNELS.
     """
     if config is not None and config.kernels is None:
         default_policy()
     spec = spec_of(model, spec)
+    if config is not None and attachment_of(model) is not None:
+        require_known_call(model, spec)  # which will arm it
     for component in components_of(model, spec).values():
         denoiser = uncompiled(component)
         engine = engine_of(denoiser)

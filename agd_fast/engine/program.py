@@ -72,8 +72,7 @@ class Program:
         self.device = _device([node for node, level in self._leveled if level == Level.MOVING])
         self.compiles, self.graphs = config.compiles(self.device), config.graphs(self.device)
         self.repeated_blocks = config.repeated_blocks
-        policy = self.config.kernels or default_policy()
-        self.write_merged = WriteMerged(policy)
+        self.policy = policy = self.config.kernels or default_policy()
         join = {None: leaves_card_idle, True: lambda x, rows: True, False: None}[config.join_projections]
         gelu: Kernels = {None: "auto", True: "always", False: "never"}[config.gelu_epilogue]  # type: ignore[assignment]
         self.rewritten = rewrite(
@@ -102,12 +101,14 @@ class Program:
         row_values: Values = {**stored, **dict(zip(parts.views.results, parts.views(stored), strict=True))}
         self.known = known = {**self.constants, **row_values, **self.twins}  # the same tensors at every step
         self.wired = [(node, known.get(node)) for node in parts.body.arguments]
-        self.in_rows = [node in row_values for node in parts.body.results]  # where the next step writes
+        kept = row_values.keys() | {*parts.once.results}  # where the next step writes, or reads
+        self.is_kept = [node in kept for node in parts.body.results]
         self.body: Callable[..., Any] = parts.body.module.forward
         if self.compiles:
             self.body = self._in_pieces(parts.body) or self._compiled_whole(parts.body)
         self.graphed: GraphedStep | None = None
         self.recorded, self.borrowed, self.packing = Recorded(), Values(), None
+        self.write_merged = WriteMerged(self.policy)  # of this one's graph
         read = {*parts.body.arguments, *parts.step.arguments} - self.constants.keys()
         if self.graphs and any(node.meta["val"].device != self.device for node in read):
             self.graphs, self.trouble = False, "a step reads tensors of other devices, so it is launched operation by operation"
@@ -183,7 +184,7 @@ class Program:
             self.trouble = f"torch.compile failed ({described(error)}), so steps run uncompiled"
 
     def moving(self, indices: Collection[int]) -> Program:
-        """Another one of the same forward, for inputs that change at every step."""
+        """Another one of the same forward, for inputs that change at every step; both may run, one after the other."""
         other = copy(self)
         other.levels = [Level.MOVING if index in indices else level for index, level in enumerate(self.levels)]
         other.constants = dict(self.constants)
@@ -279,7 +280,7 @@ class Program:
                 place.copy_(found)
         self._write_twins(given)
         results = self.body(*[given[node] if known is None else known for node, known in self.wired])
-        return [result.clone() if in_rows else result for result, in_rows in zip(results, self.in_rows, strict=True)]
+        return [result.clone() if is_kept else result for result, is_kept in zip(results, self.is_kept, strict=True)]
 
     def _write_twins(self, given: Values) -> None:
         """The terms of this step."""

@@ -17,7 +17,8 @@ from agd_fast.evaluation.speed import Timing, time_interleaved
 @dataclass(frozen=True)
 class Cost:
     """nfe: denoiser evaluations a picture. seconds: a picture, None where it was not timed; timing: of calls of `batch` pictures.
-    peak_bytes: the most that was allocated on the CUDA device during a call; None elsewhere.
+    peak_bytes: the most that was allocated on the CUDA device during the first call, with what calls before it left there; None
+    elsewhere.
     """
 
     nfe: float

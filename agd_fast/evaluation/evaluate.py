@@ -31,7 +31,8 @@ class Reference:
 
     images: real samples [M, C, H, W] in the denoiser's space, on the device that the functions below run on.
     features: [N, C, H, W] → [N, D], any extractor. With the weights at hand, torchmetrics' Inception is one:
-        `inception = NoTrainInceptionV3("inception-v3-compat", ["2048"])`, `lambda x: inception(x.add(1).mul(127.5).byte())`.
+        `inception = NoTrainInceptionV3("inception-v3-compat", ["2048"])`,
+        `lambda x: inception(x.clamp(-1, 1).add(1).mul(127.5).round().byte())`.
     classify: [N, C, H, W] → logits [N, K]; None leaves class accuracy out, as does an evaluation without class labels.
     """
 
@@ -108,7 +109,7 @@ def evaluate(
     class_labels: classes, each sampled equally often. conditions: for a model of captions or the like, tensors by argument name,
         batch first, each row sampled equally often; class_labels are then the classes of the rows, for class accuracy alone.
     guidance_scales: ω in the standard convention.
-    timing_rounds: interleaved rounds at `timing_batch`; 0 leaves speed out.
+    timing_rounds: interleaved rounds at `timing_batch`, or all samples where these are fewer; 0 leaves speed out.
     Raises: ValueError when no adapter is attached, or class_labels and conditions differ in length.
     """
     teacher = as_teacher(model)
@@ -160,7 +161,7 @@ def evaluate(
         }
         result.timing = time_interleaved(runs, rounds=timing_rounds, device=teacher.device, progress=progress)
         for name, arm in result.arms.items():
-            arm.seconds_per_image = result.timing[name].median / timing_batch
+            arm.seconds_per_image = result.timing[name].median / len(start)
         result.speedup_over_cfg = result.timing["cfg"].over(result.timing["agd"]).median
     return result
 

@@ -94,13 +94,13 @@ class Scorer:
         return self._own[way]
 
 
-def black_in(pictures: Pictures, ways: Sequence[Way], count: int) -> set[int]:
-    """Numbers of which a picture is black all over, as safety checkers leave them."""
-    found: set[int] = set()
+def black_in(pictures: Pictures, ways: Sequence[Way], count: int) -> dict[str, list[int]]:
+    """By way, the numbers of its pictures that are black all over: a safety checker's, or of values that are not finite."""
+    found = {}
     for way in ways:
         maxima = torch.cat([part.amax(dim=(1, 2, 3)) for part in pictures.read(way, range(count))])
-        found.update(torch.nonzero(maxima == 0).flatten().tolist())
-    return found
+        found[way.name] = torch.nonzero(maxima == 0).flatten().tolist()
+    return {name: numbers for name, numbers in found.items() if numbers}
 
 
 @torch.no_grad()

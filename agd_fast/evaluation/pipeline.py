@@ -30,7 +30,8 @@ class PipelineEvaluation:
     """Everything measured of one pipeline's adapters; `to_dict` is what report.json holds.
 
     adapters: kind, parameters and share of the base's, by denoiser. pictures: an arm and scale, of `prompts` different inputs;
-    left_out: how many of them were not compared, as one of the arms was black all over.
+    left_out: how many of them were not compared, as one of the arms was black all over; black: whose, and how many, by arm and
+    scale.
     by_scale: by guidance scale, in the family's own convention. costs: by arm, the same at every scale but 1.
     networks: which ones measured, by metric. directory: where pictures and report are. seconds: by phase, of this call.
     """
@@ -40,6 +41,7 @@ class PipelineEvaluation:
     prompts: int
     pictures: int
     left_out: int
+    black: dict[str, int]
     steps: int
     seed: int
     by_scale: dict[str, PipelineScale]

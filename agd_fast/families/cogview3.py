@@ -1,6 +1,7 @@
 """CogView3PlusTransformer2DModel: CogView3-Plus, image and text streams in joint attention, latents [B, C, H, W].
 
 `attn1` returns (image, text); one `ff` sees both, the text first, so there is no site at it. Sizes and crop are arguments.
+Without a negative prompt the unconditional text is zeros.
 """
 
 from agd_fast.spec import Condition, DenoiserSpec, PipelineSpec, Site
@@ -23,6 +24,6 @@ SPECS = {
             Site("norm_out.linear"),
             Site("proj_out", form="affine"),
         ),
-        pipeline=PipelineSpec(),
+        pipeline=PipelineSpec(own_negative=True),
     )
 }

@@ -33,6 +33,6 @@ SPECS = {
         EDIT,
         conditions=(Condition("encoder_hidden_states", width="config.text_dim", mask="encoder_hidden_states_mask"),),
         repeated=("shape_list",),
-        pipeline=PipelineSpec(),
+        pipeline=PipelineSpec(own_negative=True),
     ),
 }

@@ -1,7 +1,8 @@
 """Kandinsky3UNet: Kandinsky 3, a U-Net whose group norms are modulated by t and the pooled prompt, latents [B, C, H, W].
 
 The pipeline writes c + g·(c − u), the standard combination at ω = g + 1, but guides for g > 1 alone: ω from 1 to 2 has no target.
-It cuts a batch of prompts to the longest one and pools over the padding, so that a prompt is not quite what it is alone.
+Without a negative prompt the unconditional text is zeros. The pipeline cuts a batch of prompts to the longest one and pools over
+the padding, so that a prompt is not quite what it is alone.
 """
 
 from agd_fast.spec import Condition, DenoiserSpec, PipelineSpec, Site
@@ -18,6 +19,6 @@ SPECS = {
         modulation=(Site("*.context_mlp.1"), Site("conv_norm_out", form="affine", channel_dim=1)),
         adapter_kind="modulation+gated_lora",
         omega_offset=1.0,
-        pipeline=PipelineSpec(components=("unet",)),
+        pipeline=PipelineSpec(components=("unet",), own_negative=True),
     )
 }

@@ -2,7 +2,7 @@
 
 Channels come last, in and out. With `visual_cond` the input is (x_t, condition, its mask) along them, and the prediction has
 x_t's alone. The pipeline writes each step into the latents it has, so what a denoiser was called with must be copied to be kept.
-Its default negative prompt is not empty.
+Of videos its default negative prompt is not empty.
 """
 
 from agd_fast.spec import Condition, DenoiserSpec, PipelineSpec, Site
@@ -25,6 +25,6 @@ SPECS = {
             Site("out_layer.out_layer", form="affine"),
         ),
         batch_dims={"visual_rope_pos": None, "text_rope_pos": None},
-        pipeline=PipelineSpec(conditional="first"),
+        pipeline=PipelineSpec(conditional="first", own_negative=("Kandinsky5T2VPipeline", "Kandinsky5I2VPipeline")),
     )
 }

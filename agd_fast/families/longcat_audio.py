@@ -23,6 +23,6 @@ SPECS = {
             Site("norm_out.linear"),
             Site("proj_out", form="affine"),
         ),
-        pipeline=PipelineSpec(conditional="first", pictures=False),
+        pipeline=PipelineSpec(conditional="first", own_negative=True, pictures=False),
     )
 }

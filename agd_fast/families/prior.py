@@ -2,6 +2,7 @@
 
 Text, t and x_t are tokens of one sequence, so no conditioning projection reaches the blocks: as in the UNet, modulation moves the
 γ of their norms. The tokens of all sites are [text; prompt; t; x_t; prediction], of which the last is what is predicted.
+Of a negative prompt, an empty one too, the pipelines make a second embedding; without one they take a black picture's.
 """
 
 from agd_fast.spec import Condition, DenoiserSpec, PipelineSpec, Site
@@ -23,6 +24,6 @@ SPECS = {
             Site("proj_to_clip_embeddings", form="affine"),
         ),
         adapter_kind="modulation+gated_lora",
-        pipeline=PipelineSpec(components=("prior",), pictures=False),
+        pipeline=PipelineSpec(components=("prior",), own_negative=True, pictures=False),
     )
 }

@@ -24,6 +24,6 @@ SPECS = {
             Site("proj_out", form="affine"),
         ),
         adapter_kind="modulation+gated_lora",
-        pipeline=PipelineSpec(pictures=False),
+        pipeline=PipelineSpec(own_negative=True, pictures=False),
     )
 }

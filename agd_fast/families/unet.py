@@ -28,6 +28,6 @@ SPECS = {
             Site("conv_norm_out", form="affine", channel_dim=1),
         ),
         adapter_kind="modulation+gated_lora",
-        pipeline=PipelineSpec(components=("unet",)),
+        pipeline=PipelineSpec(components=("unet",), own_negative=("config.force_zeros_for_empty_prompt",)),
     )
 }

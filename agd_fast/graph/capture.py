@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
@@ -53,6 +54,7 @@ def capture(function: Callable[..., list[Tensor]], inputs: Iterable[Tensor]) -> 
     _drop_modes(graph)
     _cast_by_dtype(graph)
     constants = _constants_as_inputs(graph, module)
+    _require_nothing_hidden(graph)
     graph.owning_module = None  # which would keep them for as long as there is the graph
     graph.eliminate_dead_code()
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
@@ -114,11 +116,22 @@ def sort(graph: fx.Graph) -> None:
                 previous = one
 
 
+def _require_nothing_hidden(graph: fx.Graph) -> None:
+    """Raises: NotCapturableError for what writes to memory where no schema says so."""
+    for node in graph.nodes:
+        if isinstance(node.target, HigherOrderOperator):  # a Triton kernel of the model's own
+            raise NotCapturableError(f"its forward calls {node.target}, which does not say what it writes to")
+        if schema_name(node) in ("aten::batch_norm", "aten::instance_norm") and node.args[3] is not None and node.args[5]:
+            raise NotCapturableError("its forward updates the statistics of a norm")
+
+
 def _drop_modes(graph: fx.Graph) -> None:
     for node in reversed(list(graph.nodes)):
         if node.op == "call_function" and getattr(node.target, "__name__", "") in _MODES:
             if node.target.__name__ == "_enter_autocast" and node.args[2]:
                 raise NotCapturableError("its forward switches autocast on")
+            if node.target.__name__ == "_set_grad_enabled" and node.args[0] and not torch.is_grad_enabled():
+                raise NotCapturableError("its forward switches gradients on")
             graph.erase_node(node)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from agd_fast import ops
 from agd_fast.graph.capture import add_call, arguments_of, kind_of, schema_name, value_of
 from agd_fast.graph.fusing import Fusing, only_user
-from agd_fast.graph.levels import Level, in_place_groups, is_random
+from agd_fast.graph.levels import Level, in_place_groups, is_random, memories_of
 
 aten = torch.ops.aten
 
@@ -26,16 +26,21 @@ _CASTS = ("aten::to", "aten::contiguous", "aten::alias", "aten::detach", "aten::
 _NEUTRAL = {"aten::div": 1, "aten::mul": 1, "aten::add": 0, "aten::sub": 0}
 
 
-def drop_identities(graph: fx.Graph) -> None:
+def drop_needless(graph: fx.Graph) -> None:
+    """Operations that change nothing, and those that run twice."""
+    written, seen = in_place_groups(graph), _Seen(graph)
+    _drop_identities(graph, written, seen)
+    _share_equals(graph, written, seen)
+
+
+def _drop_identities(graph: fx.Graph, written: set[fx.Node], seen: _Seen) -> None:
     """x / 1, x · 1, x + 0, x − 0, and casts and dropout that do nothing, in the same dtype and layout, are x."""
-    written = in_place_groups(graph)
     for node in list(graph.nodes):
         if not (_is_neutral(node) or schema_name(node) in _CASTS) or not node.args or not isinstance(node.args[0], fx.Node):
             continue
         x = node.args[0]  # where it is written to, or this is, it may be kept as it was by a copy
         if written.isdisjoint([node, x]) and kind_of(x) == kind_of(node) and not is_random(node):
-            node.replace_all_uses_with(x)
-            graph.erase_node(node)
+            seen.replace(node, x)
 
 
 def _is_neutral(node: fx.Node) -> bool:
@@ -45,17 +50,36 @@ def _is_neutral(node: fx.Node) -> bool:
     return bool(node.args[1] == neutral)
 
 
-def share_equals(graph: fx.Graph) -> None:
+def _share_equals(graph: fx.Graph, written: set[fx.Node], seen: _Seen) -> None:
     """Operations on the same arguments are one: DiT's blocks take the sines of t each for itself."""
-    written = in_place_groups(graph)
     found: dict[Any, fx.Node] = {}
     for node in list(graph.nodes):
         if node.op != "call_function" or is_random(node) or not written.isdisjoint([node, *node.all_input_nodes]):
             continue  # what is read before and after it is written is not the same
         key = (node.target, _hashable(node.args), _hashable(node.kwargs))
         if found.setdefault(key, node) is not node:
-            node.replace_all_uses_with(found[key])
-            graph.erase_node(node)
+            seen.replace(node, found[key])
+
+
+class _Seen:
+    """Memory that a caller sees: of what it gives, and of what it gets. It may write to either, so no two of these become one."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        nodes = [node for node in graph.nodes if node.op == "placeholder"] + graph.output_node().all_input_nodes
+        self.memories = set[int]().union(*map(memories_of, nodes))
+        self.became: dict[int, set[int]] = {}  # by memory, all that is one with it now
+
+    def replace(self, node: fx.Node, other: fx.Node) -> None:
+        """Put another node in the place of one, but where a caller would see it."""
+        own, its = self._of(node), self._of(other)
+        if own != its and own & self.memories and its & self.memories:
+            return
+        self.became |= dict.fromkeys(own | its, own | its)
+        node.replace_all_uses_with(other)
+        node.graph.erase_node(node)
+
+    def _of(self, node: fx.Node) -> set[int]:
+        return set[int]().union(*(self.became.get(memory, {memory}) for memory in memories_of(node)))
 
 
 def _hashable(value: Any) -> Any:
@@ -100,6 +124,9 @@ class _Norm:
 
     def _in_torch(self) -> bool:
         """Whether PyTorch's own norm can take the rows."""
+        own = [value_of(one) for one in self.node.args[2:4] if isinstance(one, fx.Node)]
+        if any(one.dtype != self.value.dtype for one in own):  # γ and β are to be of one
+            return False
         if not self.grouped:
             return not self.batched
         return len(self.value) == 1 or bool(value_of(self.node.args[0]).is_contiguous())  # type: ignore[arg-type]

@@ -8,10 +8,12 @@ from enum import IntEnum
 
 import torch
 from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
 from agd_fast.graph.capture import arguments_of, schema_name, value_of
 
-_MAYBE_COPIES = ("reshape", "reshape_as", "flatten", "ravel", "contiguous", "to", "type_as")  # views if the layout allows it
+# views if the layout allows it, or the arguments
+_MAYBE_COPIES = ("reshape", "reshape_as", "flatten", "ravel", "contiguous", "to", "type_as", "dropout")
 
 
 class Level(IntEnum):
@@ -25,25 +27,28 @@ class Level(IntEnum):
 def levels_of(graph: fx.Graph, placeholders: Mapping[fx.Node, Level]) -> dict[fx.Node, Level]:
     """The level of every node. placeholders: those of the inputs; all others are constants.
 
-    Tensors that are written in place, and all views of them, have one level: that of all that is written.
+    Tensors that are written in place, and all views of them, have one level: that of all that is written, and of all that reads
+    them before the last write.
     """
     owners = owners_of(graph)
-    written = {owners[node] for node in graph.nodes if writes(node)}
+    last = {owners[node]: index for index, node in enumerate(graph.nodes) if writes(node)}
     level: dict[fx.Node, Level] = {}
-    of_group: dict[fx.Node, Level] = dict.fromkeys(written, Level.STATIC)
+    of_group: dict[fx.Node, Level] = dict.fromkeys(last, Level.STATIC)
     while True:  # until what is written in place has settled
         before = dict(of_group)
-        for node in graph.nodes:
+        for index, node in enumerate(graph.nodes):
             if node.op == "placeholder":
                 level[node] = placeholders.get(node, Level.STATIC)
             else:
                 found = [level[one] for one in node.all_input_nodes]
                 level[node] = max(found, default=Level.STATIC)
-                if node.op == "output" or is_random(node):
-                    level[node] = Level.MOVING
-            if owners.get(node) in written:
-                group = owners[node]
+                if node.op == "output" or is_random(node) or (writes(node) and owners[node].op == "placeholder"):
+                    level[node] = Level.MOVING  # what a caller sees happens at every step
+            if (group := owners[node]) in last:
                 of_group[group] = level[node] = max(of_group[group], level[node])
+            for group in {owners[one] for one in node.all_input_nodes}:
+                if index < last.get(group, -1):
+                    of_group[group] = max(of_group[group], level[node])
         if of_group == before:
             return level
 
@@ -81,16 +86,40 @@ def elements(node: fx.Node) -> int:
 
 
 def owners_of(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
-    """The node whose memory each node is a view of."""
+    """The node whose memory each node is a view of; one for all memory that a single operation writes to, or gives views of."""
     owners: dict[fx.Node, fx.Node] = {}
+    first_in: dict[int, fx.Node] = {}  # by memory
     for node in graph.nodes:
-        shares = (
-            node.op == "call_function"
-            and node.all_input_nodes
-            and (is_view(node) or writes(node) or _maybe_copies(node) or _is_item(node))
-        )
-        owners[node] = owners[_first(node)] if shares else node
+        memories = memories_of(node)
+        sharing = [*_sharing(node), *(first_in[memory] for memory in memories if memory in first_in)]
+        found = {owners[one] for one in sharing}
+        owners[node] = min(found, default=node)  # an input, where one is among them
+        if len(found) > 1:
+            owners = {one: owners[node] if owner in found else owner for one, owner in owners.items()}
+        for memory in memories:
+            first_in.setdefault(memory, node)
     return owners
+
+
+def memories_of(node: fx.Node) -> set[int]:
+    """Where its tensors lie: those of several nodes have one in common where one is a view of the other."""
+    values = [one for one in pytree.tree_leaves(value_of(node)) if isinstance(one, Tensor) and one.layout == torch.strided]
+    return {value.untyped_storage()._cdata for value in values}
+
+
+def _sharing(node: fx.Node) -> list[fx.Node]:
+    """What it writes to, or may be another view of."""
+    if writes(node):
+        return _written(node)
+    shares = node.op == "call_function" and node.all_input_nodes and (is_view(node) or _maybe_copies(node) or _is_item(node))
+    return [_first(node)] if shares else []
+
+
+def _written(node: fx.Node) -> list[fx.Node]:
+    arguments = node.target._schema.arguments  # type: ignore[union-attr]
+    given = {**{argument.name: value for argument, value in zip(arguments, node.args, strict=False)}, **node.kwargs}
+    targets = [given.get(argument.name) for argument in arguments if argument.alias_info is not None and argument.is_write]
+    return [one for one in pytree.tree_leaves(targets) if isinstance(one, fx.Node)]
 
 
 def _maybe_copies(node: fx.Node) -> bool:

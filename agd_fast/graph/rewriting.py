@@ -10,7 +10,7 @@ from torch import fx
 
 from agd_fast.graph.adapters import fuse_adapters
 from agd_fast.graph.feed_forward import end_products_with_gelu, fuse_feed_forward
-from agd_fast.graph.folding import drop_identities, fold_into_norms, share_equals
+from agd_fast.graph.folding import drop_needless, fold_into_norms
 from agd_fast.graph.fusing import Fusing
 from agd_fast.graph.joining import join_equal_cats
 from agd_fast.graph.levels import Level, levels_of
@@ -48,8 +48,7 @@ def rewrite(
     tokens become one, but for thin ones; None for nowhere. gelu_epilogue: where products end with their gelu."""
     fusing, joined = Fusing(graph, {}, policy), 0
     if fold:
-        drop_identities(graph)
-        share_equals(graph)
+        drop_needless(graph)
         fold_into_norms(graph, levels_of(graph, placeholders), fusing if policy != "never" else None)
     fusing.level = levels_of(graph, placeholders)
     merged = merge_low_rank(fusing) if merge else 0

@@ -10,7 +10,7 @@ from diffusers.guiders import BaseGuidance
 from diffusers.guiders.guider_utils import GuiderOutput
 from torch import Tensor, nn
 
-from agd_fast.attaching import require_attachment, to_omega, warn_outside
+from agd_fast.attaching import require_attachment, to_omega, uncompiled, warn_outside
 from agd_fast.forward import device_of
 
 
@@ -19,7 +19,7 @@ class AdapterGuidance(BaseGuidance):
 
     guidance_scale: one number or one a sample, in the family's own convention. start, stop: fractions of the steps between
     which the adapter acts. enabled: False leaves the plain conditional prediction.
-    Raises: ValueError at the first step when the denoiser has no adapter.
+    Raises: ValueError at the first step when the denoiser has no adapter, or modules that it acts on were replaced since.
     """
 
     _input_predictions = ["pred_cond"]  # noqa: RUF012 (diffusers asks for a list)
@@ -38,6 +38,7 @@ class AdapterGuidance(BaseGuidance):
             attachment = require_attachment(denoiser)
             omega = to_omega(self.guidance_scale, attachment.spec)
             if self._step in (None, int(self._start * (self._num_inference_steps or 0))):
+                attachment.require_sites(uncompiled(denoiser))
                 warn_outside(omega, attachment.adapter.config)
             self._previous, attachment.omega = attachment.omega, omega.to(device_of(denoiser))
 

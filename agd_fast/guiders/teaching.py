@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from agd_fast.guiders.adapter_guidance import AdapterGuidance
 
-_APART_AT_ONE = ("zero_init_steps", "adaptive_projected_guidance_rescale", "adaptive_projected_guidance_scale")
+_APART_AT_ONE = ("zero_init_steps", "adaptive_projected_guidance_scale")
 
 
 def require_teachable(guider: Any) -> None:
@@ -22,12 +22,19 @@ def require_teachable(guider: Any) -> None:
         raise ValueError(
             "an adapter cannot teach itself; expected a guider such as ClassifierFreeGuidance, found AdapterGuidance"
         )
+    if not guider._enabled:
+        raise ValueError(f"{name} is switched off, and guides by no scale; expected {name}(enabled=True)")
     for setting in ("adaptive_projected_guidance_momentum", "momentum"):
         if (value := getattr(guider, setting, None)) is not None:
             raise ValueError(
                 f"{name} with {setting}={value} adds up earlier steps, which an adapter does not see; expected {setting}=None, "
                 "or another guider, such as ClassifierFreeGuidance"
             )
+    if hasattr(guider, "modality_scale"):
+        raise ValueError(
+            f"{name} guides x0 by passes that LTX-2's own blocks change, which no pipeline here does; expected another guider, "
+            "such as ClassifierFreeGuidance"
+        )
     for setting in ("auto_guidance_config", "skip_layer_config"):
         for layers in getattr(guider, setting, None) or ():
             if 0 < layers.dropout < 1:
@@ -48,11 +55,13 @@ def name_of_guider(guider: BaseGuidance) -> str:
 def gives_cond_at_one(guider: BaseGuidance) -> bool:
     """Whether the rule goes to ε(c) as ω goes to 1.
 
-    Not where a further branch has a scale of its own, the first steps give zero, or the difference of both branches is clipped or
-    projected, as in APG.
+    Not where a further branch has a scale of its own, the first steps give zero, or the difference of both branches that is added
+    to ε(∅) is clipped or projected, as in APG; its original formulation adds g·Δ to ε(c), and g goes to 0.
     """
-    apart = any(getattr(guider, setting, 0) for setting in _APART_AT_ONE) or getattr(guider, "eta", 1.0) != 1
-    return len(guider._input_predictions or ()) <= 2 and not apart
+    if len(guider._input_predictions or ()) > 2 or any(getattr(guider, setting, 0) for setting in _APART_AT_ONE):
+        return False
+    changed = getattr(guider, "adaptive_projected_guidance_rescale", 0) or getattr(guider, "eta", 1.0) != 1
+    return not changed or bool(getattr(guider, "use_original_formulation", False))
 
 
 def scale_for(guider: BaseGuidance, omega: float) -> float:

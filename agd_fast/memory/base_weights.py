@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from agd_fast.forward import device_of
 from agd_fast.memory.convolution import input_gradient
@@ -83,8 +83,19 @@ class PackedWeight(Tensor):
                 return first._with(lambda part: part.to(kwargs.get("device"), copy=True), kwargs.get("dtype"))
             if packet is torch.ops.aten.clone:
                 return first._with(torch.clone)
+        if func._schema.is_mutable:
+            _require_unwritten(func, args, kwargs)
         args, kwargs = tree_map(lambda value: value.unpacked() if isinstance(value, PackedWeight) else value, (args, kwargs))
         return func(*args, **kwargs)
+
+
+def _require_unwritten(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raises: RuntimeError where an operator would write to the unpacked copy of a weight."""
+    for place, argument in enumerate(func._schema.arguments):
+        given = args[place] if place < len(args) else kwargs.get(argument.name)
+        for value in tree_leaves(given) if argument.is_write else ():
+            if isinstance(value, PackedWeight):
+                raise RuntimeError(f"{func} would write to a weight that is kept as {value.kind}, whose codes would not follow")
 
 
 @dataclass(frozen=True)

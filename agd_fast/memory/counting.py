@@ -21,7 +21,6 @@ from torch.utils._pytree import tree_leaves
 _ATTENTION = (F.scaled_dot_product_attention, torch.ops.aten.scaled_dot_product_attention.default)
 _flash = torch.ops.aten._scaled_dot_product_flash_attention
 _efficient = torch.ops.aten._scaled_dot_product_efficient_attention
-_APPLY = Function.apply.__func__.__code__  # type: ignore[attr-defined]
 _CHECKPOINT = torch.utils.checkpoint.__file__
 
 
@@ -33,7 +32,7 @@ class FusedAttention(TorchFunctionMode):
 
 
 class _Names(TorchFunctionMode):
-    """Keeps the name of the outermost function of torch that runs."""
+    """Keeps the name of the outermost function of torch that runs, or of the class of torch.autograd.Function that is applied."""
 
     current = "other"
 
@@ -43,6 +42,24 @@ class _Names(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         finally:
             self.current = previous
+
+    @contextmanager
+    def of_classes(self) -> Iterator[None]:
+        """No mode of torch sees these, and no frame from torch 2.15 on: inside, `Function.apply` says whose it is."""
+        plain = Function.__dict__["apply"]
+
+        def apply(cls: type[Function], *args: Any, **kwargs: Any) -> Any:
+            previous, self.current = self.current, cls.__name__
+            try:
+                return plain.__get__(None, cls)(*args, **kwargs)
+            finally:
+                self.current = previous
+
+        Function.apply = classmethod(apply)  # type: ignore[assignment, method-assign]
+        try:
+            yield
+        finally:
+            Function.apply = plain  # type: ignore[method-assign]
 
 
 class _Holder:
@@ -83,9 +100,8 @@ class SavedBytes:
                     self.by_op[holder.name] += storage.nbytes()
 
     def _name(self, frame: Any) -> str:
-        name = frame.f_locals["cls"].__name__ if frame.f_code is _APPLY else self._names.current
-        checkpointed = frame.f_code.co_filename == _CHECKPOINT or name == "_NoopSaveInputs"  # of torch before 2.13
-        return "checkpointed inputs" if checkpointed else name
+        checkpointed = frame.f_code.co_filename == _CHECKPOINT or self._names.current == "_NoopSaveInputs"  # before torch 2.13
+        return "checkpointed inputs" if checkpointed else self._names.current
 
 
 @contextmanager
@@ -95,7 +111,7 @@ def saving(*modules: nn.Module) -> Iterator[SavedBytes]:
     Attention on meta is the fused kernel's.
     """
     saved = SavedBytes(modules)
-    with FusedAttention(), saved._names, torch.autograd.graph.saved_tensors_hooks(saved.pack, _unpack):
+    with FusedAttention(), saved._names, saved._names.of_classes(), torch.autograd.graph.saved_tensors_hooks(saved.pack, _unpack):
         yield saved
     saved.count()
 

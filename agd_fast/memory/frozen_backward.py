@@ -36,7 +36,9 @@ def frozen_backward(model: nn.Module, activations: str | Mode = "4bit") -> Itera
         Or a Mode, to choose each.
 
     The model runs eagerly inside: what torch.compile made of it, or of its blocks, is passed over. Gradient checkpointing of
-    diffusers' blocks is followed into its re-runs.
+    diffusers' blocks is followed into its re-runs. Left to plain autograd are functions that were compiled, what
+    torch.utils.checkpoint runs besides, and forwards under forward-mode AD or a transform of torch.func. A gradient of a gradient
+    is refused by autograd.
 
     Raises: ValueError for an unknown mode, a weight of the model that requires grad, or a model that is inside already.
     """
@@ -48,7 +50,7 @@ def frozen_backward(model: nn.Module, activations: str | Mode = "4bit") -> Itera
 
     def forward(own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         nonlocal plan
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or _is_transformed():
             return own(*args, **kwargs)
         run = Run(mode, plan.again())
         with blocks.followed(run), FrozenBackward(run, HANDLERS):
@@ -67,6 +69,11 @@ def frozen_backward(model: nn.Module, activations: str | Mode = "4bit") -> Itera
         if given is not model:
             stack.enter_context(_set([(given, "forward", model)]))
         yield
+
+
+def _is_transformed() -> bool:
+    """Whether torch.func or forward-mode AD differentiates this."""
+    return torch._C._functorch.maybe_current_level() is not None or torch.autograd.forward_ad._current_level >= 0
 
 
 def _require_frozen(model: nn.Module) -> None:
@@ -126,7 +133,7 @@ class _Rerun:
                 with run.region(again=makes_all_again(self.checkpoint)):
                     return function(*args, **kwargs)
             rerun = Run(run.mode, run.plan.again(), first)
-            with self.blocks.followed(rerun), FrozenBackward(rerun, HANDLERS):
+            with self.blocks.followed(rerun), FrozenBackward(rerun, HANDLERS), rerun.again():
                 return function(*args, **kwargs)
 
         return self.checkpoint(in_run, *args, **kwargs)

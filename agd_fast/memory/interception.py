@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from agd_fast.memory.modes import Mode
 from agd_fast.memory.provenance import Plan, Provenance
-from agd_fast.memory.saved import PLAIN, Kept, compiled
+from agd_fast.memory.saved import PLAIN, Kept, Read, Saved, compiled
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -28,6 +28,8 @@ class Run:
         self.mode, self.plan = mode, plan
         self.provenance = Provenance(mode, plan)
         self.norms, self.activations = first
+        self.saver: Any = None  # who is handed what autograd saves, in a piece that is run again
+        self.reads: set[Read] | None = None  # of what is kept when it is run again
 
     @property
     def numbers(self) -> tuple[int, int]:
@@ -58,25 +60,72 @@ class Run:
             and tensor.numel() >= max(self.mode.smallest, 1)
         )
 
+    def replaces_product(self, one: Tensor, other: Tensor) -> bool:
+        """As `replaces`, of a product of both: of real numbers that both need gradients, one of them large."""
+        both = one.requires_grad and other.requires_grad and not one.is_complex() and not other.is_complex()
+        return both and (self.replaces(one) or self.replaces(other))
+
     def attach(self, name: str, output: Tensor, backward: Backward, kept: tuple[Kept, ...], *inputs: Tensor) -> Tensor:
         """`output` with a history: `backward(gradient, needs, *values of what is kept)` gives the gradients of `inputs`."""
+        if output._is_view():  # which autograd would let nobody change in place
+            output = output.data
+        if self.reads is not None:
+            self.reads.update(*[one.source.reads for one in kept if isinstance(one, Saved)])
         return _function(name).apply([output], backward, kept, *inputs)
 
     @contextmanager
     def region(self, again: bool = False) -> Iterator[None]:
-        """A piece that is run again by itself, so that nothing known before it may be used in it. again: whether all that it
-        keeps is made again then."""
-        outer, self.provenance = self.provenance, Provenance(self.mode, self.plan, _is_checkpointed if again else None)
+        """A piece that is run again by itself, and followed there, so that nothing known before it may be used in it. again:
+        whether all that it keeps is made again then."""
+        outer = self.provenance, self.saver
+        self.provenance, self.saver = Provenance(self.mode, self.plan, _is_checkpointed if again else None), _saver()
         try:
             yield
         finally:
-            self.provenance = outer
+            self.provenance, self.saver = outer
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """As `region`, when it is run again. Autograd does not look at versions of what it gives back then.
+
+        Raises: RuntimeError where backward would read what was written to meanwhile.
+        """
+        self.reads = reads = set[Read]()
+        with self.region():
+            try:
+                yield
+            finally:
+                if any(one.changed for one in reads):
+                    raise RuntimeError(
+                        "a tensor that is read in backward was modified by an inplace operation in a block that is run again; "
+                        "expected a copy of it there, or that block without gradient checkpointing"
+                    )
+
+    @property
+    def is_beyond(self) -> bool:
+        """Whether torch's checkpointing runs this, for the first time or again, in a piece that is not followed there."""
+        saver = _saver()
+        if saver is None or saver is self.saver:
+            return False
+        return _name(saver).startswith(("_checkpoint_hook.", "_recomputation_hook."))
 
 
 def _is_checkpointed() -> bool:
     """Whether what autograd saves now is thrown away: torch's own checkpointing makes it again before it is read."""
-    hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda ignores_tracing: None)(True)
-    return hooks is not None and getattr(hooks[0], "__qualname__", "") == "_checkpoint_hook.__init__.<locals>.pack_hook"
+    return _name(_saver()).startswith("_checkpoint_hook.")
+
+
+def _saver() -> Any:
+    """The hook that is handed what autograd saves now; None without."""
+    hooks = _top_hooks(True)
+    return None if hooks is None else hooks[0]
+
+
+def _name(hook: Any) -> str:
+    return getattr(hook, "__qualname__", "")
+
+
+_top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda ignores_tracing: None)
 
 
 class FrozenBackward(TorchFunctionMode):
@@ -87,11 +136,11 @@ class FrozenBackward(TorchFunctionMode):
         self.run, self.handlers = run, handlers
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        handler = self.handlers.get(func)
+        handler = None if torch.compiler.is_dynamo_compiling() else self.handlers.get(func)
         if handler is None:
             return func(*args, **kwargs) if kwargs else func(*args)
         kwargs = kwargs or {}
-        if not torch.is_grad_enabled() or "out" in kwargs:
+        if not torch.is_grad_enabled() or "out" in kwargs or self.run.is_beyond:
             return func(*args, **kwargs)
         return handler(self.run, functools.partial(func, *args, **kwargs), *args, **kwargs)
 
@@ -108,7 +157,9 @@ class _Kept(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        return _once(ctx, gradient) if torch.is_grad_enabled() else _gradients(ctx, gradient)
+        if not torch.is_grad_enabled():
+            return _gradients(ctx, gradient)
+        return _once(ctx, gradient if gradient.requires_grad else gradient.detach().requires_grad_())
 
 
 def _gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -118,7 +169,8 @@ def _gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         return None, None, None, *ctx.gradients(gradient, ctx.needs_input_grad[3:], *values)
 
 
-_once = once_differentiable(_gradients)  # dearer, and needed only where a graph of the backward is made
+# Dearer, and needed only where a graph of the backward is made: with a gradient that needs one, it refuses another derivative.
+_once = once_differentiable(_gradients)
 
 
 @functools.cache

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, get_args
 
+from agd_fast.memory.ops.layout import BITS, GROUPS
+
 Activations = Literal["exact", "8bit", "4bit", "recompute"]
 
 
@@ -17,7 +19,7 @@ class Packing(NamedTuple):
 
 @dataclass(frozen=True)
 class Mode:
-    """Bits of what is kept, by what reads it in backward; None keeps it as it is.
+    """Bits of what is kept, by what reads it in backward; None keeps it as it is: attention alone, or all.
 
     norm: x̂ of layer and RMS norms that only the norm's own input gradient reads. fine: what the gradient of a trainable weight,
     or a recomputation, reads; x̂ of group norms, and of rows shorter than `narrow`, whose gradient takes errors of x̂ in by 1/√n.
@@ -36,6 +38,15 @@ class Mode:
     smallest: int = 4096
     recomputes: bool = False
     attends_again: bool = True
+
+    def __post_init__(self) -> None:
+        """Raises: ValueError for bits or groups that nothing is packed in."""
+        needed, attention = (self.norm, self.fine, self.factor), self.attention
+        exact = not any((*needed, attention))
+        if not exact and (any(bits not in BITS for bits in needed) or attention not in (None, *BITS)):
+            raise ValueError(f"norm, fine and factor must be 4 or 8, attention these or None, or all of them None; found {self}")
+        if any(group not in GROUPS for group in self.groups):
+            raise ValueError(f"groups must be of {GROUPS}; found {self.groups}")
 
     def packing(self, bits: int | None) -> Packing:
         assert bits is not None, "exact modes pack nothing"

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from agd_fast.memory.saved import (
     Kept,
     Layout,
     Layouts,
+    Read,
     Saved,
     Source,
     as_is,
@@ -27,6 +28,7 @@ from agd_fast.memory.saved import (
     is_dense,
     layout_of,
     new_root,
+    read,
 )
 
 HEAVIEST = 2  # products of matrices on the way to a value that is made again
@@ -36,14 +38,21 @@ DEEPEST = 32  # functions on the way to it
 @dataclass(eq=False)
 class _Entry:
     """source: gives back what lay at `layout` at that version. original: what it is the cast of, or, with `linear`, a linear of:
-    of what gives that back, the source."""
+    of what gives that back, the source. blank: whether nobody is known to have written to it."""
 
     version: int
     layout: Layout
     dtype: torch.dtype
     source: Source | None = None
-    original: Tensor | None = None
+    original: Read | None = None
     linear: Callable[[Kept], Source] | None = None
+    blank: bool = False
+
+    @property
+    def unchanged(self) -> Tensor | None:
+        """The original, where nobody has written to it since."""
+        read = self.original
+        return None if read is None or read.changed else read.tensor
 
     def made_of(self, parent: Kept) -> Source:
         return self.linear(parent) if self.linear else again(partial(_cast, dtype=self.dtype), parent)
@@ -58,9 +67,10 @@ class Activation(NamedTuple):
 
 
 class _Activated(NamedTuple):
-    """layout, versions: of the output, and of the input too, when the activation ran."""
+    """versions: of the output and of the input, when the activation ran."""
 
     activation: Activation
+    output: ref[Tensor]
     layout: Layout
     versions: tuple[int, int]
 
@@ -104,33 +114,37 @@ class Provenance:
     def unread(self) -> bool:
         return self._is_unread is not None and self._is_unread()
 
-    def record(self, tensor: Tensor, source: Source) -> None:
-        """`source` gives `tensor` back."""
+    def record(self, tensor: Tensor, source: Source, blank: bool = False) -> None:
+        """`source` gives `tensor` back; with `blank`, as long as only what is known here writes to it."""
         if type(tensor) in PLAIN and tensor.is_complex():
             tensor, source = torch.view_as_real(tensor), again(torch.view_as_real, Saved(source))
-        self._add(tensor, source=source)
+        self._add(tensor, source=source, blank=blank)
 
     def record_cast(self, tensor: Tensor, original: Tensor) -> None:
         """`tensor` is `original` in another dtype."""
-        self._add(tensor, original=original)
+        self._add(tensor, original=Read(original, original._version))
 
     def record_linear(self, output: Tensor, input: Tensor, linear: Callable[[Kept], Source]) -> None:
         """What `linear` makes of a copy of `input` gives `output` back; the copy is made when that is wanted."""
-        self._add(output, original=input, linear=linear)
+        self._add(output, original=Read(input, input._version), linear=linear)
 
     def record_activation(self, output: Tensor, activation: Activation) -> None:
         versions = output._version, activation.input._version
-        self._activations[output.untyped_storage()] = _Activated(activation, layout_of(output), versions)
+        self._activations[output.untyped_storage()] = _Activated(activation, ref(output), layout_of(output), versions)
 
     def activation_of(self, output: Tensor) -> Activation | None:
-        """Which activation gave `output`, all of it, where neither it nor the input has changed since."""
+        """Which activation gave `output`, that very tensor, where neither it nor the input has changed since, and nobody waits
+        for its gradient."""
         found = self._activations.get(output.untyped_storage())
-        if found is None or found.layout != layout_of(output):
+        if found is None or found.output() is not output or found.layout != layout_of(output):
+            return None
+        if output._backward_hooks or output.retains_grad:
             return None
         return found.activation if found.versions == (output._version, found.activation.input._version) else None
 
-    def find(self, tensor: Tensor) -> Saved | None:
-        """What gives `tensor` back without keeping anything more, the finest and lightest; None where nothing does."""
+    def find(self, tensor: Tensor, blank: bool = False) -> Saved | None:
+        """What gives `tensor` back without keeping anything more, the finest and lightest; None where nothing does. blank: also
+        where it is about to be written to for the first time."""
         if type(tensor) not in PLAIN or tensor.untyped_storage() not in self._entries:
             return None
         if tensor.is_complex():
@@ -138,11 +152,13 @@ class Provenance:
             return None if real is None else Saved(again(torch.view_as_complex, real))
         best: Saved | None = None
         for entry, layouts in self._known(tensor):
-            if entry.source is None and entry.original is not None:
-                parent = self.find(entry.original)
+            if entry.source is None and (original := entry.unchanged) is not None:
+                parent = self.find(original)
                 if parent is not None:
                     entry.source = entry.made_of(parent)
-            if entry.source is not None and (best is None or _order(entry.source) < _order(best.source)):
+            if entry.blank and not blank:
+                continue
+            if entry.source is not None and entry.source.holds and (best is None or _order(entry.source) < _order(best.source)):
                 best = Saved(entry.source, layouts)
         return best
 
@@ -164,8 +180,8 @@ class Provenance:
         found = self.find(tensor)
         if found is None:
             for entry, layouts in self._known(tensor):
-                if entry.original is not None and entry.original.numel() <= tensor.numel():
-                    entry.source = entry.made_of(self.save(entry.original, bits, heaviest=heaviest))
+                if (original := entry.unchanged) is not None and original.numel() <= tensor.numel():
+                    entry.source = entry.made_of(self.save(original, bits, heaviest=heaviest))
                     return Saved(entry.source, layouts)
         elif found.source.cost <= heaviest:
             coarse = bits is not None and bits < 8
@@ -182,7 +198,7 @@ class Provenance:
     def _known(self, tensor: Tensor) -> Iterator[tuple[_Entry, Layouts | None]]:
         """What holds of the tensor or of a piece of memory that it is a view of."""
         entries = self._entries.get(tensor.untyped_storage())
-        if entries is None:
+        if entries is None or tensor.is_neg():
             return
         layout, version, dtype = layout_of(tensor), tensor._version, tensor.dtype
         for entry in entries:
@@ -259,13 +275,15 @@ def again(function: Callable[..., Tensor], *parents: Kept, tensors: tuple[Tensor
     """`function(*tensors, *parents)` once more; it holds no tensor itself."""
     fine, heaviest, depth = True, 0, 0
     roots = norms = _NONE
+    kept = tuple([as_is(one) for one in tensors])
+    reads = read([*kept, *(parent for parent in parents if isinstance(parent, Tensor))])
     for parent in parents:
         if isinstance(parent, Saved):
             source = parent.source
             fine = fine and source.fine
             heaviest, depth = max(heaviest, source.cost), max(depth, source.depth)
-            roots, norms = roots | source.roots, norms | source.norms
-    return Source(tuple([as_is(one) for one in tensors]), function, parents, fine, cost + heaviest, 1 + depth, roots, norms)
+            roots, norms, reads = roots | source.roots, norms | source.norms, reads | source.reads
+    return Source(kept, function, parents, fine, cost + heaviest, 1 + depth, roots, norms, reads)
 
 
 _NONE: frozenset[int] = frozenset()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
@@ -31,7 +31,7 @@ class Source:
     tensors: what is kept of it. rebuild: (*tensors, *values of parents) → the value; it holds no tensor itself.
     fine: whether it is precise enough for the gradient of a weight, or to compute with. cost: products of matrices on the way to
     it. depth: functions on the way to it. roots: the copies that it is made from. norms: those of them that are x̂, by the norm's
-    number in the forward.
+    number in the forward. reads: the tensors of others that it is made from.
     """
 
     tensors: tuple[Tensor, ...]
@@ -42,6 +42,28 @@ class Source:
     depth: int = 0
     roots: frozenset[int] = frozenset()
     norms: frozenset[int] = frozenset()
+    reads: frozenset[Read] = frozenset()
+
+    @property
+    def holds(self) -> bool:
+        """Whether it still gives back what it did: nobody has written to what it reads."""
+        return not any(one.changed for one in self.reads)
+
+
+@dataclass(eq=False)
+class Read:
+    """A tensor of somebody else, and its version when it was read."""
+
+    tensor: Tensor
+    version: int
+
+    @property
+    def changed(self) -> bool:
+        return self.tensor._version != self.version
+
+
+def read(tensors: Iterable[Tensor]) -> frozenset[Read]:
+    return frozenset([Read(tensor, tensor._version) for tensor in tensors])
 
 
 @dataclass(eq=False)

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from agd_fast.attaching import components_of, disabled, guiders_of, own_call, require_scale, spec_of
+from agd_fast.attaching import components_of, disabled, guiders_of, own_call, require_known_call, spec_of
+from agd_fast.attaching.scales import REPEATS
 from agd_fast.attaching.steps import number_of_steps
 from agd_fast.files import fingerprint
 from agd_fast.forward import nest
@@ -57,16 +57,15 @@ class PipelineTeacher(Teacher):
     ) -> PipelineTeacher:
         """Raises: TypeError, ValueError for a pipeline, inputs or a guider that cannot be distilled."""
         spec = spec_of(pipe, spec)
-        require_scale(pipe, spec)
+        require_known_call(pipe, spec)
         components = components_of(pipe, spec)
         component = component or next(iter(components))
-        _require_outermost(pipe, components[component])
         for one in guiders_of(pipe, spec) if guider is None else [guider]:
             require_teachable(one)
         lengths = {name: len(value) for name, value in inputs.items()}
         if len(set(lengths.values())) != 1 or not all(lengths.values()):
             raise ValueError(f"expected inputs of one positive length, found {lengths or 'none'}")
-        decided = {"num_inference_steps", "generator", *spec.pipeline.omega_arguments, *inputs} & set(call or {})
+        decided = {"num_inference_steps", "generator", *REPEATS, *spec.pipeline.omega_arguments, *inputs} & set(call or {})
         if decided:
             raise ValueError(f"call holds {sorted(decided)}, which distilling decides; expected other arguments of the pipeline")
         if any(one.is_meta for one in components[component].parameters()):
@@ -231,13 +230,6 @@ class PipelineTeacher(Teacher):
 
     def _described_call(self) -> list[str]:
         return [f"{name}={described(value)}" for name, value in sorted(self.call.items())]
-
-
-def _require_outermost(pipe: Any, denoiser: nn.Module) -> None:
-    """Raises: ValueError for a pipeline that holds others, of which one runs the denoiser."""
-    inside = {name: value for name, value in vars(pipe).items() if isinstance(value, DiffusionPipeline)}
-    if any(one is denoiser for inner in inside.values() for one in vars(inner).values()):
-        raise ValueError(f"{type(pipe).__name__} runs other pipelines in its call; expected its {' or '.join(inside)}")
 
 
 def _without_values(leaf: Any) -> Any:

@@ -60,7 +60,8 @@ def pipeline_headline(result: PipelineEvaluation) -> str:
 
 
 def pipeline_about(result: PipelineEvaluation) -> str:
-    left_out = f", {result.left_out} of them left out as black" if result.left_out else ""
+    whose = ", ".join(f"{way}: {count}" for way, count in result.black.items())
+    left_out = f", {result.left_out} of them left out as black ({whose})" if result.left_out else ""
     networks = "".join(f"; {metric}: {network}" for metric, network in result.networks.items())
     return (
         f"{result.pipeline}, {result.pictures} pictures an arm{left_out}, of {result.prompts} inputs; {result.steps} steps, "

@@ -25,6 +25,7 @@ from agd_fast.trajectories import Trajectories, collect
 from nfe_speed import commit
 from quality.arms import FULL, OTHER_RATES
 from quality.guiders import apg, cfg_zero_star
+from quality.run import require_sizes
 from quality.scoring import STATES_SEED, Sizes, cfg, draw, measure, unguided
 from quality.students import GUIDANCE_RANGE, full_finetune
 from quality.teachers import BenchTeacher
@@ -128,19 +129,21 @@ def run_claims(
     """Measure what is missing of the claims, each into output/claim-NAME.json.
 
     names: of CLAIMS; None takes all that the teacher allows. steps, trajectories: of every adapter's training.
-    Raises: ValueError for an unknown name, or a claim on captions with a teacher that takes none.
+    Raises: ValueError for an unknown name, a claim on captions with a teacher that takes none, or a folder of other sizes.
     """
     names = [name for name in CLAIMS if name != "unseen_captions" or bench.held_out] if names is None else names
     if unknown := sorted(set(names) - set(CLAIMS)):
         raise ValueError(f"expected claims of {', '.join(CLAIMS)}; found {', '.join(unknown)}")
+    require_sizes(output, sizes)
     lab = Lab(bench, output, sizes, steps, trajectories)
     for name in names:
         path = output / f"claim-{name}.json"
         if path.is_file():
             continue
         claim = CLAIMS[name](lab)
-        where = {"environment": environment(), "commit": commit()}
-        write_json(path, {"claim": name, "setting": claim.setting, "values": claim.values, "note": claim.note, **where})
+        row = {"claim": name, "setting": claim.setting, "values": claim.values, "note": claim.note}
+        how = {"steps": steps, "trajectories": trajectories, "environment": environment(), "commit": commit()}
+        write_json(path, {**row, **how})
         print(f"{name}: " + ", ".join(f"{label} {value:.3f}" for label, value in claim.values.items()), flush=True)
 
 

@@ -36,7 +36,9 @@ INTRODUCTION = """# How faithfully one pass reproduces classifier-free guidance
 Written by `python bench/fidelity.py report` from `bench/results/fidelity/`; edits are lost.
 
 **Guidance explained** is 1 − Σ‖ε̂ − ε_cfg‖² / Σ‖ε(c) − ε_cfg‖² over held-out states, the mean over ω of 1.5, 2, 3, 4 and 6:
-1 is CFG, 0 the unguided base. Fréchet distance, accuracy and RMSE are of images that CFG and AGD draw from the same noise, at the
+1 is CFG, 0 the unguided base. Held out is the noise: the states are of other trajectories of the classes or captions that were
+distilled, the same ones for every arm and seed, by which learning rates were chosen too. Captions that were not distilled are
+among the claims. Fréchet distance, accuracy and RMSE are of images that CFG and AGD draw from the same noise, at the
 ω where CFG's own Fréchet distance is lowest. RMSE is to CFG's image, as a share of the unguided image's. ± is the standard
 deviation over seeds. A Fréchet distance alone misleads, since an adapter that guides too weakly can look better than CFG: read it
 beside the others.
@@ -65,11 +67,11 @@ def section(result: Result, output: Path) -> str:
     ]
     for title, text, table in (
         ("The teacher under CFG", REFERENCE_TEXT, reference_table(result)),
-        ("Arms", SCREENING_TEXT, screening_table(result)),
+        ("Arms", f"{SCREENING_TEXT} {states_text(result)}".strip(), screening_table(result)),
         ("States to train on", SOURCES_TEXT, sources_table(result)),
         ("Learning rates tried", RATES_TEXT, rates_table(result)),
         ("Bars", BARS_TEXT, bars_table(result)),
-        ("Claims of the paper", "", claims_text(result)),
+        ("Claims of the paper", CLAIMS_TEXT, claims_text(result)),
     ):
         parts += [f"### {title}", *([text] if text else []), table or f"{MISSING}."]
     return "\n\n".join(parts) + "\n"
@@ -91,14 +93,22 @@ def caption(result: Result) -> str:
     )
 
 
-REFERENCE_TEXT = "Means over the seeds of the noise. The floor is the distance between two disjoint sets of real images."
+REFERENCE_TEXT = (
+    "Means over the seeds of the noise. The floor is the distance between two disjoint sets of real images, of the digits halves "
+    "with as many of each class; where these are smaller than an arm's, it is biased upwards beside the others."
+)
 SCREENING_TEXT = (
     "Trained on guided trajectories. Of several learning rates the one is shown that explains most of guided states with the "
     "first seed (0), which stays among those of the mean. Arms are compared with the full fine-tune of as many steps. Before the "
     "first step: whether all that the arm adds can be computed there, so that a step costs what an unguided one does."
 )
+CLAIMS_TEXT = (
+    "Of adapters of the default kind at its default learning rate, one seed, that learn all states of their trajectories. How "
+    "many these were, as `python bench/fidelity.py claims` was told, stands in brackets."
+)
 SOURCES_TEXT = (
-    "Guidance explained on three kinds of states, by the states that the arm was trained on; as many training steps for all."
+    "Guidance explained on three kinds of states, by the states that the arm was trained on; as many training steps for all. The "
+    "images of noised data are among those that were noised for training, with other noise."
 )
 RATES_TEXT = (
     "Guidance explained on guided states with the first seed, of arms trained on guided trajectories; the one kept is bold."
@@ -130,6 +140,15 @@ def reference_table(result: Result) -> str:
 
 def _of(found: Iterable[Mapping[str, float]], name: str) -> list[float]:
     return [values[name] for values in found if name in values]
+
+
+def states_text(result: Result) -> str:
+    """What arms were trained on, where that is the same for all."""
+    found = {(group.arm["trajectories"], group.arm["keep"]) for group in result.groups}
+    if len(found) != 1:
+        return ""
+    ((trajectories, keep),) = found
+    return f"All learn {'all' if keep is None else keep} states of each of {trajectories:,} trajectories."
 
 
 def screening_table(result: Result) -> str:
@@ -234,7 +253,8 @@ def claims_text(result: Result) -> str:
     parts = []
     for claim in result.merged.get("claims", []):
         note = [claim["note"]] if claim.get("note") else []
-        parts += [f"#### {claim['claim'].replace('_', ' ')}", claim["setting"], claim_table(claim["values"]), *note]
+        setting = f"{claim['setting']} (`--trajectories {claim['trajectories']}`)"
+        parts += [f"#### {claim['claim'].replace('_', ' ')}", setting, claim_table(claim["values"]), *note]
     return "\n\n".join(parts)
 
 

@@ -14,7 +14,7 @@ from agd_fast import TrainConfig
 from agd_fast.adapters import AdapterTooLargeError, count_parameters
 from agd_fast.environment import environment
 from agd_fast.evaluation.explained import SCALES, Student
-from agd_fast.files import read_json, read_tensors, write_json, write_tensors
+from agd_fast.files import differences, read_json, read_tensors, write_json, write_tensors
 from agd_fast.trajectories import Trajectories, collect
 from nfe_speed import commit
 from quality.arms import FULL, TEXT, Arm
@@ -23,6 +23,7 @@ from quality.students import GUIDANCE_RANGE, full_finetune, text_embedding
 from quality.teachers import BenchTeacher
 
 GRID_IMAGES = 20  # the first of each arm, kept for pictures
+SIZES_NAME = "sizes.json"
 
 
 def run_arms(
@@ -39,7 +40,9 @@ def run_arms(
     An arm that cannot be as small as its fraction is said and left out.
 
     scales: ω of the images. minutes: start no further run after that long; the same call goes on.
+    Raises: ValueError when the folder holds runs of other sizes.
     """
+    require_sizes(output, sizes)
     start = time.monotonic()
     for number, arm in enumerate(arms):
         if (output / f"{arm.name}.json").is_file():
@@ -57,6 +60,14 @@ def run_arms(
         explained = {states: f"{found['mean']:.3f}" for states, found in row["explained"].items()}
         print(f"{number + 1}/{len(arms)} {arm.name}: {row['fraction']:.2%}, explained {explained}", flush=True)
     return merge(bench, output, sizes)
+
+
+def require_sizes(output: Path, sizes: Sizes) -> None:
+    """What is there is not measured again, so that a folder is of one size. Raises: ValueError when it is of another."""
+    path = output / SIZES_NAME
+    if path.is_file() and (found := differences(asdict(sizes), read_json(path))):
+        raise ValueError(f"{output} holds runs of other sizes ({found}); expected another --output")
+    write_json(path, asdict(sizes))
 
 
 def run_arm(

@@ -63,7 +63,8 @@ def real_images(bench: BenchTeacher, count: int | None = None) -> tuple[Tensor, 
 def draw(bench: BenchTeacher, predict: Student, omega: float, seed: int, sizes: Sizes, scheduler: Any = None) -> Tensor:
     """Images [N, C, H, W] on the CPU, the classes in turn; the same noise for the same seed."""
     teacher = bench.teacher
-    noise = torch.randn(sizes.samples, *teacher.sample_shape, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)  # of the steps' noise too, where a scheduler draws any
+    noise = torch.randn(sizes.samples, *teacher.sample_shape, generator=generator)
     rows = image_rows(bench, sizes.samples)
     images = []
     with torch.inference_mode():
@@ -71,7 +72,6 @@ def draw(bench: BenchTeacher, predict: Student, omega: float, seed: int, sizes: 
             conditions = {name: value[rows[part]].to(teacher.device) for name, value in bench.table.items()}
             scale = torch.full((len(part),), omega, device=teacher.device)
             start = noise[part].to(teacher.device)
-            generator = torch.Generator().manual_seed(seed)
 
             def step(x: Tensor, t: Tensor, c: Conditions = conditions, w: Tensor = scale) -> Tensor:
                 return predict(x, t, c, w)

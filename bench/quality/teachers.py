@@ -62,7 +62,7 @@ RECIPES: dict[tuple[str, int], Recipe] = {
             "cross_attention_dim": 64,
         },
         batch=128,
-        steps=16_000,
+        steps=8_000,
         learning_rate=1e-3,
         ema_decay=0.9995,
         minutes=600.0,

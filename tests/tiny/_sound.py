@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import torch
@@ -17,13 +18,14 @@ from transformers import (
 )
 
 from tiny._parts import lively
-from tiny.text import CHARACTERS
+from tiny.text import CHARACTERS, read_back
 
 PIECES = ("<s>", "<pad>", "</s>", "<unk>", "<mask>", *CHARACTERS, "Ġ")
 
 
 def roberta_tokenizer(length: int = 16) -> RobertaTokenizer:
-    return RobertaTokenizer({piece: i for i, piece in enumerate(PIECES)}, [], model_max_length=length)
+    vocabulary = json.dumps({piece: i for i, piece in enumerate(PIECES)})
+    return read_back(RobertaTokenizer, {"vocab.json": vocabulary, "merges.txt": ""}, model_max_length=length)
 
 
 def _clap_text(width: int) -> ClapTextConfig:

@@ -8,6 +8,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import diffusers
+from packaging.version import Version
+
+WITH_ALL = Version("0.42.1")  # of diffusers
+
 
 @dataclass(frozen=True)
 class TinyFamily:
@@ -34,11 +39,16 @@ class TinyFamily:
 
 
 def _found() -> dict[str, TinyFamily]:
-    """Every FAMILY or FAMILIES of the files beside this one."""
+    """Every FAMILY or FAMILIES of the files beside this one, but of what an older diffusers lacks."""
     found: dict[str, TinyFamily] = {}
     for path in sorted(Path(__file__).parent.glob("[a-z]*.py")):
         if path.stem not in ("family", "images", "single", "text"):
-            module = import_module(f"tiny.{path.stem}")
+            try:
+                module = import_module(f"tiny.{path.stem}")
+            except ImportError as missing:
+                if not (missing.name or "").startswith("diffusers") or Version(diffusers.__version__) >= WITH_ALL:
+                    raise
+                continue
             for family in getattr(module, "FAMILIES", None) or [module.FAMILY]:
                 found[family.name] = family
     return found

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import string
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, TypeVar
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
@@ -11,6 +15,7 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
     T5Config,
     T5EncoderModel,
@@ -20,6 +25,8 @@ from transformers import (
 )
 
 from tiny._parts import lively
+
+Kind = TypeVar("Kind", bound=PreTrainedTokenizerBase)
 
 CHARACTERS = string.ascii_lowercase + string.digits + ".,!?-"
 COLOURS = ("red", "green", "blue", "black", "white", "golden", "pale")
@@ -31,9 +38,18 @@ def prompts(count: int) -> list[str]:
     return [f"{COLOURS[i % len(COLOURS)]} {THINGS[i % len(THINGS)]}" for i in range(count)]
 
 
+def read_back(kind: type[Kind], files: dict[str, str], **settings: Any) -> Kind:
+    """A tokenizer by its files, by name: what constructors take differs between versions of transformers."""
+    with TemporaryDirectory() as folder:
+        for name, text in files.items():
+            Path(folder, name).write_text(text, encoding="utf-8")
+        return kind.from_pretrained(folder, **settings)
+
+
 def clip_tokenizer(length: int = 16) -> CLIPTokenizer:
     pieces = [*CHARACTERS, *(f"{character}</w>" for character in CHARACTERS), "<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer({piece: i for i, piece in enumerate(pieces)}, [], model_max_length=length)
+    vocabulary = json.dumps({piece: i for i, piece in enumerate(pieces)})
+    return read_back(CLIPTokenizer, {"vocab.json": vocabulary, "merges.txt": ""}, model_max_length=length)
 
 
 def clip_text(width: int, projection: int | None = None, seed: int = 0) -> CLIPTextModel | CLIPTextModelWithProjection:
@@ -57,7 +73,11 @@ def clip_text(width: int, projection: int | None = None, seed: int = 0) -> CLIPT
 
 def t5_tokenizer(length: int = 16) -> T5TokenizerFast:
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((character, -1.0) for character in "▁" + CHARACTERS)]
-    return T5TokenizerFast(pieces, extra_ids=0, model_max_length=length)
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=2))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return read_back(T5TokenizerFast, {"tokenizer.json": tokenizer.to_str()}, extra_ids=0, model_max_length=length)
 
 
 def t5_encoder(width: int, seed: int = 0) -> T5EncoderModel:

@@ -51,7 +51,7 @@ HANDLERS: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys((torch.bmm, Tensor.bmm, torch.matmul, Tensor.matmul), matmul),
     **dict.fromkeys((torch.baddbmm, Tensor.baddbmm), baddbmm),
     **dict.fromkeys((torch.addcmul, Tensor.addcmul), addcmul),
-    **dict.fromkeys((torch.pow, Tensor.pow, torch.square, Tensor.square), power),
+    **dict.fromkeys((torch.pow, Tensor.pow, Tensor.__pow__, torch.square, Tensor.square), power),
     **dict.fromkeys((Tensor.to, Tensor.type_as, Tensor.float, Tensor.half, Tensor.bfloat16, Tensor.double), cast),
     **{
         function: convolution(function)

@@ -14,7 +14,7 @@ from agd_fast.memory import ops
 from agd_fast.memory.interception import Backward, Run, autocasts
 from agd_fast.memory.modes import Packing
 from agd_fast.memory.provenance import again
-from agd_fast.memory.saved import Kept, Source, new_root
+from agd_fast.memory.saved import Kept, Source, new_root, read
 
 
 class Rows(NamedTuple):
@@ -102,7 +102,8 @@ def normalised(
     kept = (*packed, rstd) if weight is None else (*packed, rstd, weight)
     output = run.attach(name, output, backward, kept, input)
     rebuild = Affine(tuple(output.shape), rows, packing, output.dtype, weight is not None, bias is not None)
-    source = Source((*packed, *affine), rebuild, fine=packing.bits >= 8, roots=new_root(), norms=frozenset({number}))
+    fine = packing.bits >= 8
+    source = Source((*packed, *affine), rebuild, fine=fine, roots=new_root(), norms=frozenset({number}), reads=read(affine))
     run.provenance.record(output, source)
     return output
 

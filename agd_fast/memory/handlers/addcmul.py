@@ -19,7 +19,7 @@ def addcmul(run: Run, call: Callable[[], Tensor], input: Tensor, tensor1: Tensor
     if options:
         return call()
     inputs = input, tensor1, tensor2
-    if not tensor1.requires_grad or not tensor2.requires_grad or not (run.replaces(tensor1) or run.replaces(tensor2)):
+    if input.is_complex() or not run.replaces_product(tensor1, tensor2):
         return follow(run, torch.addcmul, call(), *inputs)
     with torch.no_grad():
         output = call()

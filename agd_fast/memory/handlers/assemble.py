@@ -15,11 +15,11 @@ from agd_fast.memory.saved import Source
 
 
 def empty_like(run: Run, call: Callable[[], Tensor], input: Tensor, **options: Any) -> Tensor:
-    """What lies in the result is nobody's business, so that any memory gives it back."""
+    """What lies in the result is nobody's business until it is written to, so that any memory gives it back."""
     output = call()
     if type(input) is Tensor and output.numel() >= run.mode.smallest:
         rebuild = partial(_empty, size=tuple(output.shape), stride=output.stride(), dtype=output.dtype, device=output.device)
-        run.provenance.record(output, Source((), rebuild))
+        run.provenance.record(output, Source((), rebuild), blank=True)
     return output
 
 
@@ -27,7 +27,8 @@ def write(run: Run, call: Callable[[], None], input: Tensor, index: Any, value: 
     """input[index] = value."""
     places = index if isinstance(index, tuple) else (index,)
     followed = isinstance(value, Tensor) and all(isinstance(place, (int, slice, type(...), type(None))) for place in places)
-    target, piece = (run.provenance.find(one) if followed else None for one in (input, value))
+    target = run.provenance.find(input, blank=True) if followed else None
+    piece = run.provenance.find(value) if followed else None
     call()
     if target is not None and piece is not None and target.source.roots <= piece.source.roots:
         run.provenance.record(input, again(partial(_write, index=index), target, piece))

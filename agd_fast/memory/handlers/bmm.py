@@ -35,14 +35,13 @@ def baddbmm(run: Run, call: Callable[[], Tensor], input: Tensor, batch1: Tensor,
 
 
 def _replaced(run: Run, one: Tensor, other: Tensor) -> bool:
-    both = one.ndim >= 2 and other.ndim >= 2 and one.requires_grad and other.requires_grad
-    return both and (run.replaces(one) or run.replaces(other))
+    return one.ndim >= 2 and other.ndim >= 2 and run.replaces_product(one, other)
 
 
 def _kept(run: Run, one: Tensor, summed: int) -> Kept:
     """summed: the dimension that the product sums over. Weights that are spread over a batch are kept as they are."""
     if one.numel() > one.untyped_storage().nbytes() // one.element_size() or one.numel() < run.mode.smallest:
-        return run.provenance.find(one) or as_is(one)
+        return run.provenance.fine(one) or as_is(one)
     return run.provenance.save(one, run.mode.fine, channels=(*range(one.ndim - 2), summed))
 
 

@@ -13,7 +13,7 @@ from agd_fast.memory.interception import Run
 def cast(run: Run, call: Callable[[], Any], input: Tensor, *args: Any, **kwargs: Any) -> Any:
     """input: any shape → the same values, as far as the other dtype holds them."""
     output = call()
-    if output is input or not run.replaces(input) or output.device != input.device or output.dtype == input.dtype:
-        return output
-    run.provenance.record_cast(output, input)
+    replaced = output is not input and run.replaces(input) and run.replaces(output)
+    if replaced and output.device == input.device and output.dtype != input.dtype:
+        run.provenance.record_cast(output, input)
     return output

@@ -1,4 +1,7 @@
-"""Quotients of two tensors that both need gradients, as linear attention's."""
+"""Quotients of two tensors that both need gradients, as linear attention's.
+
+What is divided by is never rounded: near 0 the error would have no bound.
+"""
 
 from __future__ import annotations
 
@@ -11,18 +14,20 @@ from torch import Tensor
 from agd_fast.memory.handlers.follow import follow
 from agd_fast.memory.handlers.mul import factor
 from agd_fast.memory.interception import Run
+from agd_fast.memory.saved import as_is
 
 
 def div(run: Run, call: Callable[[], Tensor], input: Any, other: Any, **options: Any) -> Tensor:
     """input, other: broadcast to each other."""
     if options or not isinstance(input, Tensor) or not isinstance(other, Tensor):
         return call()
-    if not run.replaces(input) or not other.requires_grad:
-        return follow(run, torch.div, call(), input, other)
-    with torch.no_grad():
+    if run.replaces(input) and other.requires_grad and not other.is_complex():
+        with torch.no_grad():
+            output = call()
+        output = run.attach("div", output, _backward, (factor(run, input, output), as_is(other)), input, other)
+    else:
         output = call()
-    saved = tuple(factor(run, one, output) for one in (input, other))
-    return follow(run, torch.div, run.attach("div", output, _backward, saved, input, other), input, other)
+    return follow(run, torch.div, output, input, other) if other.numel() < output.numel() else output
 
 
 def _backward(gradient: Tensor, needs: Any, input: Tensor, other: Tensor) -> tuple[Tensor | None, ...]:

@@ -48,6 +48,8 @@ def follow(run: Run, function: Callable[..., Tensor], output: Tensor, *inputs: T
     roots = [one.source.roots for one in known.values()]
     if known and frozenset[int]().union(*roots) in roots:  # else sums of residuals would be followed through all blocks
         rows = tuple(one for one in inputs if id(one) not in known)
+        if any(row.is_inference() for row in rows):  # which autograd refuses to keep
+            return output
         order = [*known]
         places = tuple(order.index(id(one)) if id(one) in known else None for one in inputs)
         run.provenance.record(output, again(partial(_repeat, function=function, places=places), *known.values(), tensors=rows))

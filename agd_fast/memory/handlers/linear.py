@@ -19,7 +19,7 @@ def linear(run: Run, call: Callable[[], Tensor], input: Tensor, weight: Tensor, 
     """input: [..., K]; weight: [C, K]; bias: [C] → [..., C]."""
     if weight.requires_grad or (bias is not None and bias.requires_grad):
         return _trainable(run, call, input, weight, bias)
-    if run.replaces(input) and autocasts(input):  # autograd would keep the weight's cast
+    if run.replaces(input) and weight.ndim == 2 and autocasts(input):  # autograd would keep the weight's cast
         with torch.no_grad():
             output = call()
         output = run.attach("linear", output, _frozen_backward, (as_is(weight),), input)
@@ -31,7 +31,7 @@ def linear(run: Run, call: Callable[[], Tensor], input: Tensor, weight: Tensor, 
 
 
 def _trainable(run: Run, call: Callable[[], Tensor], input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if not weight.requires_grad or input.numel() < run.mode.smallest or weight.ndim != 2:
+    if not weight.requires_grad or input.numel() < run.mode.smallest or weight.ndim != 2 or weight.is_complex():
         return call()
     with torch.no_grad():
         output = call()
@@ -45,7 +45,7 @@ def _trainable(run: Run, call: Callable[[], Tensor], input: Tensor, weight: Tens
 
 def _follow(run: Run, output: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """The output is made again from what gives the input back."""
-    if run.mode.exact:
+    if run.mode.exact or any(one is not None and one.is_inference() for one in (input, bias)):  # which autograd refuses to keep
         return
     found = run.provenance.find(input)
     if found is not None and found.source.cost >= HEAVIEST:

@@ -22,7 +22,7 @@ def mul(run: Run, call: Callable[[], Tensor], input: Tensor, other: Any) -> Tens
     """input, other: broadcast to each other."""
     if not isinstance(input, Tensor) or not isinstance(other, Tensor):
         return call()
-    if not input.requires_grad or not other.requires_grad or not (run.replaces(input) or run.replaces(other)):
+    if not run.replaces_product(input, other):
         return follow(run, torch.mul, call(), input, other)
     if input.shape == other.shape and input is not other:
         for value, gate in ((input, other), (other, input)):
