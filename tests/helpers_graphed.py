@@ -1,4 +1,4 @@
-"""Passes of training as CUDA graphs where there is no CUDA: what is recorded runs again on the same memory, as a graph does."""
+"""Passes of training as CUDA graphs, of which `host_graph` makes what a CPU can run."""
 
 from types import SimpleNamespace
 from typing import ClassVar
@@ -10,27 +10,25 @@ from agd_fast.distillation.graphed import Passes
 from agd_fast.distillation.pass_graph import PassGraph
 from agd_fast.files import read_tensors
 from helpers_distillation import assert_same_tensors, distill_tiny, logged, short
+from host_graph import HostGraph
 
 
 class Recording(PassGraph):
-    """Recording it computes nothing. A replay is one more run, on the tensors and the gradients that were there at that."""
-
     made: ClassVar[list["Recording"]] = []
     parameters: ClassVar[list[torch.Tensor]] = []
 
     def _record(self, run, memory):
-        self.run, self.runs, self.graph = run, 0, self
-        self.places = [one.grad for one in self.parameters]
+        self.graph, self.recorded = self, HostGraph()
+        with self.recorded:
+            run()
         self.made.append(self)
 
     def replay(self):
-        own = [one.grad for one in self.parameters]
-        for one, place in zip(self.parameters, self.places, strict=True):
-            one.grad = place
-        self.run()
-        for one, gradient in zip(self.parameters, own, strict=True):
-            one.grad = gradient
-        self.runs += 1
+        self.recorded.replay()
+
+    @property
+    def runs(self):
+        return self.recorded.runs
 
 
 def record_on_host(monkeypatch):

@@ -1,36 +1,37 @@
-"""The engine's CUDA graphs where there is no CUDA: what is recorded runs again on the same memory, as a graph does."""
+"""The engine's CUDA graphs, of which `host_graph` makes what a CPU can run."""
 
 from typing import ClassVar
 
 import pytest
 import torch
+from torch import nn
 
 import agd_fast as agd
+from agd_fast.attaching import scoped
 from agd_fast.engine import engine_of, graphs, program
 from agd_fast.engine.config import EngineConfig
 from agd_fast.engine.tables import RowLayout
 from helpers_engine import SCALE, assert_same, call, programs, twins
-from helpers_pipelines import attach, sample
+from helpers_families import attach_trained, denoisers, run
+from host_graph import HostGraph
+from test_engine_families import PLAIN
 from tiny import FAMILIES
 
 
 class Recording(graphs.GraphedStep):
-    """A replay is one more run on the memory that was there at the recording; its results come in the same memory too."""
-
     made: ClassVar[list["Recording"]] = []
 
     def _record(self, step, warmup):
-        self.step, self.runs = step, 0
         for _ in range(warmup):
             step(self.moving, self.kept)
-        self.outputs = step(self.moving, self.kept)
-        self.graph, self.device = self, torch.device("cuda")
+        self.graph = HostGraph()
+        with self.graph:
+            self.outputs = step(self.moving, self.kept)
         self.made.append(self)
 
-    def replay(self):
-        self.runs += 1
-        for place, found in zip(self.outputs, self.step(self.moving, self.kept), strict=True):
-            place.copy_(found)
+    @property
+    def runs(self):
+        return self.graph.runs
 
 
 @pytest.fixture(autouse=True)
@@ -43,17 +44,20 @@ def recorded(monkeypatch):
     return Recording.made
 
 
-@pytest.mark.parametrize("name", ["sd15", "sdxl", "dit", "sd3", "pixart", "wan"])
-def test_runs_of_a_pipeline_are_as_exact(name, recorded):
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in PLAIN])
+def test_every_family_is_as_before(name, recorded):
     family = FAMILIES[name]
-    plain, fast = family.pipeline(), family.pipeline()
-    for pipe in (plain, fast):
-        attach(pipe)
-    agd.optimize(fast)
-    for scale in (SCALE, SCALE, 2.0, SCALE):
-        found, expected = (sample(pipe, family, **dict.fromkeys(family.guided, scale)) for pipe in (fast, plain))
-        assert_same(found, expected)
-    assert any(one.runs for one in recorded)
+    pipe = family.pipeline()
+    attach_trained(pipe)
+    other = {one: value / 2 if isinstance(value, float) else value for one, value in family.guided.items()}
+    plain = [run(pipe, family, **scales) for scales in (family.guided, other)]
+    agd.optimize(pipe)
+    for index, scales in ((0, family.guided), (0, family.guided), (1, other), (0, family.guided)):
+        assert_same(run(pipe, family, **scales), plain[index])
+    for denoiser in denoisers(pipe).values():
+        info = engine_of(denoiser).info()
+        assert info["captured"] and not info["plain_because"] and not info["slower_because"]
+    assert all(one.runs for one in recorded)
 
 
 def test_what_is_computed_ahead_is_recorded_at_its_second_run_and_anew_for_other_shapes(recorded):
@@ -88,10 +92,10 @@ def test_what_cannot_be_recorded_ahead_runs_as_it_is(monkeypatch, recorded):
     plain, fast = twins()
     own = Recording.__init__
 
-    def refuse(self, step, moving, kept, *rest, **options):
+    def refuse(self, step, device, moving, kept, *rest, **options):
         if not kept:
             raise RuntimeError("operation not permitted when stream is capturing\nmore of it")
-        own(self, step, moving, kept, *rest, **options)
+        own(self, step, device, moving, kept, *rest, **options)
 
     monkeypatch.setattr(Recording, "__init__", refuse)
     for _ in range(3):
@@ -100,6 +104,37 @@ def test_what_cannot_be_recorded_ahead_runs_as_it_is(monkeypatch, recorded):
     info, reason = engine_of(fast.unet).info(), "operation not permitted when stream is capturing"
     assert one.recorded.graph is None and info["plain_because"] == []
     assert info["slower_because"] == [f"what is computed ahead is launched one by one: no CUDA graph of it ({reason})"]
+
+
+class OfItself(nn.Module):
+    """Of nothing but x_t and t."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, sample, timestep):
+        return self.linear(sample) * timestep.float().sin() + self.linear.weight.sum()
+
+
+@pytest.mark.parametrize("schedule", [None, torch.tensor([3, 2])])
+@torch.no_grad()
+def test_a_model_to_which_nothing_is_given_that_does_not_move(schedule, recorded):
+    model = agd.optimize(OfItself().eval(), spec=agd.DenoiserSpec())
+    for _ in range(3):
+        with scoped(model, schedule):
+            for t in (torch.tensor([3]), torch.tensor([2])):
+                x = torch.randn(2, 4)
+                assert_same(model(x, t), model._call_impl(x, t))
+    assert len(recorded) == 2 and not engine_of(model).info()["slower_because"]
+
+
+def test_what_the_host_holds_is_not_recorded(recorded):
+    """Its value would be the recording's for good."""
+    ahead, number = graphs.Recorded(torch.device("cuda", 0)), torch.tensor(2.0)
+    for value in (1.0, 2.0, 3.0):
+        assert ahead(lambda given: [2 * one for one in given], [number.fill_(value)], "key") == [2 * value]
+    assert not recorded and ahead.trouble.endswith("it is of tensors of other devices")
 
 
 def test_packed_tensors_keep_their_strides():

@@ -42,10 +42,10 @@ def leaves_one_out(replay):
     """A parameter's gradient is not added to, after the replay that is looked at."""
 
     def replayed(self):
-        before = self.places[0].clone()
+        before = self.parameters[0].grad.clone()
         replay(self)
         if self.runs > 1:
-            self.places[0].copy_(before)
+            self.parameters[0].grad.copy_(before)
 
     return replayed
 

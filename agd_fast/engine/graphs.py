@@ -26,12 +26,18 @@ def _pool(device: torch.device) -> Any:
 
 class GraphedStep:
     """`step(moving, kept)` recorded once and replayed on memory of its own, to which the tensors of each call are copied: those
-    of `kept` only when their `serial` is another than the last time."""
+    of `kept` only when their `serial` is another than the last time. device: that it runs on."""
 
     def __init__(
-        self, step: Step, moving: Sequence[Tensor], kept: Sequence[Tensor], serial: int = 0, warmup: int = WARMUP
+        self,
+        step: Step,
+        device: torch.device,
+        moving: Sequence[Tensor],
+        kept: Sequence[Tensor],
+        serial: int = 0,
+        warmup: int = WARMUP,
     ) -> None:
-        self.device = moving[0].device
+        self.device = device
         self.moving, self.kept, self.loaded = [tensor.clone() for tensor in moving], [tensor.clone() for tensor in kept], serial
         with torch.cuda.device(self.device):  # streams and graphs are those of the current one
             self._record(step, warmup)
@@ -64,9 +70,11 @@ class GraphedStep:
 
 
 class Recorded:
-    """A function of tensors that runs once a scope: as it is the first time at shapes, as one CUDA graph from the second on."""
+    """A function of tensors that runs once a scope: as it is the first time at shapes, as one CUDA graph from the second on.
+    Of tensors of other devices there is none: a graph would hold the value of a number that the host has."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
         self.key: Any = None
         self.graph: GraphedStep | None = None
         self.trouble = ""  # why there is no graph
@@ -76,10 +84,12 @@ class Recorded:
         key = (key, *((tensor.shape, tensor.dtype) for tensor in tensors))
         if key != self.key:
             self.key, self.graph, self.trouble = key, None, ""
+            if any(tensor.device != self.device for tensor in tensors):
+                self.trouble = "what is computed ahead is launched one by one: it is of tensors of other devices"
             return function(tensors)
         if self.graph is None and not self.trouble:
             try:
-                self.graph = GraphedStep(lambda moving, _: function(moving), tensors, [], warmup=1)
+                self.graph = GraphedStep(lambda moving, _: function(moving), self.device, tensors, [], warmup=1)
             except RuntimeError as error:
                 self.trouble = f"what is computed ahead is launched one by one: no CUDA graph of it ({first_line(error)})"
         return function(tensors) if self.graph is None else self.graph(tensors, [])

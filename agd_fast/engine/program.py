@@ -107,7 +107,7 @@ class Program:
         if self.compiles:
             self.body = self._in_pieces(parts.body) or self._compiled_whole(parts.body)
         self.graphed: GraphedStep | None = None
-        self.recorded, self.borrowed, self.packing = Recorded(), Values(), None
+        self.recorded, self.borrowed, self.packing = Recorded(self.device), Values(), None
         self.write_merged = WriteMerged(self.policy)  # of this one's graph
         read = {*parts.body.arguments, *parts.step.arguments} - self.constants.keys()
         if self.graphs and any(node.meta["val"].device != self.device for node in read):
@@ -262,7 +262,11 @@ class Program:
             self.graphed = None  # its memory first
             try:
                 self.graphed = GraphedStep(
-                    lambda moving, kept: self.step(*self._taken(moving, kept, prepared)), moving, kept, prepared.serial
+                    lambda moving, kept: self.step(*self._taken(moving, kept, prepared)),
+                    self.device,
+                    moving,
+                    kept,
+                    prepared.serial,
                 )
             except RuntimeError as error:
                 self.graphs = False

@@ -18,6 +18,7 @@ from agd_fast.environment import environment
 from agd_fast.evaluation import Reference
 from agd_fast.files import read_json, read_tensors, write_json, write_tensors
 from quality.data import ImageData, mirror_at_random, to_pixels
+from quality.training import has_fast_bf16
 
 BATCH = 512
 PADDING = 4  # pixels a training image is moved by at most
@@ -138,7 +139,7 @@ def _train(data: ImageData, device: torch.device, epochs: int, seed: int = 0) ->
     for _ in tqdm(range(epochs), desc="classifier"):
         for rows in torch.randperm(len(labels), device=device).split(BATCH):
             x = _augmented(to_pixels(images[rows]))
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            with torch.autocast(device.type, torch.bfloat16, enabled=has_fast_bf16(device)):
                 loss = F.cross_entropy(model(x), labels[rows], label_smoothing=0.1)
             optimizer.zero_grad()
             loss.backward()

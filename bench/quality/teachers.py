@@ -50,6 +50,7 @@ RECIPES: dict[tuple[str, int], Recipe] = {
         ema_decay=0.998,
         decay=0.0,
         label_noise=0.2,
+        bf16=False,
     ),
     # photographs shrunk for a CPU; it was not trained to its end yet
     ("unet", 16): Recipe(

@@ -277,5 +277,5 @@ def weight_bytes(module: nn.Module) -> int:
 
 def _graphed(step: Step, x: Tensor, time: Tensor) -> Step:
     with torch.no_grad():
-        graph = GraphedStep(lambda moving, kept: [step(*moving)], [x, time], [])
+        graph = GraphedStep(lambda moving, kept: [step(*moving)], x.device, [x, time], [])
     return lambda x, time: graph([x, time], [])[0]
