@@ -5,7 +5,12 @@ import json
 import pytest
 import torch
 from accelerate import cpu_offload
-from diffusers import DDIMScheduler, StableAudio3AudioToAudioPipeline, StableDiffusionPipeline
+from diffusers import (
+    DDIMScheduler,
+    StableAudio3AudioToAudioPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionPipeline,
+)
 
 import agd_fast as agd
 from agd_fast.attaching import attachment_of
@@ -253,6 +258,12 @@ def test_pipelines_whose_denoiser_is_an_inner_ones_are_refused():
         with pytest.raises(ValueError, match=message):
             use()
     assert not hasattr(pipe.decoder_pipe, "_progress_bar_config") and not is_wrapped(pipe)
+
+
+def test_a_pipeline_that_merely_holds_another_is_not_one_of_these(pipe):
+    pipe.img2img = StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False)
+    agd.share(agd.attach(pipe) and pipe, pipe.img2img)
+    assert is_wrapped(pipe) and is_wrapped(pipe.img2img)
 
 
 def test_an_error_of_a_pipeline_that_keeps_no_setting_of_progress_bars_is_its_own(pipe, monkeypatch):

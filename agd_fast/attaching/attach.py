@@ -36,7 +36,7 @@ def attach(model: Any, config: AdapterConfig | None = None, *, spec: DenoiserSpe
     A pipeline with several denoisers gets one on each; that of the first is returned. The pipeline's own call then arms them.
     Raises: TypeError for an unknown denoiser without a spec; ValueError when an adapter is attached already, a block
     path is unknown, a width does not match, the model has its guidance distilled into it already, or a pipeline's call takes no
-    guidance scale, guides by more than two branches, or leaves its denoiser to other pipelines, which it holds.
+    guidance scale, guides by more than two branches, or leaves its denoiser to other pipelines, which it calls.
     """
     spec = spec_of(model, spec)
     require_known_call(model, spec)

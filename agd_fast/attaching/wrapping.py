@@ -61,12 +61,13 @@ def guiders_of(pipe: Any, spec: DenoiserSpec) -> list[Any]:
 
 def require_known_call(pipe: Any, spec: DenoiserSpec) -> None:
     """Raises: ValueError for a pipeline whose call takes no guidance scale, guides by more than two branches, or leaves its
-    denoisers to other pipelines, which it holds."""
+    denoisers to other pipelines, which it calls."""
     if not isinstance(pipe, DiffusionPipeline):
         return
     cls, name = type(pipe).__name__, spec.pipeline.omega_arguments[0]
     parameters = inspect.signature(own_call(pipe, spec)).parameters
-    inner = {name: value for name, value in vars(pipe).items() if isinstance(value, DiffusionPipeline)}
+    used = inspect.unwrap(getattr(type(pipe), "_agd_pipeline", type(pipe)).__call__).__code__.co_names
+    inner = {name: value for name, value in vars(pipe).items() if isinstance(value, DiffusionPipeline) and name in used}
     if name not in parameters:
         expected = f"its {' or '.join(inner)}" if inner else "a pipeline that guides by it"
         raise ValueError(f"a call of {cls} takes no {name}; expected {expected}")
