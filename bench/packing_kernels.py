@@ -19,7 +19,7 @@ import math
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,7 @@ from speed.kernels import L2, Ceiling, Pass, measure_ceiling, time_passes, traff
 
 Arguments = tuple[Any, ...]
 Row = dict[str, Any]
+Launchers = Mapping[str, Callable[..., Any]]
 RESULT = Path(__file__).parent / "results" / "gpu" / "packing_kernels.json"
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 GROUP, BATCHES, ROUNDS, MOST_INPUTS = 64, (1, 4), 20, 32
@@ -159,25 +160,26 @@ def real_cases(batch: int) -> Iterator[Case]:
         yield from (Case(op, size, 32) for size in images)
 
 
-def checks(device: str, small: bool) -> Iterator[Row]:
+def checks(device: str, small: bool, launchers: Launchers) -> Iterator[Row]:
+    """launchers: what is checked, by op. small: at no real sizes."""
     for index, case in enumerate(odd_cases()):
         for dtype in DTYPES:
             for bits in (4, 8):
                 group, offset = GROUPS[(index + bits) % 3], (0, 1, 4)[index % 3]
-                yield checked(case, dtype, bits, group, offset, device)
+                yield checked(case, dtype, bits, group, offset, device, launchers)
     for case in () if small else real_cases(1):
         for dtype in DTYPES:
-            yield from (checked(case, dtype, bits, GROUP, 0, device) for bits in (4, 8))
+            yield from (checked(case, dtype, bits, GROUP, 0, device, launchers) for bits in (4, 8))
 
 
 @torch.no_grad()
-def checked(case: Case, dtype: torch.dtype, bits: int, group: int, offset: int, device: str) -> Row:
+def checked(case: Case, dtype: torch.dtype, bits: int, group: int, offset: int, device: str, launchers: Launchers) -> Row:
     """What was checked, and why it is not ok."""
     args = arguments(case, Random(dtype, device, offset=offset), bits, group)
     before = [one.clone() for one in tensors_of(args)]
     try:
         with poisoned():
-            found = (ops.LAUNCHERS if device == "cuda" else ops.REFERENCES)[case.op](*args)
+            found = launchers[case.op](*args)
         reason = "the extension does not take it" if found is NotImplemented else wrong(case.op, args, found, bits, group)
         if any(not torch.equal(one, was) for one, was in zip(tensors_of(args), before, strict=True)):
             reason = "an argument was changed"
@@ -289,7 +291,8 @@ def main() -> None:
     if args.device == "cuda" and extension_on(torch.cuda.current_device()) is None:
         parser.error(f"expected agd_fast._cuda with code for this card, found {extension_info()}")
     start, counts, red = time.perf_counter(), Counter[str](), []
-    for row in checks(args.device, args.check_only or args.device == "cpu"):
+    launchers = ops.LAUNCHERS if args.device == "cuda" else ops.REFERENCES
+    for row in checks(args.device, args.check_only or args.device == "cpu", launchers):
         counts[row["op"]] += 1
         if not row["ok"]:
             red.append(row)
