@@ -135,7 +135,7 @@ def test_claims_and_report(digits_runs, tmp_path):
 
 def test_the_page_is_what_the_report_writes_of_the_results(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "save_panels", lambda *_: None)
-    monkeypatch.setattr(report, "save_samples", lambda *_: True)
+    monkeypatch.setattr(report, "save_grid", lambda *_: None)
     report.write_report(sorted((BENCH / "results" / "fidelity").glob("*.json")), tmp_path)
     assert (tmp_path / "fidelity.md").read_text() == (BENCH.parent / "docs" / "fidelity.md").read_text()
 
