@@ -42,6 +42,15 @@ def attach_trained(pipe: Any, **config: Any) -> None:
         trained(require_attachment(denoiser).adapter)
 
 
+def to_distil(pipe: Any, family: TinyFamily) -> dict[str, Any]:
+    """Arguments of `agd.distill` for three rows of inputs, at the scales by which the pipeline guides, up to ω = 6."""
+    return {
+        "inputs": family.inputs(3),
+        "call": {name: value for name, value in family.call.items() if name != "num_inference_steps" and value != "latent"},
+        "guidance_range": (spec_for(pipe).guides_above - family.omega_offset, 6.0 - family.omega_offset),
+    }
+
+
 def spec_for(pipe: Any) -> DenoiserSpec:
     return find_spec(denoiser_of(pipe))
 

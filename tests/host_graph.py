@@ -50,9 +50,9 @@ class HostGraph(TorchDispatchMode):
         kept_args, kept_kwargs = tree_map(self._alias, (args, kwargs))
         given = {_memory(one) for one in _tensors((args, kwargs))}
         found = func(*args, **kwargs)
-        places = [leaf if isinstance(leaf, Tensor) and _memory(leaf) not in given else None for leaf in tree_leaves(found)]
-        self.own |= {_memory(place): place.detach() for place in places if place is not None}
-        places = [None if place is None else place.detach() for place in places]
+        fresh = [isinstance(leaf, Tensor) and _memory(leaf) not in given for leaf in tree_leaves(found)]
+        places = [leaf.detach() if own else None for leaf, own in zip(tree_leaves(found), fresh, strict=True)]
+        self.own |= {_memory(place): place for place in places if place is not None}
         self.operations.append((func, kept_args, kept_kwargs, places))
         return found
 

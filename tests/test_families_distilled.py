@@ -9,7 +9,7 @@ from PIL import Image
 import agd_fast as agd
 from agd_fast.attaching import attachment_of
 from agd_fast.distillation import TrainConfig
-from helpers_families import denoisers, run, spec_for, watched
+from helpers_families import denoisers, run, to_distil, watched
 from tiny import FAMILIES
 
 SETTINGS = {"trajectories": 24, "hidden": 8, "learning_rate": None, "batch_size": 8}
@@ -49,13 +49,10 @@ WITHOUT_PICTURES = (
 def test_distilling_a_pipeline_explains_its_guidance(name, tmp_path):
     family, settings = FAMILIES[name], {**SETTINGS, **OF_FAMILY.get(name, {})}
     pipe = family.pipeline()
-    call = {n: value for n, value in family.call.items() if n != "num_inference_steps" and value != "latent"}
     result = agd.distill(
         pipe,
         output_dir=tmp_path,
-        inputs=family.inputs(3),
-        call=call,
-        guidance_range=(spec_for(pipe).guides_above - family.omega_offset, 6.0 - family.omega_offset),
+        **to_distil(pipe, family),
         adapter=agd.AdapterConfig(hidden=settings["hidden"]),
         trajectories=settings["trajectories"],
         sampling_steps=4,

@@ -19,7 +19,7 @@ from agd_fast.files import read_json, read_tensors
 from agd_fast.freezing import frozen
 from conftest import trained
 from helpers_distillation import after_calls, assert_same_tensors, collect_tiny, distill_tiny, short, small, tiny_teacher
-from helpers_families import spec_for
+from helpers_families import to_distil
 from helpers_graphed import Recording, assert_same_adapters, assert_same_training, with_and_without
 from tiny import FAMILIES
 
@@ -281,9 +281,7 @@ def test_families_whose_passes_become_graphs(name, tmp_path, recorded):
         result = agd.distill(
             pipe,
             output_dir=tmp_path,
-            inputs=family.inputs(3),
-            call={name: value for name, value in family.call.items() if name != "num_inference_steps" and value != "latent"},
-            guidance_range=(spec_for(pipe).guides_above - family.omega_offset, 6.0 - family.omega_offset),
+            **to_distil(pipe, family),
             adapter=agd.AdapterConfig(hidden=4),
             trajectories=6,
             sampling_steps=2,

@@ -39,10 +39,15 @@ def is_wrapped(pipe: Any) -> bool:
     return "_agd_pipeline" in vars(type(pipe))
 
 
+def _own_class(pipe: Any) -> Any:
+    """That which it had before it was wrapped."""
+    return getattr(type(pipe), "_agd_pipeline", type(pipe))
+
+
 def own_call(pipe: Any, spec: DenoiserSpec | None = None) -> Callable[..., Any]:
     """The pipeline's call as diffusers has it, which arms nothing, with the guidance scale as one of its arguments."""
-    cls, attachment = type(pipe), attachment_of(pipe)
-    call = functools.partial(getattr(cls, "_agd_pipeline", cls).__call__, pipe)
+    attachment = attachment_of(pipe)
+    call = functools.partial(_own_class(pipe).__call__, pipe)
     spec = spec or (attachment.spec if attachment else None)
     guiders = [] if spec is None else guiders_of(pipe, spec)
     if spec is None or not guiders:
@@ -66,7 +71,7 @@ def require_known_call(pipe: Any, spec: DenoiserSpec) -> None:
         return
     cls, name = type(pipe).__name__, spec.pipeline.omega_arguments[0]
     parameters = inspect.signature(own_call(pipe, spec)).parameters
-    used = inspect.unwrap(getattr(type(pipe), "_agd_pipeline", type(pipe)).__call__).__code__.co_names
+    used = inspect.unwrap(_own_class(pipe).__call__).__code__.co_names
     inner = {name: value for name, value in vars(pipe).items() if isinstance(value, DiffusionPipeline) and name in used}
     if name not in parameters:
         expected = f"its {' or '.join(inner)}" if inner else "a pipeline that guides by it"

@@ -132,7 +132,7 @@ def train_denoiser(
 
 
 def has_fast_bf16(device: torch.device) -> bool:
-    """A GPU, or a CPU with instructions for it: there a training step takes about two thirds of its time in float32."""
+    """A GPU, or a CPU with instructions for it."""
     return device.type == "cuda" or bool(torch.cpu.get_capabilities().get("avx512_bf16"))
 
 
