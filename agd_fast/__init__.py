@@ -1,6 +1,6 @@
-"""agd-fast: one forward a step where classifier-free guidance needs two.
+"""agd-fast: one forward pass per sampling step where classifier-free guidance needs two.
 
-Adapter Guidance Distillation (Perez Jensen & Sadat, arXiv 2503.07274) on frozen diffusion models.
+Adapter Guidance Distillation (AGD; Perez Jensen & Sadat, arXiv 2503.07274) on frozen diffusion models.
 """
 
 from __future__ import annotations

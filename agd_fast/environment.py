@@ -35,8 +35,11 @@ def environment() -> dict[str, str]:
 
 
 def info(model: Any = None) -> dict[str, Any]:
-    """The environment and, given a model, its adapter (kind, sites, parameters, share of the base, whether it is armed) and its
-    engine (whether it runs, and why not; what it captured; bytes of what it computed ahead in the last run)."""
+    """The environment and, given a model, its adapter and its engine.
+
+    Of the adapter: kind, sites, parameters, fraction of the base's parameters, whether it is armed. Of the engine: whether it
+    runs, and if not, why; what it captured; the size in bytes of what it computed ahead in the last run.
+    """
     found: dict[str, Any] = {"environment": environment()}
     if model is None:
         return found

@@ -1,4 +1,4 @@
-"""Publishing adapters on the Hugging Face Hub: a folder pushed to a repo."""
+"""Publishing adapters on the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -25,17 +25,20 @@ def push_to_hub(
     create: bool = True,
     license: str | None = None,
 ) -> str:
-    """Publish the adapter in `directory` as a model repo of the Hub, in one commit, and return the repo's URL.
+    """Publish the adapter in `directory` as a model repo on the Hub, in one commit, and return the URL of the repo.
 
-    directory: as `agd_fast.save` or `agd_fast.distill` wrote it. Of it are uploaded: the adapter's two files, those of further
-        denoisers in folders beside them, a picture (samples.png, else grid.png, else the newest of validation/) and README.md;
-        without one, a model card is made of adapter_config.json and distill.json. Nothing else, and nothing is written here.
-    repo_id: "name/repo". private: only where the repo is new. revision: the branch to commit to.
-    create: make the repo, and the branch, where they do not exist.
-    license: of the adapter, for the card; left out unless given.
+    directory: a folder that `agd_fast.save` or `agd_fast.distill` wrote. These are uploaded: the adapter's two files, those of
+        further denoisers in folders beside them, a picture (samples.png, else grid.png, else the newest in validation/), and
+        README.md. If there is no README.md, a model card is made from adapter_config.json and distill.json. Nothing else is
+        uploaded, and nothing is written to `directory`.
+    repo_id: "name/repo".
+    private: applies only if the repo is new.
+    revision: the branch to commit to.
+    create: create the repo, and the branch, if they do not exist.
+    license: licence of the adapter, for the card; left out unless given.
 
-    A further denoiser that an earlier push left in the repo and that `directory` lacks is deleted there.
-    Raises: FileNotFoundError, ValueError when the folder holds no whole adapter or `repo_id` is none; OSError when the Hub
+    If an earlier push left a further denoiser in the repo that `directory` lacks, it is deleted there.
+    Raises: FileNotFoundError, ValueError if the folder holds no complete adapter or `repo_id` is not valid; OSError if the Hub
     refuses or cannot be reached.
     """
     directory = Path(directory)

@@ -1,4 +1,4 @@
-"""Is one pass as good as two? A pipeline's adapters against its own guidance: pictures, numbers and a report of both."""
+"""Is one pass as good as two? A pipeline's adapters compared with its own guidance: pictures, numbers and a report of both."""
 
 from __future__ import annotations
 
@@ -46,26 +46,29 @@ def evaluate_pipeline(
     resume: bool = True,
     progress: bool = True,
 ) -> PipelineEvaluation:
-    """Compare one pass with the pipeline's own guidance and with none, from the same noise, by the pipeline's own call.
+    """Compare the adapters' one pass with the pipeline's own guidance and with no guidance, from the same noise.
 
-    Its own also where a guider taught the adapter.
+    These three arms all use the pipeline's own call. The guidance is the pipeline's own even if a guider taught the adapter.
 
-    pipe: a diffusers pipeline with adapters attached. prompts: ones that these were not distilled on, a list or a file with one
-        a line. inputs, call: as in `agd_fast.distill`, the call being the one that the adapters were distilled with.
-    guidance_scales: in the family's own convention; None takes the middle of the range that was trained.
-    samples: pictures an arm and scale, of the inputs in turn; None takes one an input.
-    metrics: of "lpips", "clip" and "fid", or which network for each, or functions in their place (see
-        `agd_fast.evaluation.networks`): the Fréchet distance is that of AGD's to CFG's pictures and, where `real` is a folder of
-        real pictures, of all three arms to these.
-    batch_size: pictures at once; None takes 4, or 1 where samples make no batch. It does not change the noise.
+    pipe: a diffusers pipeline with adapters attached.
+    prompts: prompts that the adapters were not distilled on: a list, or a file with one per line.
+    inputs, call: as in `agd_fast.distill`; `call` must be the one that the adapters were distilled with.
+    guidance_scales: in the model family's own convention; None takes the middle of the trained range.
+    samples: number of pictures per arm and scale, made from the inputs in turn; None takes one per input.
+    metrics: names out of "lpips", "clip" and "fid", or a mapping from these to the network to use, or to a function in its place
+        (see `agd_fast.evaluation.networks`). "fid" is the Fréchet distance to CFG's pictures and, if `real` is given, of all
+        three arms to the real pictures.
+    real: a folder of real pictures.
+    batch_size: pictures at once; None takes 4, or 1 if samples cannot be batched. It does not change the noise.
     explained_prompts: how many of the inputs `guidance_explained` follows at every scale; None takes 8, 0 leaves it out.
-    timing_rounds: interleaved rounds of one batch an arm; 0 leaves them out.
+    timing_rounds: number of interleaved timing rounds, with one batch per arm; 0 leaves them out.
     resume: go on with pictures that an interrupted call with the same settings left in output_dir; False deletes them.
 
-    Writes pictures/, plan.json, report.json, report.html and grid.png. Of a video the middle frame is compared. A number of which
-    a picture is black all over, as safety checkers and values that are not finite leave it, is left out, and counted by arm.
+    Writes pictures/, plan.json, report.json, report.html and grid.png. Of a video, the middle frame is compared. If a picture is
+    black all over, because of a safety checker or values that are not finite, its number is left out of all arms, and counted by
+    arm.
     Raises: ValueError for a pipeline without adapters or pictures, scales without guidance, or an output_dir of another
-    evaluation; ImportError, OSError naming what a metric lacks; OSError when another process is writing to output_dir.
+    evaluation; ImportError, OSError naming what a metric lacks; OSError if another process is writing to output_dir.
     """
     if prompts is None and inputs is None:
         raise ValueError("expected prompts, or inputs, that the adapter was not distilled on; found neither")

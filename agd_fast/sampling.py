@@ -1,4 +1,4 @@
-"""Samples of a denoiser: with its adapter, with two-pass guidance, or without guidance."""
+"""Sampling a denoiser: with its adapter, with two-pass guidance, or without guidance."""
 
 from __future__ import annotations
 
@@ -44,14 +44,16 @@ def sample(
     scheduler: Any = None,
     progress: bool = False,
 ) -> Tensor:
-    """Samples [N, C, H, W] of the denoiser's own space: images in [−1, 1], or latents for a latent model.
+    """Draw samples [N, C, H, W] in the denoiser's own space: images in [−1, 1], or latents for a latent model.
 
     model: a Teacher, a diffusers pipeline, or a denoiser with `scheduler`.
-    class_labels, conditions: one condition a sample, as labels or as tensors by argument name.
-    guidance_scale: one number or one a sample, in the family's own convention.
-    method: "agd" is one forward a step with the attached adapter; "cfg" is the base with two, put together by the teacher's
-        rule of guidance; "unguided" is the base with one, at any guidance_scale; "auto" takes the adapter if one is attached
-        and not disabled, else "cfg".
+    class_labels, conditions: one condition per sample, as labels or as tensors by argument name.
+    guidance_scale: one number or one per sample, in the model family's own convention.
+    method: how each step predicts.
+        - "agd": one forward pass with the attached adapter.
+        - "cfg": two of the base, combined by the teacher's guidance rule.
+        - "unguided": one of the base, whatever the guidance_scale.
+        - "auto": the adapter if one is attached and not disabled, else "cfg".
     noise: [N, C, H, W] to start from; None draws it from `seed`.
 
     Raises: ValueError for a missing condition, lengths that differ, or method="agd" without an adapter.

@@ -23,12 +23,13 @@ LIBRARY: dict[str, Any] = {"library_name": "agd-fast", "library_version": __vers
 def resolve(source: str | os.PathLike[str], *, revision: str | None = None, token: str | bool | None = None) -> Path:
     """The local folder of an adapter: `source` itself, or a snapshot of the Hub repo that it names, in the Hub's cache.
 
-    source: a folder; or text of the form "name/repo" where there is no such folder (a path object is never a repo).
-    revision, token: of the repo: a branch, tag or commit, and what may read it (None: as logged in).
+    source: a folder; or a string of the form "name/repo" if there is no such folder (a path object never names a repo).
+    revision, token: of the repo: a branch, tag or commit, and the token that may read it (None: as logged in).
     Only the adapter's files are downloaded. Without a connection, a snapshot in the cache is used.
 
-    Raises: FileNotFoundError for neither folder nor repo, a repo that lacks an adapter, or one that is neither reached nor in
-    the cache; ValueError for text that no repo may be called, or a revision of a folder; OSError for other answers of the Hub.
+    Raises: FileNotFoundError if there is neither a folder nor a repo, if the repo lacks an adapter, or if it is neither reachable
+    nor in the cache; ValueError for a string that cannot name a repo, or a revision of a folder; OSError for other answers of the
+    Hub.
     """
     path = Path(source)
     if path.is_dir():

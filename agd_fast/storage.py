@@ -1,4 +1,4 @@
-"""Adapters on disk: `adapter.safetensors` beside `adapter_config.json`, never a pickle."""
+"""Adapters on disk: `adapter.safetensors` and `adapter_config.json` in one folder, never a pickle."""
 
 from __future__ import annotations
 
@@ -36,10 +36,11 @@ FORMAT_VERSION = 1
 
 
 def save(model: Any, directory: str | os.PathLike[str], *, about: Mapping[str, Any] | None = None) -> Path:
-    """Write the attached adapter to `directory` and return it; those of a pipeline's further denoisers go to folders in it.
+    """Write the attached adapter to `directory` and return `directory`.
 
+    The adapters of a pipeline's further denoisers go to folders in it.
     about: further entries for the config, for a reader (the teacher, how it was trained).
-    Raises: ValueError when no adapter is attached; OSError when the directory cannot be written.
+    Raises: ValueError if no adapter is attached; OSError if the directory cannot be written.
     """
     directory = Path(directory)
     components = components_of(model, require_attachment(model).spec)
@@ -94,14 +95,14 @@ def load(
     token: str | bool | None = None,
     spec: DenoiserSpec | None = None,
 ) -> Model:
-    """Attach the adapter in `source`, inert until armed: by a pipeline's own call, `guided` or the guider. Mutates and returns
-    its argument.
+    """Attach the adapter in `source`. Modifies `model` and returns it.
 
-    source: a folder that `save` or `distill` wrote, or the id of a Hub repo ("name/repo") when no such folder is here.
+    The adapter does nothing until it is armed: by a pipeline's own call, by `guided` or by the guider.
+    source: a folder that `save` or `distill` wrote, or, if there is no such folder, the id of a Hub repo ("name/repo").
     revision, token: of that repo; see `agd_fast.sources.resolve`.
-    Raises: FileNotFoundError when a file or the repo is missing; ValueError when one is truncated, from a newer format, or
-    made for another base (naming what was expected and what was found), or a pipeline cannot have one (as in `attach`). The model
-    is then as it was.
+    Raises: FileNotFoundError if a file or the repo is missing; ValueError if a file is truncated, from a newer format, or made
+    for another base (naming what was expected and what was found), or if a pipeline cannot have an adapter (as in `attach`). The
+    model is then as it was.
     """
     directory = resolve(source, revision=revision, token=token)
     spec = spec_of(model, spec)

@@ -1,4 +1,4 @@
-"""The frozen model to distil, and classifier-free guidance in one place."""
+"""The frozen model to distil, and the one place where classifier-free guidance is computed."""
 
 from __future__ import annotations
 
@@ -32,8 +32,9 @@ Guidance = Callable[[Tensor, Tensor, Tensor], Tensor]  # ε(∅), ε(c) [B, C, .
 class State:
     """One step of guided trajectories: x_t [B, C, ...], t [B], and the guided prediction there.
 
-    conditions: arguments of the conditional call, batch first; constants: its further arguments, the same for every sample.
-    cond: makes ε(c), the conditional prediction of the base.
+    conditions: arguments of the conditional call, batch first.
+    constants: further arguments of that call, the same for every sample.
+    cond: returns ε(c), the conditional prediction of the base.
     """
 
     sample: Tensor
@@ -54,14 +55,14 @@ Visit = Callable[[State], Tensor]  # → the prediction [B, C, ...] that the tra
 
 @dataclass
 class Teacher:
-    """A denoiser, its scheduler and what AGD must know about them.
+    """A denoiser, its scheduler, and what AGD must know about them.
 
     denoiser: a diffusers denoiser, or any nn.Module that `spec` describes. It is kept in eval mode.
     scheduler: a diffusers scheduler.
     spec: None finds the entry of a known diffusers class.
-    null_condition: the unconditional value by argument, batch 1, where the spec has none (a text model's empty prompt).
+    null_condition: the unconditional value by argument, with batch 1, if the spec has none (a text model's empty prompt).
     sample_shape: shape of one sample (C, H, W); None reads it off the denoiser's config.
-    name: what identifies the model to a reader; stored beside adapters and trajectories.
+    name: identifies the model for a reader; stored with adapters and trajectories.
     guidance: the rule to distil, (ε(∅), ε(c), ω) → guided prediction; plain CFG unless given. Adapters with identity_at_one
         assume that it gives ε(c) at ω = 1.
 
@@ -109,12 +110,12 @@ class Teacher:
 
     @property
     def owner(self) -> Any:
-        """What a user holds of the model: this teacher, or the pipeline that it stands for."""
+        """The object that a user holds: this teacher, or the pipeline that it stands for."""
         return self
 
     @property
     def about(self) -> dict[str, Any]:
-        """What a reader of an adapter may want to know of the model."""
+        """What a reader of an adapter may want to know about the model."""
         return {}
 
     @property
@@ -127,7 +128,7 @@ class Teacher:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What it computes in: that of its first weight that is no code of a quantised one."""
+        """The dtype that it computes in: that of its first weight that is not the code of a quantised one."""
         return next(p.dtype for p in self.denoiser.parameters() if p.is_floating_point())
 
     def to(self, device: torch.device) -> None:
@@ -139,10 +140,10 @@ class Teacher:
 
     @property
     def guidance_name(self) -> str:
-        """What tells this rule from any other, in the folders that hold what it made: module and name of a function, the
-        arguments of a functools.partial too, the repr of another object.
+        """A name that tells this guidance rule from any other, for the folders that hold what it made: module and name of a
+        function, with the arguments of a functools.partial; the repr of any other object.
 
-        Raises: ValueError for a rule that has no such name, as a lambda or a closure.
+        Raises: ValueError for a rule without such a name, such as a lambda or a closure.
         """
         name = _rule_name(self.guidance)
         if "<" in name:
@@ -157,7 +158,7 @@ class Teacher:
     ) -> dict[str, Tensor]:
         """One table of conditions, batch first, from labels or from tensors by argument name.
 
-        Raises: ValueError when a condition that the denoiser needs is missing, unknown or of another length.
+        Raises: ValueError if a condition that the denoiser needs is missing, unknown or of another length.
         """
         table = {name: torch.as_tensor(value) for name, value in (conditions or {}).items()}
         if class_labels is not None:
@@ -183,7 +184,7 @@ class Teacher:
         return table
 
     def fingerprints(self, table: Conditions) -> dict[str, str]:
-        """Hashes of what a table of conditions stands for."""
+        """Hashes of the content of a table of conditions, by name."""
         return {name: fingerprint({name: value}) for name, value in table.items()}
 
     def _label_argument(self) -> str:
@@ -193,9 +194,9 @@ class Teacher:
         return names[0]
 
     def null(self, conditions: Conditions) -> dict[str, Tensor]:
-        """The unconditional ∅ of the same batch as `conditions`.
+        """The unconditional values ∅ for the same batch as `conditions`.
 
-        Raises: ValueError naming the condition whose null value nobody gave.
+        Raises: ValueError naming a condition whose null value was not given.
         """
         table = {}
         for condition in self.spec.conditions:
@@ -217,7 +218,7 @@ class Teacher:
         return table
 
     def placed(self, conditions: Conditions) -> dict[str, Tensor]:
-        """`conditions` on the denoiser's device and, numbers, in its dtype; those that are stay the tensors that they are."""
+        """`conditions` on the denoiser's device, floating-point ones in its dtype; tensors that already are so are not copied."""
         device, dtype = self.device, self.dtype
         return {n: value.to(device, dtype if value.is_floating_point() else value.dtype) for n, value in conditions.items()}
 
@@ -227,7 +228,7 @@ class Teacher:
         return {name: torch.cat([null[name], value]) for name, value in conditions.items()}
 
     def predict(self, x: Tensor, timestep: Tensor, conditions: Conditions) -> Tensor:
-        """One forward of the denoiser, guided channels only: x [B, C, ...], t [B] → [B, C', ...]."""
+        """One forward pass of the denoiser, guided channels only: x [B, C, ...], t [B] → [B, C', ...]."""
         conditions = self.placed(conditions)
         arguments = {self.spec.sample: x, self.spec.timestep: timestep, **nest(conditions), **self._extra}
         output = self._call(**arguments)
@@ -237,10 +238,12 @@ class Teacher:
     def predict_cfg(
         self, x: Tensor, timestep: Tensor, conditions: Conditions, omega: Tensor, doubled: Conditions | None = None
     ) -> tuple[Tensor, Tensor]:
-        """(ε_cfg, ε(c)) by one forward of a doubled batch [∅, c] of the base; omega: [B], standard convention.
-        ε_cfg is what the teacher's rule of guidance makes of both. doubled: `self.doubled(conditions)`, where a loop has it.
+        """(ε_cfg, ε(c)) from one forward pass of the base over a doubled batch [∅, c]. ε_cfg is what the teacher's guidance rule
+        makes of the two predictions.
 
-        Raises: RuntimeError when an adapter is armed.
+        omega: [B], standard convention.
+        doubled: `self.doubled(conditions)`, for loops that have it already.
+        Raises: RuntimeError if an adapter is armed.
         """
         self.refuse_armed()
         doubled = self.doubled(conditions) if doubled is None else doubled
@@ -248,15 +251,15 @@ class Teacher:
         return self.guidance(uncond, cond, omega.to(x.device)), cond
 
     def predict_agd(self, x: Tensor, timestep: Tensor, conditions: Conditions, omega: Tensor) -> Tensor:
-        """ε̂_agd by one forward with the attached adapter; omega: [B], standard convention.
+        """ε̂_agd from one forward pass with the attached adapter; omega: [B], standard convention.
 
-        Raises: ValueError when there is no adapter to use.
+        Raises: ValueError if there is no adapter to use.
         """
         with armed(self.require_adapter("predict_agd"), omega):
             return self.predict(x, timestep, conditions)
 
     def arguments_on_meta(self, conditions: Conditions, count: int) -> dict[str, Any]:
-        """Arguments of a forward of `count` samples or more, by (dotted) name, as shapes without values."""
+        """Arguments of a forward pass of `count` samples or more, by (dotted) name, as shapes without values."""
         meta = torch.device("meta")
         first = self.placed({name: value[:1] for name, value in conditions.items()})
         rows = {name: value.to(meta).expand(count, *value.shape[1:]) for name, value in first.items()}
@@ -278,9 +281,10 @@ class Teacher:
         generator: torch.Generator,
         noised: bool = False,
     ) -> None:
-        """Guided trajectories of the base, one a row of `conditions` from its `start`, with ω [B], standard convention.
+        """Run guided trajectories of the base, one per row of `conditions`, from `start`, with ω [B] in the standard convention.
 
-        visit: is called at every step. noised: `start` are samples, which are noised at every timestep instead.
+        visit: called at every step.
+        noised: `start` holds samples, which are noised at every timestep instead.
         """
         start, omega = start.to(self.device, self.dtype), omega.to(self.device)
 
@@ -294,7 +298,7 @@ class Teacher:
             follow(self.scheduler, start, steps, predict, generator=generator)
 
     def require_conditional(self, table: Conditions) -> None:
-        """Raises: ValueError when the unconditional label is among what is to be distilled: guidance does not move it."""
+        """Raises: ValueError if the unconditional label is among the conditions to distil: guidance does not change it."""
         null = self.null(table)
         for condition in self.spec.adapted:
             value = table[condition.argument]
@@ -305,7 +309,7 @@ class Teacher:
                 )
 
     def require_adapter(self, who: str) -> Attachment:
-        """Raises: ValueError in the name of `who` when no adapter is attached, or it is disabled."""
+        """The attached adapter. Raises: ValueError, in the name of `who`, if no adapter is attached or it is disabled."""
         attachment = attachment_of(self)
         if attachment is None or not attachment.enabled:
             found = "it disabled" if attachment else "none"
@@ -313,7 +317,7 @@ class Teacher:
         return attachment
 
     def refuse_armed(self) -> None:
-        """Raises: RuntimeError when an adapter is armed, for then the base's guidance would come on top of it."""
+        """Raises: RuntimeError if an adapter is armed, because the base's guidance would then come on top of it."""
         attachment = attachment_of(self.denoiser)
         if attachment is not None and attachment.active:
             raise RuntimeError(
@@ -323,15 +327,15 @@ class Teacher:
 
     @contextmanager
     def base(self) -> Iterator[None]:
-        """The base frozen, in eval mode, without gradients and with any adapter off."""
+        """Inside this context, the base is frozen, in eval mode, without gradients and with any adapter off."""
         with frozen(self.denoiser), torch.no_grad(), disabled(self.denoiser):
             yield
 
 
 def as_teacher(model: Any, scheduler: Any = None, **overrides: Any) -> Teacher:
-    """A Teacher from a Teacher, a diffusers pipeline, or a denoiser with its scheduler.
+    """Make a Teacher from a Teacher, a diffusers pipeline, or a denoiser with its scheduler.
 
-    Raises: TypeError when there is no scheduler.
+    Raises: TypeError if there is no scheduler.
     """
     overrides = {name: value for name, value in overrides.items() if value is not None}
     if isinstance(model, Teacher):

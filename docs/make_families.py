@@ -203,9 +203,9 @@ def _tests() -> str:
     over_all = ", ".join(f"`tests/{path.name}`" for path in sorted(TESTS.glob("test_families*.py")))
     siblings = ", ".join(f"`{name}`" for name in _siblings())
     return (
-        f"The names in brackets are those of the pipelines in `tests/tiny/`. Every test of a family ({over_all}) "
-        f"runs them, but for {siblings}: these have the denoiser of another, or its class, or make one sample a call, and fewer "
-        "tests.\n\n"
+        f"The names in brackets are the pipelines in `tests/tiny/`. Every test of a family ({over_all}) runs them. The "
+        f"exceptions, with fewer tests, are {siblings}: they share the denoiser or its class with another one, or make one "
+        "sample a call.\n\n"
         "What a pipeline does beyond the table:"
     )
 

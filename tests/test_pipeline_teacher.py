@@ -161,6 +161,11 @@ def test_arguments_that_distilling_decides_are_refused(pipe, name, tmp_path):
     assert_untouched(pipe)
 
 
+def test_one_sample_a_prompt_may_be_asked_for(pipe, tmp_path):
+    distill_pipe(pipe, tmp_path, call={**SIZE, "num_images_per_prompt": 1})
+    distill_pipe(SD15.pipeline(), tmp_path, call=SIZE)  # the same plan: it continues
+
+
 def test_a_class_pipeline_is_distilled_on_all_labels_but_the_null_one(tmp_path):
     family = FAMILIES["dit"]
     settings = {"trajectories": 4, "sampling_steps": 2, "train_config": TrainConfig(steps=2, batch_size=2), "validation": 0}

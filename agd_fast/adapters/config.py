@@ -1,4 +1,4 @@
-"""Everything a user may choose about an adapter."""
+"""Settings of an adapter."""
 
 from __future__ import annotations
 
@@ -16,26 +16,29 @@ Seen = Literal["time", "conditions"]
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """What kind of adapter, and how large.
+    """Kind and size of an adapter.
 
-    kind: "modulation" moves the base's own conditioning sites; "gated_lora" adds low-rank terms beside its blocks;
-        "cross_attention" and "offset" are the paper's, added to the output of attention blocks (arXiv 2503.07274,
-        section 4); with "reference_" before them they have embedders at every block, as in its reference code: what
-        `agd_fast.reference.convert` makes. Several, joined by "+", act together and share the embedding of (ω, t, c). None
-        takes what measured best on the kind of backbone: its spec's `adapter_kind`.
-    hidden: width d of that embedding (its rank, for modulation); None takes the largest that keeps the
-        adapter within `max_fraction` of the base's parameters, 320 at most.
-    max_fraction: that bound.
-    rank: of each term of gated_lora; None takes three times `hidden`, 16 at most.
-    heads: attention heads, for cross_attention.
-    blocks: which blocks residual adapters are added to; None takes attention for the paper's kinds, and for gated_lora
-        convolutions, or attention and feed-forward where the denoiser's spec names none.
+    kind: which adapter to use. None takes what measured best on this kind of backbone: `adapter_kind` of its spec.
+        - "modulation" changes the base's own conditioning sites.
+        - "gated_lora" adds low-rank terms beside the base's blocks.
+        - "cross_attention" and "offset" are the paper's kinds (arXiv 2503.07274, section 4), added to the output of attention
+          blocks.
+        - "reference_cross_attention" and "reference_offset" are the paper's kinds with embedders at every block, as in its
+          reference code. `agd_fast.convert` makes them.
+        - Several kinds joined by "+" act together and share the embedding of (ω, t, c).
+    hidden: width d of that embedding; for modulation, this is its rank. None takes the largest width that keeps the adapter
+        within `max_fraction`, at most 320.
+    max_fraction: bound on the number of parameters for hidden=None, as a fraction of the base's parameters.
+    rank: rank of each gated_lora term; None takes three times `hidden`, at most 16.
+    heads: number of attention heads, for cross_attention.
+    blocks: the blocks to which residual adapters (all kinds but modulation) are added. None takes attention for the paper's
+        kinds. For gated_lora it takes convolutions, or attention and feed-forward if the denoiser's spec names no convolutions.
     omega_features: "smooth" functions of ω, or the paper's random "fourier" features.
     identity_at_one: multiply the output by (ω − 1), so that ω = 1 is exactly the base.
-    guidance_range: the (lowest, highest) ω that training draws from.
-    layers: names of the modules to act on, or globs, out of those that `blocks` stands for; None takes all.
-    sees: what the adapter is conditioned on beside ω.
-    negative_prompt: what ∅ is the encoding of, where it is a text that `distill` was given.
+    guidance_range: (lowest, highest) ω that training draws from.
+    layers: names or globs of the modules to act on, out of those that `blocks` stands for; None takes all.
+    sees: what the adapter is conditioned on besides ω.
+    negative_prompt: the negative prompt that ∅ is the encoding of, if `distill` was given one as text.
 
     The paper's form is omega_features="fourier", identity_at_one=False.
     """
@@ -82,7 +85,10 @@ class AdapterConfig:
         return () if self.kind is None else tuple(self.kind.split("+"))
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON. What came after format 1 is left out where it has its default: older readers then take it as well."""
+        """The config as JSON-compatible values.
+
+        Entries that were added after format 1 are left out if they have their default, so that older readers accept the result.
+        """
         value = json.loads(json.dumps(asdict(self)))
         return {name: entry for name, entry in value.items() if name not in _LATER or getattr(self, name) != _LATER[name]}
 

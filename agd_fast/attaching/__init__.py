@@ -1,9 +1,9 @@
-"""Putting an adapter on a denoiser, arming it and taking it off again.
+"""Attaching an adapter to a denoiser, arming it, and removing it.
 
-A site is a forward hook plus an empty marker subclass (`module.__class__` swapped for a subclass with the same
-forward), so that torch.compile's type guard sees attach and detach. What hooks need lies on module attributes outside of
-parameters and submodules, so the base's state dict never holds an adapter key and deepcopy and pickle carry the adapter
-along. An attached adapter does nothing until it is armed: by `guided`, a wrapped pipeline or the guider.
+A site is a forward hook plus an empty marker subclass: `module.__class__` is swapped for a subclass with the same forward, so
+that torch.compile's type guard notices attaching and detaching. What the hooks need is stored in attributes of the modules,
+outside parameters and submodules. The base's state dict therefore never holds an adapter key, and deepcopy and pickle carry the
+adapter along. An attached adapter does nothing until it is armed by `guided`, by a wrapped pipeline or by the guider.
 """
 
 from agd_fast.attaching.arming import GuidanceScale, armed, disabled, guided, to_omega, warn_outside

@@ -25,12 +25,12 @@ TOLERANCE = 1e-6  # of ω, at the ends of a range
 
 @contextmanager
 def guided(model: Any, guidance_scale: GuidanceScale) -> Iterator[None]:
-    """Arm the adapter: every forward inside predicts the guided result in one pass.
+    """Arm the adapter: inside this context, every forward pass predicts the guided result.
 
-    guidance_scale: one number, or one a sample [B], in the family's own convention. With one number a doubled CFG
-    batch cannot be told from a plain one: call the denoiser, or a pipeline with its own guidance off.
-    Raises: ValueError when no adapter is attached, or modules that it acts on were replaced since; RuntimeError while another
-    thread's call of a pipeline with this denoiser is under way. Warns: when ω lies outside the range that was trained.
+    guidance_scale: one number, or one per sample [B], in the model family's own convention. With a single number, a doubled CFG
+        batch cannot be told from a plain one: call the denoiser directly, or a pipeline with its own guidance off.
+    Raises: ValueError if no adapter is attached, or if modules that it acts on were replaced since; RuntimeError while a call of
+    a pipeline with this denoiser is running in another thread. Warns: if ω lies outside the trained range.
     """
     spec = require_attachment(model).spec
     omega = to_omega(guidance_scale, spec)
@@ -65,10 +65,10 @@ def armed(
 
 @contextmanager
 def disabled(model: Any) -> Iterator[None]:
-    """The base, whatever is attached or armed; a pipeline inside makes its own two-pass guidance.
+    """Run the base inside this context, whatever is attached or armed. A pipeline then makes its own two-pass guidance.
 
-    Bit-exact; to rounding where the engine is on (`optimize`), which runs the base too.
-    Raises: RuntimeError while another thread's call of a pipeline with this denoiser is under way.
+    The result is bit-exact, or exact up to rounding while the engine (`optimize`) is on, which runs the base too.
+    Raises: RuntimeError while a call of a pipeline with this denoiser is running in another thread.
     """
     attachments = attachments_of(model)
     with refuse_other_threads(attachments, "disabled"):

@@ -1,4 +1,4 @@
-"""Putting an adapter on a denoiser and taking it off again."""
+"""Attaching an adapter to a denoiser and removing it."""
 
 from __future__ import annotations
 
@@ -31,12 +31,13 @@ def spec_of(model: Any, spec: DenoiserSpec | None = None) -> DenoiserSpec:
 
 
 def attach(model: Any, config: AdapterConfig | None = None, *, spec: DenoiserSpec | None = None) -> Adapter:
-    """Put a fresh zero adapter on a denoiser; the denoiser's outputs stay bit-equal until it is trained.
+    """Attach a new adapter, initialized to zero, to a denoiser.
 
-    A pipeline with several denoisers gets one on each; that of the first is returned. The pipeline's own call then arms them.
-    Raises: TypeError for an unknown denoiser without a spec; ValueError when an adapter is attached already, a block
-    path is unknown, a width does not match, the model has its guidance distilled into it already, or a pipeline's call takes no
-    guidance scale, guides by more than two branches, or leaves its denoiser to other pipelines, which it calls.
+    The denoiser's outputs stay bit-equal until the adapter is trained. A pipeline with several denoisers gets one adapter for
+    each; the first one is returned. The pipeline's own call then arms them.
+    Raises: TypeError for an unknown denoiser without a spec; ValueError if an adapter is already attached, a block path is
+    unknown, a width does not match, guidance is already distilled into the model, or a pipeline's call takes no guidance scale,
+    guides by more than two branches, or leaves its denoiser to other pipelines that it calls.
     """
     spec = spec_of(model, spec)
     require_known_call(model, spec)
@@ -153,10 +154,10 @@ def _require_undistilled(model: Any) -> None:
 
 
 def unload(model: Model) -> Model:
-    """Take the adapter off. Returns its argument.
+    """Remove the adapter from `model` and return `model`.
 
-    The base is bit-exact again; to rounding where the engine is on, which stays until `optimize(model, None)`. Pipelines that
-    share the denoiser are without the adapter too, and go by the next one that is put on.
+    The base is then bit-exact again. While the engine is on, it is exact up to rounding; the engine stays on until
+    `optimize(model, None)`. Pipelines that share the denoiser lose the adapter too, and use the next one that is attached.
     """
     first = attachment_of(model)
     for component in () if first is None else components_of(model, first.spec).values():

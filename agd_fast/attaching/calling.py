@@ -1,4 +1,4 @@
-"""One call of a pipeline whose denoisers carry adapters: one forward a step at the caller's guidance scale."""
+"""One call of a pipeline whose denoisers have adapters: one forward pass per step at the caller's guidance scale."""
 
 from __future__ import annotations
 
@@ -37,14 +37,15 @@ def call_pipeline(
     guidance_interval: Interval | None = None,
     negative: Negative = "warn",
 ) -> Any:
-    """`call(*args, **kwargs)`, the pipeline's own, with its adapters armed and its own guidance off.
+    """Make the pipeline's own call, `call(*args, **kwargs)`, with its adapters armed and its own guidance off.
 
-    The guidance scale is one number, one a prompt, or a function of the fraction of the steps that is done (0 ≤ · < 1), which
-    gives either; a callback may change it. guidance_interval: the (start, stop) fractions of the steps in which the adapters act,
-    as in diffusers' guiders. negative: what to do with a negative prompt, which adapters do not know: "warn" that it is left out,
-    or "cfg": two passes by the base, for this call.
-    Raises: ValueError for scales that do not go with the prompts, and for a guidance_interval where no adapter acts; RuntimeError
-        when the pipeline calls a denoiser twice a step, and inside another call with the same denoiser, by the base too.
+    The guidance scale is one number, one per prompt, or a function of the completed fraction of the steps (at least 0, below 1)
+    that returns either. A callback may change it.
+    guidance_interval: the (start, stop) fractions of the steps between which the adapters act, as in diffusers' guiders.
+    negative: what to do with a negative prompt, which adapters do not know. "warn" leaves it out and says so; "cfg" runs this
+        call with two passes by the base.
+    Raises: ValueError for scales that do not match the prompts, and for a guidance_interval if no adapter acts; RuntimeError if
+    the pipeline calls a denoiser twice in a step, and inside another call with the same denoiser, even if that runs the base.
     """
     if negative not in get_args(Negative):
         raise ValueError(f"negative must be one of {', '.join(map(repr, get_args(Negative)))}; found {negative!r}")

@@ -1,6 +1,7 @@
-"""A pipeline with adapters: the same object, whose call makes one forward a step.
+"""A pipeline with adapters: the same object, whose call makes one forward pass per step.
 
-Its class becomes a subclass of its own with another `__call__`, named and saved as before; other instances are untouched.
+Its class is replaced by a subclass with another `__call__`, which keeps the name and is saved as before. Other instances are
+untouched.
 """
 
 from __future__ import annotations
@@ -84,10 +85,11 @@ def require_known_call(pipe: Any, spec: DenoiserSpec) -> None:
 
 
 def share(pipe: Any, other: Pipeline) -> Pipeline:
-    """Let `other`, a pipeline with the same denoiser as `pipe` (img2img, inpainting, ControlNet, `from_pipe`), run one pass too.
+    """Let `other`, a pipeline with the same denoiser as `pipe`, make one forward pass per step with the same adapter.
 
-    Returns `other`. Raises: ValueError when `pipe` has no adapter, or `other` has another denoiser or is not called as adapters
-    need it: with one guidance scale, for two branches, by itself.
+    Such pipelines are img2img, inpainting, ControlNet, and others that `from_pipe` makes. Returns `other`.
+    Raises: ValueError if `pipe` has no adapter, or if `other` has another denoiser or a call that adapters do not support: it
+    must take one guidance scale, guide by two branches, and run the denoiser itself.
     """
     attachment = attachment_of(pipe)
     if attachment is None:

@@ -29,14 +29,15 @@ _graphs: deque[dict[str, Any]] = deque(maxlen=64)
 def agd_fast(
     gm: fx.GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None, options: dict[str, Any] | None = None
 ) -> CompiledFn:
-    """What torch.compile calls with a graph; not for calling oneself.
+    """The backend that torch.compile calls with a graph; do not call it yourself.
 
-    mode: of torch.compile, but for those that record CUDA graphs. options: "kernels" ("auto", "always", "never"; default: what
-    AGD_FAST_KERNELS says, else "auto"), "compiler" (the backend underneath, default "inductor"); all others go to inductor.
+    mode: the `mode` of torch.compile, except those that record CUDA graphs.
+    options: "kernels" ("auto", "always", "never"; default: the value of AGD_FAST_KERNELS, else "auto") and "compiler" (the
+        backend underneath, default "inductor"); all others go to inductor.
 
-    Pieces that agd_fast has kernels for are put on these where they are faster, and products end with their gelu. A graph with
-    none of these goes to inductor as it is; so do graphs for training, under autocast, and for more than one shape. Weights are
-    read at every call, and nothing is made of them ahead: nobody tells when they are written to.
+    Pieces for which agd_fast has kernels run on these where they are faster, and matrix products end with their gelu. A graph
+    with none of these goes to inductor as it is; so do graphs for training, under autocast, and for more than one shape. Weights
+    are read at every call, and nothing is computed from them ahead, because nothing tells when they are written to.
     Raises: ValueError for an unknown mode or policy.
     """
     options = dict(options or {})
@@ -58,8 +59,12 @@ def agd_fast(
 
 
 def graphs_info() -> list[dict[str, Any]]:
-    """What became of the last graphs, for a reader. kernels, not_on_kernels: pieces by op, and by op and reason.
-    gelu_epilogues: products that end with their gelu. untouched_because: why a graph went to the compiler as it was, or empty."""
+    """What became of the last graphs, for a reader.
+
+    kernels, not_on_kernels: number of pieces that run on kernels, by op, and of those that do not, by op and reason.
+    gelu_epilogues: number of matrix products that end with their gelu.
+    untouched_because: why a graph went to the compiler as it was, or empty.
+    """
     return list(_graphs)
 
 

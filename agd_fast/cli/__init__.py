@@ -1,6 +1,6 @@
 """The command line: agd-fast demo | distill | estimate | sample | evaluate | convert | push | info; one command a file.
 
-A command imports torch, and what stands on it, where it runs: `--help` does not wait for them.
+A command imports torch, and what depends on it, only when it runs, so `--help` does not wait for these imports.
 """
 
 from agd_fast.cli.commands import app, main

@@ -1,4 +1,4 @@
-"""The commands under one name, and what an error looks like."""
+"""All commands as one program, and how errors are shown."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from agd_fast.version import __version__
 EXPECTED = (ValueError, TypeError, OSError, ImportError, FloatingPointError)
 
 app = typer.Typer(
-    help="One forward a step where classifier-free guidance needs two: Adapter Guidance Distillation for diffusion models.",
+    help="One forward pass per step where classifier-free guidance needs two: "
+    "Adapter Guidance Distillation for diffusion models.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -39,9 +40,11 @@ def _say_version(asked: bool) -> None:
 
 @app.callback()
 def of_all(
-    version: Annotated[bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Say it and exit.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
 ) -> None:
-    """What goes before a command."""
+    """Options that go before a command."""
 
 
 def main() -> None:

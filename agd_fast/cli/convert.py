@@ -1,4 +1,4 @@
-"""agd-fast convert: adapters of the paper's reference code."""
+"""agd-fast convert: imports adapters of the paper's reference code."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from agd_fast.cli.reading import load_model
 def convert(
     checkpoint: Annotated[
         Path,
-        typer.Argument(exists=True, dir_okay=False, help="Adapters as the paper's reference code writes them, e.g. 0005000.pt."),
+        typer.Argument(exists=True, dir_okay=False, help="Checkpoint that the paper's reference code wrote, e.g. 0005000.pt."),
     ],
-    config: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="The YAML that they were trained with.")],
-    model: Annotated[str, typer.Option(help="Their base: a folder or Hub id of a diffusers pipeline.")],
+    config: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="The YAML file that the adapters were trained with.")],
+    model: Annotated[str, typer.Option(help="Base of the adapters: the folder or Hub id of a diffusers pipeline.")],
     output: OutputOption = Path("runs/converted"),
 ) -> None:
     """Import adapters trained with the paper's reference code."""

@@ -1,4 +1,4 @@
-"""agd-fast demo: the whole method on the digits that ship."""
+"""agd-fast demo: the whole method on the digits that ship with the package."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from agd_fast.cli.options import OutputOption, QuietOption, SeedOption
 def demo(
     output: OutputOption = Path("runs/demo"),
     seed: SeedOption = 0,
-    samples: Annotated[int, typer.Option(min=20, help="Samples an arm for the measured distances.")] = 2000,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Train anew instead of continuing what OUTPUT holds.")] = False,
+    samples: Annotated[int, typer.Option(min=20, help="Samples per arm (unguided, CFG, AGD) for the measured distances.")] = 2000,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Train anew instead of resuming the run in OUTPUT.")] = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Distil the digits teacher that ships, compare one pass with two, write a report with pictures."""
+    """Distil the digits teacher that ships with the package, compare one pass with two, and write a report with pictures."""
     from agd_fast.demo import run_demo
     from agd_fast.reporting.tables import print_evaluation
 

@@ -1,4 +1,4 @@
-"""agd-fast distill: guidance of a model into an adapter."""
+"""agd-fast distill: distils the guidance of a model into an adapter."""
 
 from __future__ import annotations
 
@@ -22,60 +22,70 @@ def distill(
     labels: LabelsOption = None,
     prompts: Annotated[
         Path | None,
-        typer.Option(help="Text file with one prompt a line.", show_default="captions that ship, for a text pipeline"),
+        typer.Option(help="Text file with one prompt per line.", show_default="bundled captions, for a text pipeline"),
     ] = None,
     inputs: InputsOption = None,
     call: Annotated[
         str | None,
-        typer.Option(help='Further arguments of the pipeline\'s call as JSON, e.g. \'{"height": 768, "width": 768}\'.'),
+        typer.Option(help='Further arguments of the pipeline\'s call, as JSON, e.g. \'{"height": 768, "width": 768}\'.'),
     ] = None,
     dtype: DtypeOption = "float32",
     preset: Annotated[str | None, typer.Option(help=f"Settings that go together: {PRESETS}.")] = None,
     kind: Annotated[
         str | None,
         typer.Option(
-            help="modulation, gated_lora, cross_attention or offset; several joined by '+'.", show_default="the backbone's"
+            help="Kind of adapter: modulation, gated_lora, cross_attention, offset, or several joined by '+'.",
+            show_default="depends on the backbone",
         ),
     ] = None,
     hidden: Annotated[int | None, typer.Option(help="Width of the adapter; default: the largest within --max-fraction.")] = None,
     max_fraction: Annotated[
-        float | None, typer.Option(help="Most parameters, as a share of the base's.", show_default="0.05")
+        float | None,
+        typer.Option(help="Largest size of the adapter, as a fraction of the base's parameters.", show_default="0.05"),
     ] = None,
     guidance: Annotated[
         tuple[float, float] | None,
-        typer.Option(help="Lowest and highest guidance scale.", show_default="1 6, or 1 12 of a text pipeline"),
+        typer.Option(help="Lowest and highest guidance scale to train on.", show_default="1 6, or 1 12 of a text pipeline"),
     ] = None,
     init: Annotated[str | None, typer.Option(help="Folder or Hub repo of a trained adapter to start from.")] = None,
-    source: Annotated[str, typer.Option(help="Whose states to train on: trajectories (guided), or student (of --init).")] = (
-        "trajectories"
-    ),
-    trajectories: Annotated[int | None, typer.Option(min=1, help="Trajectories to collect.", show_default="400")] = None,
-    sampling_steps: Annotated[
-        tuple[int, int] | None, typer.Option(help="Lowest and highest number of their steps.", show_default="20 30")
+    source: Annotated[
+        str, typer.Option(help="Whose states to train on: trajectories (guided), or student (the adapter of --init).")
+    ] = "trajectories",
+    trajectories: Annotated[
+        int | None, typer.Option(min=1, help="Number of trajectories to collect.", show_default="400")
     ] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Training steps.", show_default="800")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="States a training step.", show_default="128")] = None,
+    sampling_steps: Annotated[
+        tuple[int, int] | None, typer.Option(help="Lowest and highest number of steps of a trajectory.", show_default="20 30")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Number of training steps.", show_default="800")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="States per training step.", show_default="128")] = None,
     micro_batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Most states a forward.", show_default="the batch, or what fits with --memory auto")
+        int | None,
+        typer.Option(min=1, help="Most states in a forward pass.", show_default="all, or what fits with --memory auto"),
     ] = None,
     memory: Annotated[
         str | None,
-        typer.Option(help="What is kept for backward: exact, 8bit, 4bit, recompute, blocks, or auto: the first that fits."),
+        typer.Option(
+            help="What is kept for the backward pass: exact, 8bit, 4bit, recompute, blocks, or auto (the first that fits)."
+        ),
     ] = None,
     base_weights: Annotated[str | None, typer.Option(help="Keep the frozen weights as int8 or nf4 while training.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate; default: by kind.")] = None,
-    ema: Annotated[float | None, typer.Option(help="Decay of an average of the weights, e.g. 0.999.")] = None,
-    mixed_precision: Annotated[str | None, typer.Option(help="no, fp16 or bf16.", show_default="no")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate; the default depends on the kind.")] = None,
+    ema: Annotated[float | None, typer.Option(help="Save an average of the weights with this decay, e.g. 0.999.")] = None,
+    mixed_precision: Annotated[str | None, typer.Option(help="Mixed precision: no, fp16 or bf16.", show_default="no")] = None,
     validation: Annotated[
-        int | None, typer.Option(min=0, help="Held-out trajectories a scale; 0 for none.", show_default="50, or 8 of a pipeline")
+        int | None,
+        typer.Option(min=0, help="Held-out trajectories per scale; 0 for none.", show_default="50, or 8 for a pipeline"),
     ] = None,
-    validate_every: Annotated[int | None, typer.Option(min=1, help="Also measure and draw after every so many steps.")] = None,
+    validate_every: Annotated[
+        int | None, typer.Option(min=1, help="Also measure, and draw a picture, every so many steps.")
+    ] = None,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also write TensorBoard events.")] = False,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Train anew instead of continuing what OUTPUT holds.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Train anew instead of resuming the run in OUTPUT.")] = False,
     seed: SeedOption = 0,
     quiet: QuietOption = False,
 ) -> None:
-    """Distil guidance of a model into an adapter. Continues an interrupted run."""
+    """Distil the guidance of a model into an adapter. Resumes an interrupted run."""
     from agd_fast.distillation.distill import require_settings
     from agd_fast.distillation.presets import find_preset
 

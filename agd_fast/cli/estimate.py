@@ -1,4 +1,4 @@
-"""agd-fast estimate: what distilling a model takes."""
+"""agd-fast estimate: how much memory distilling a model takes."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from agd_fast.cli.reading import load_model
 
 
 def estimate(
-    model: Annotated[str, typer.Argument(help="'digits', or a folder or Hub id of a diffusers pipeline.")],
+    model: Annotated[str, typer.Argument(help="'digits', or the folder or Hub id of a diffusers pipeline.")],
     resolution: Annotated[
-        int | None, typer.Option(min=1, help="Edge of the pictures in pixels.", show_default="the model's own")
+        int | None, typer.Option(min=1, help="Edge length of the pictures in pixels.", show_default="the model's own")
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="States a forward.")] = 1,
-    kind: Annotated[str | None, typer.Option(help="Of adapter.", show_default="the backbone's")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="States in a forward pass.")] = 1,
+    kind: Annotated[str | None, typer.Option(help="Kind of adapter.", show_default="depends on the backbone")] = None,
     base_weights: Annotated[str | None, typer.Option(help="int8 or nf4, as in distill.")] = None,
     dtype: DtypeOption = "bfloat16",
 ) -> None:
-    """How much memory distilling a model takes, by what is kept for backward. Needs no GPU."""
+    """Estimate how much memory distilling a model takes, by what is kept for the backward pass. Needs no GPU."""
     from agd_fast.memory.choose import ways_of
 
     ways_of(None, base_weights, None)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""agd-fast evaluate: an adapter against two-pass CFG and no guidance."""
+"""agd-fast evaluate: compares an adapter with two-pass CFG and with no guidance."""
 
 from __future__ import annotations
 
@@ -30,35 +30,45 @@ def evaluate(
     ] = None,
     model: ModelOption = "digits",
     prompts: Annotated[
-        Path | None, typer.Option(help="For a text pipeline: file with one prompt a line, none of which it was distilled on.")
+        Path | None,
+        typer.Option(help="For a text pipeline: file with one prompt per line, none of which the adapter was distilled on."),
     ] = None,
     inputs: InputsOption = None,
-    labels: Annotated[str | None, typer.Option(help="For a class-conditional pipeline: labels, e.g. '0-9'.")] = None,
+    labels: Annotated[str | None, typer.Option(help="For a class-conditional pipeline: class labels, e.g. '0-9'.")] = None,
     call: Annotated[
-        str | None, typer.Option(help="Further arguments of the pipeline's call as JSON, those that it was distilled with.")
+        str | None,
+        typer.Option(help="Further arguments of the pipeline's call, as JSON: those that the adapter was distilled with."),
     ] = None,
     dtype: DtypeOption = "float32",
     scales: Annotated[
-        str | None, typer.Option(help="Guidance scales, e.g. '5,7.5'.", show_default="of a pipeline, the middle of its range")
+        str | None,
+        typer.Option(help="Guidance scales, e.g. '5,7.5'.", show_default="for a pipeline, the middle of the trained range"),
     ] = None,
     metrics: Annotated[
-        str, typer.Option(help="Of a pipeline's pictures also: lpips, clip, fid, or which of each, e.g. 'lpips=vgg,clip=FOLDER'.")
+        str,
+        typer.Option(
+            help="More metrics of a pipeline's pictures: lpips, clip, fid; or with other networks, e.g. 'lpips=vgg,clip=FOLDER'."
+        ),
     ] = "",
-    real: Annotated[Path | None, typer.Option(exists=True, file_okay=False, help="Folder of real pictures for fid.")] = None,
+    real: Annotated[Path | None, typer.Option(exists=True, file_okay=False, help="Folder of real pictures, for fid.")] = None,
     samples: Annotated[
-        int | None, typer.Option(min=1, help="Samples an arm.", show_default="2000 digits, or one a prompt")
+        int | None, typer.Option(min=1, help="Samples per arm.", show_default="2000 digits, or one per prompt")
     ] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Pictures of a pipeline at once.", show_default="4")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Pictures that a pipeline makes at once.", show_default="4")
+    ] = None,
     steps: StepsOption = 25,
     rounds: Annotated[
-        int | None, typer.Option(min=0, help="Interleaved timing rounds; 0 for none.", show_default="30, or 5 of a pipeline")
+        int | None, typer.Option(min=0, help="Interleaved timing rounds; 0 for none.", show_default="30, or 5 for a pipeline")
     ] = None,
     optimize: Annotated[bool, typer.Option("--optimize", help="Sample with the engine.")] = False,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Make a pipeline's pictures anew, those that OUTPUT holds too.")] = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Make all of a pipeline's pictures anew, including those in OUTPUT.")
+    ] = False,
     seed: SeedOption = 0,
     quiet: QuietOption = False,
 ) -> None:
-    """Measure an adapter against two-pass CFG and no guidance, from the same noise: pictures, numbers, a report."""
+    """Compare an adapter with two-pass CFG and with no guidance, from the same noise: pictures, numbers and a report."""
     rows: dict[str, Any] = {"prompts": prompts, "inputs": inputs, "labels": labels}
     require_pipeline(model, **rows, call=call, scales=scales, real=real, metrics=metrics or None)
     require_one(**rows)

@@ -1,4 +1,4 @@
-"""agd-fast info: what is installed, and what an adapter is."""
+"""agd-fast info: shows what is installed, and describes an adapter."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from agd_fast.cli.console import console
 def info(
     adapter: Annotated[str | None, typer.Argument(help="Folder or Hub repo of an adapter to describe.")] = None,
 ) -> None:
-    """Versions, devices, what is installed, what the Triton kernels do; with ADAPTER, what it is and what it was made for."""
+    """Show versions, devices, what is installed and what the Triton kernels do; with ADAPTER, what it is and was made for."""
     from agd_fast.reporting.tables import rich_table
     from agd_fast.sources import resolve
 

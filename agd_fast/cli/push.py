@@ -1,4 +1,4 @@
-"""agd-fast push: an adapter on the Hugging Face Hub."""
+"""agd-fast push: publishes an adapter on the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from agd_fast.cli.console import console
 
 
 def push(
-    adapter: Annotated[Path, typer.Argument(help="Folder with an adapter.")],
-    repo: Annotated[str, typer.Argument(help="Repo of the Hub, 'name/repo'.")],
-    private: Annotated[bool, typer.Option("--private", help="Where the repo is new, only you may see it.")] = False,
+    adapter: Annotated[Path, typer.Argument(help="Folder of an adapter.")],
+    repo: Annotated[str, typer.Argument(help="Hub repo to publish to, 'name/repo'.")],
+    private: Annotated[bool, typer.Option("--private", help="If the repo is new, make it private.")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch to commit to.")] = None,
     message: Annotated[str | None, typer.Option(help="Commit message.")] = None,
     license: Annotated[str | None, typer.Option(help="Licence of the adapter, for its model card.")] = None,

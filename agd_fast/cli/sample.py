@@ -1,4 +1,4 @@
-"""agd-fast sample: a picture with one forward a step."""
+"""agd-fast sample: makes a picture with one forward pass per step."""
 
 from __future__ import annotations
 
@@ -28,21 +28,23 @@ if TYPE_CHECKING:
 
 def sample(
     adapter: AdapterArgument,
-    output: Annotated[Path, typer.Option(help="PNG to write.")] = Path("samples.png"),
+    output: Annotated[Path, typer.Option(help="PNG file to write.")] = Path("samples.png"),
     model: ModelOption = "digits",
     labels: LabelsOption = None,
-    prompt: Annotated[list[str] | None, typer.Option(help="Prompt, for a text pipeline; give it again for several.")] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="Prompt, for a text pipeline; repeat the option for several.")] = None,
     inputs: InputsOption = None,
-    call: Annotated[str | None, typer.Option(help="Further arguments of the pipeline's call as JSON.")] = None,
+    call: Annotated[str | None, typer.Option(help="Further arguments of the pipeline's call, as JSON.")] = None,
     dtype: DtypeOption = "float32",
     guidance: Annotated[float, typer.Option(help="Guidance scale.")] = 4.0,
     steps: StepsOption = 25,
-    compare: Annotated[bool, typer.Option("--compare", help="Also show unguided and two-pass CFG from the same noise.")] = False,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Also show unguided and two-pass CFG samples from the same noise.")
+    ] = False,
     optimize: Annotated[bool, typer.Option("--optimize", help="Sample with the engine.")] = False,
     seed: SeedOption = 0,
     quiet: QuietOption = False,
 ) -> None:
-    """Sample with one forward a step and write a picture."""
+    """Sample with one forward pass per step and write a picture."""
     import torch
 
     from agd_fast.attaching import own_call

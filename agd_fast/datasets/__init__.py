@@ -1,4 +1,4 @@
-"""Data and models that ship with the package."""
+"""Data and models that ship with the package, and readers of prompts and inputs."""
 
 from agd_fast.datasets.captions import captions
 from agd_fast.datasets.digits import digits_classifier, digits_images, digits_teacher

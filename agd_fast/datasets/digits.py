@@ -1,4 +1,4 @@
-"""scikit-learn's digits (1,797 real 8×8 images of ten classes) with a teacher and a classifier that ship with the package.
+"""scikit-learn's digits (1,797 real 8×8 images of ten classes), with a teacher and a classifier that ship with the package.
 
 Both are trained by `bench/train_digits.py`, reproducibly from its seed.
 """
@@ -19,10 +19,10 @@ TEACHER_DIR, CLASSIFIER_FILE = ASSETS / "digits_teacher", ASSETS / "digits_class
 
 
 class DigitsClassifier(nn.Module):
-    """A small convolutional network; its penultimate layer gives the features of Fréchet distance and precision/recall.
+    """A small convolutional network. Its penultimate layer gives the features for Fréchet distance and precision/recall.
 
-    Features end in a tanh: unbounded ones grow with the classifier's confidence, and the distance would then
-    measure confidence more than likeness.
+    The features end in a tanh. Unbounded features grow with the classifier's confidence, and the distance would then measure
+    confidence more than likeness.
     """
 
     num_features = 48
@@ -71,7 +71,7 @@ def digits_classifier() -> DigitsClassifier:
 def digits_images() -> tuple[Tensor, Tensor]:
     """All real images [1797, 1, 8, 8] in [−1, 1] and their labels [1797].
 
-    Raises: ImportError naming the extra when scikit-learn is not installed.
+    Raises: ImportError naming the extra to install if scikit-learn is missing.
     """
     try:
         from sklearn.datasets import load_digits

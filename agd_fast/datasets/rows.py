@@ -1,4 +1,4 @@
-"""Rows of a pipeline's inputs from a file: prompts, or texts, numbers and pictures by the argument of its call."""
+"""Reading rows of a pipeline's inputs from a file: prompts; or texts, numbers and pictures, by argument of its call."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PICTURES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".webp"})
 
 
 def read_prompts(path: str | os.PathLike[str]) -> list[str]:
-    """A file with one prompt a line; empty lines are none.
+    """Read a file with one prompt per line; empty lines are skipped.
 
     Raises: FileNotFoundError; ValueError naming a file that is not UTF-8 or holds no prompt.
     """
@@ -30,12 +30,12 @@ def read_prompts(path: str | os.PathLike[str]) -> list[str]:
 
 
 def read_inputs(path: str | os.PathLike[str]) -> dict[str, list[Any]]:
-    """A file with one JSON object a line, such as {"prompt": "a red cat", "image": "cat.png"}, as `agd_fast.distill(inputs=...)`
-    takes it: {"prompt": [...], "image": [...]}.
+    """Read a file with one JSON object per line, such as {"prompt": "a red cat", "image": "cat.png"}.
 
-    Of all arguments but prompts, texts that end like a file of a picture are opened, relative to the file's folder.
-    Raises: FileNotFoundError naming a file or picture; ValueError for a file that is not UTF-8, for a line that is no object, or
-    has other arguments, and for a picture of more than 8 bits a channel.
+    Returns what `agd_fast.distill(inputs=...)` takes: {"prompt": [...], "image": [...]}. For all arguments but prompts, a text
+    that ends like the name of a picture file is opened as a picture, relative to the file's folder.
+    Raises: FileNotFoundError naming a file or picture; ValueError for a file that is not UTF-8, for a line that is not an object
+    or has other arguments, and for a picture of more than 8 bits per channel.
     """
     path = Path(path)
     if not path.is_file():

@@ -1,4 +1,4 @@
-"""How a student is trained."""
+"""How an adapter is trained."""
 
 from __future__ import annotations
 
@@ -31,19 +31,24 @@ def learning_rate_of(kinds: Sequence[str]) -> float:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """AdamW with linear warm-up and cosine decay.
+    """Training settings, for AdamW with linear warm-up and cosine decay.
 
-    steps, batch_size: batch_size is over all processes. micro_batch_size: most states of a forward; the gradients of a batch are
-        added up over its forwards. None for all at once, or for as many as `distill(memory="auto")` finds to fit, in equal parts
-        where it can. States of several shapes are forwards of their own.
-    warmup: share of the steps.
-    learning_rate: peak; None takes LEARNING_RATES by the adapter's kind, tuned on digits teachers and on nothing larger
-        (the paper trains its kinds with 1e-4 for 5,000 steps).
-    max_grad_norm: clipped to it. ema: decay of an average of the weights that is saved instead of them; None for none.
-    loss: "l2" or "l1" a state. weighting: "omega" divides a state's loss by (ω − 1)² + ¼, which lifts small ω.
-    seed: of the order of the states; None takes that of `distill`. checkpoint_every, log_every: in steps.
-    cuda_graph: forward, loss and backward of a micro-batch as one CUDA graph, which gives the same numbers and keeps a card from
-        waiting for the host; None does it where it can be done, so does True: in one process, on CUDA, without fp16.
+    steps: number of training steps.
+    batch_size: states per step, over all processes.
+    micro_batch_size: largest number of states in one forward pass. The gradients of a batch are accumulated over its forward
+        passes. None takes all states at once, or as many as `distill(memory="auto")` finds to fit, in equal parts where possible.
+        States of different shapes always get separate forward passes.
+    warmup: fraction of the steps.
+    learning_rate: peak value. None takes the entry of LEARNING_RATES for the adapter's kind; these were tuned on digits teachers
+        and on nothing larger (the paper trains its kinds with 1e-4 for 5,000 steps).
+    max_grad_norm: norm to which the gradient is clipped.
+    ema: decay of an average of the weights, which is saved instead of them; None keeps no average.
+    loss: "l2" or "l1", per state.
+    weighting: "omega" divides the loss of a state by (ω − 1)² + ¼, which raises the weight of small ω.
+    seed: seed for the order of the states; None takes the seed of `distill`.
+    checkpoint_every, log_every: number of steps between checkpoints, and between entries of the log.
+    cuda_graph: run forward, loss and backward of a micro-batch as one CUDA graph. This gives the same numbers and keeps the GPU
+        from waiting for the host. None and True both do so where it is possible: in one process, on CUDA, without fp16.
     """
 
     steps: int = 800

@@ -64,50 +64,55 @@ def distill(
     tensorboard: bool = False,
     progress: bool = True,
 ) -> DistillResult:
-    """Distil the guidance of a frozen model into an adapter (arXiv 2503.07274); leaves the adapter attached.
+    """Distil the guidance of a frozen model into an adapter (arXiv 2503.07274), and leave the adapter attached.
 
     model: a diffusers pipeline, a Teacher, or a denoiser with `scheduler`. Its weights do not change. A pipeline's own runs
-        decide what the guided prediction is; afterwards its call makes one forward a step.
-    prompts: what a text pipeline is trained on: a list, or a file with one a line; None takes captions that ship
-        (`agd_fast.datasets.captions`). inputs: the same by argument of the pipeline's call, one row each, such as
-        {"prompt_embeds": tensor}. call: further arguments of that call: height, width, negative_prompt, ….
-    class_labels, conditions: what a class-conditional model, a Teacher or a denoiser is trained on, as labels (None takes all)
-        or as tensors by argument name, batch first. null_condition: the unconditional value where the spec has none.
-        Trajectories cycle through what is given.
-    teacher: a guider of diffusers.guiders whose rule is learnt in place of the pipeline's own.
-    guidance_range: (low, high) of the guidance scale, in the family's own convention; None takes that of `adapter` or `init`,
-        else ω of 1 to 6, or 1 to 12 for a pipeline, from where the pipeline guides at all.
-    preset: name of settings that go together (`agd_fast.distillation.presets.PRESETS`), for all of the following that is None.
-    adapter: kind and size; some entries of an AdapterConfig, by name, leave the others as they are without. train_config: see
-        TrainConfig.
-    init: folder, or Hub repo, of a trained adapter to start from, instead of a fresh one that is zero; it decides `adapter`.
-    trajectories: how many to collect into output_dir/trajectories, or ones collected before. sampling_steps, keep_steps,
-        source, data, shard_size, store_dtype: see `agd_fast.trajectories.collect`. source="student" follows the adapter of
-        `init`: one round of training on its own states. A pipeline runs shard_size samples at once, at one scale.
-    validation: guided trajectories a scale, of the same inputs from other noise, for `guidance_explained`; 0 for none, None for
-        50, or 8 of a pipeline.
+        decide what the guided prediction is; afterwards, its call makes one forward pass per step.
+    prompts: what a text pipeline is trained on: a list, or a file with one prompt per line. None takes the captions that ship
+        with the package (`agd_fast.datasets.captions`).
+    inputs: instead of prompts, the rows of any arguments of the pipeline's call, by name, such as {"prompt_embeds": tensor}.
+    call: further arguments of the pipeline's call: height, width, negative_prompt, ….
+    class_labels, conditions: what a class-conditional model, a Teacher or a denoiser is trained on: labels (None takes all), or
+        tensors by argument name, batch first. Trajectories cycle through the rows, as they do through prompts and inputs.
+    null_condition: the unconditional value, if the spec has none.
+    teacher: a guider from diffusers.guiders, whose rule is learnt in place of the pipeline's own.
+    guidance_range: (low, high) of the guidance scale, in the model family's own convention. None takes the range of `adapter` or
+        `init`, else ω from 1 to 6, or 1 to 12 for a pipeline, beginning no lower than where the pipeline guides at all.
+    preset: name of a group of settings (`agd_fast.distillation.presets.PRESETS`), used for whatever of the following is None.
+    adapter: kind and size of the adapter. A mapping sets some entries of an AdapterConfig by name and leaves the others as they
+        would be without it.
+    train_config: see TrainConfig.
+    init: folder or Hub repo of a trained adapter to start from, instead of a new one that is zero; it decides `adapter`.
+    trajectories: how many to collect into output_dir/trajectories, or trajectories that were collected before.
+    sampling_steps, keep_steps, source, data, shard_size, store_dtype: see `agd_fast.trajectories.collect`. source="student"
+        follows the adapter of `init`: one round of training on states that it visits itself. A pipeline runs shard_size samples
+        at once, all at one scale.
+    validation: number of held-out trajectories per scale for `guidance_explained`: guided trajectories of the same inputs from
+        other noise. 0 turns it off; None takes 50, or 8 for a pipeline.
     validate_every: also measure, and draw a picture, after every so many steps, into output_dir/validation.
-    memory: what is kept of a forward for its backward: "exact" (what is needed, not rounded), "8bit", "4bit",
-        "recompute", "blocks" (gradient checkpointing, and 8 bits inside of it: mostly the least), or "auto", the first of these
-        that fits the card, in the end over a base in int8 (see `agd_fast.frozen_backward`, `agd_fast.estimate_memory`); None is
-        plain autograd. In all but the last two, and in "auto" where the card is small for the model, a model is on the card for
-        its own forwards alone and goes back to where it was, guidance is two forwards of one sample each, and the optimizer's
-        moments lie in host memory. Where a model does not fit beside a forward, states, validation and pictures are made with
-        weights that stay in host memory, a layer at a time on the card: slower, the same to the last bit. On the CPU "auto" is
-        "exact".
+    memory: what a forward pass keeps for its backward pass (see `agd_fast.frozen_backward`, `agd_fast.estimate_memory`). None is
+        plain autograd.
+        - "exact" keeps what is needed, not rounded; "8bit", "4bit" and "recompute" keep less.
+        - "blocks" is gradient checkpointing with 8 bits inside a block; it mostly keeps the least.
+        - "auto" takes the first of these that fits the card, in the end over a base in int8. On the CPU it is "exact".
+        With all of these but "auto", and with "auto" if the card is small for the model, memory is saved elsewhere too. A model
+        is on the card only for its own forward passes and then goes back to where it was. Guidance is two forward passes of one
+        sample each. The optimizer's moments lie in host memory. If a model does not fit beside a forward pass, states, validation
+        and pictures are made with weights that stay in host memory and come to the card one layer at a time: slower, but the same
+        to the last bit.
     base_weights: "int8" or "nf4" keeps the frozen weights as codes while training (`agd_fast.memory.base_weights`), with the
-        originals in host memory; states, validation and what is left to the caller are of the weights as they are.
-    resume: continue an interrupted run in output_dir, with the same settings but for memory, base_weights, how many states a
-        forward has, TrainConfig.cuda_graph and how often something is logged and saved, which may be others; False trains anew on
-        the trajectories there.
+        originals in host memory. States, validation and the model that you get back use the original weights.
+    resume: continue an interrupted run in output_dir. The settings must be the same, except for memory, base_weights, the number
+        of states in a forward pass, TrainConfig.cuda_graph, and how often logs and checkpoints are written. False trains anew on
+        the trajectories that are there.
 
     Writes adapter.safetensors, adapter_config.json, distill.json, log.jsonl, checkpoint.safetensors, samples.png and
-    trajectories/; for a pipeline's further denoisers the same in folders of their names.
-    Raises: ValueError for a missing condition, an attached adapter, an `init` that does not fit, or an output_dir of another
-    run; TypeError for an unknown model or guider; FloatingPointError when a state is not finite or the loss becomes NaN;
-    OSError when something cannot be written, or another process is writing to output_dir; torch.OutOfMemoryError naming what
-    takes less, after "auto" has tried one way more. The model is then without adapter again. Warns: where a picture cannot be
-    drawn, or `trajectories` are of other weights, noise or conditions.
+    trajectories/; for a pipeline's further denoisers, the same in folders of their names.
+    Raises: ValueError for a missing condition, an attached adapter, an `init` that does not fit, or an output_dir of another run;
+    TypeError for an unknown model or guider; FloatingPointError if a state is not finite or the loss becomes NaN; OSError if
+    something cannot be written, or another process is writing to output_dir; torch.OutOfMemoryError naming what takes less
+    memory, after "auto" has tried one more way. The model then has no adapter again. Warns: if a picture cannot be drawn, or if
+    `trajectories` are of other weights, noise or conditions.
     """
     directory = Path(output_dir)
     init = None if init is None else resolve(init)

@@ -47,13 +47,17 @@ RESULT_NAME, PICTURE_NAME, VALIDATION_NAME = "distill.json", "samples.png", "val
 
 @dataclass(frozen=True)
 class DistillResult:
-    """What `distill` made.
+    """What `distill` returns.
 
-    adapter: attached to the teacher. output_dir: holds it on disk. parameters, fraction: its size, also as a share of the
-    base's parameters. loss: the last logged. explained: guidance_explained on held-out trajectories (None if not asked for).
-    seconds: by phase, of this call. memory: how memory was saved, and on CUDA the most that each phase took in bytes; None where
-    it was not asked to be. passes: whether those of training ran as CUDA graphs, and why not (all). others: results of a
-    pipeline's further denoisers, by component.
+    adapter: the trained adapter, attached to the teacher.
+    output_dir: the folder that holds it.
+    parameters, fraction: its number of parameters, absolute and as a fraction of the base's.
+    loss: the last logged loss.
+    explained: guidance_explained on held-out trajectories; None if not asked for.
+    seconds: duration of each phase of this call.
+    memory: how memory was saved and, on CUDA, the peak of each phase in bytes; None if no saving was asked for.
+    passes: whether the training passes ran as CUDA graphs, and if not (all), why.
+    others: results for a pipeline's further denoisers, by component.
     """
 
     adapter: Adapter = field(repr=False)

@@ -1,4 +1,4 @@
-"""Settings that go together, by name: `distill(..., preset="sdxl")`. What a caller gives goes before what a preset says."""
+"""Named groups of settings: `distill(..., preset="sdxl")`. Arguments that the caller gives take precedence over the preset."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ TEXT_RANGE = (1.0, 12.0)
 
 @dataclass(frozen=True)
 class Preset:
-    """What `distill` uses where its caller says nothing.
+    """What `distill` uses for settings that its caller leaves open.
 
-    adapter: its guidance_range is in the standard convention (ω = 1 is no guidance). trajectories, sampling_steps,
-    keep_steps: see `agd_fast.trajectories.collect`.
+    adapter: its guidance_range is in the standard convention (ω = 1 is no guidance).
+    trajectories, sampling_steps, keep_steps: see `agd_fast.trajectories.collect`.
     """
 
     adapter: AdapterConfig = field(default_factory=AdapterConfig)

@@ -1,4 +1,4 @@
-"""What a user may choose about the engine."""
+"""Settings of the engine."""
 
 from __future__ import annotations
 
@@ -13,26 +13,28 @@ from agd_fast.ops import Kernels, checked_policy
 class EngineConfig:
     """How an optimized denoiser runs.
 
-    compile: torch.compile(fullgraph=True) of what is left of a step; None does it on CUDA. mode: of torch.compile.
-    graph: one CUDA graph a step; None does it on CUDA.
-    repeated_blocks: compile pieces of a step that repeat, as transformer blocks do, once and call them with the weights of each;
-        None does it where that saves more than half of the operations, and many.
-    hoist: compute what does not move with x_t before the first step. fold: leave out operations that change nothing, and let
-        norms take scales and shifts that do not move with x_t. absorb: put the projections of cross-attention adapters into their
-        keys and values where that is cheaper. merge: make low-rank terms beside convolutions, where they are the same for all
-        samples, as in a batch of one, parts of the convolutions' weights, in a copy of these; it takes the first two. The four
-        can be switched off to measure what each gives.
-    join_projections: compute those of the same tokens, as queries, keys and values, in one product, of a copy of their weights
-        one below the other; None does it on CUDA where one alone leaves much of the card idle.
-    gelu_epilogue: let products end with the gelu (its approximation by tanh, on CUDA) behind them, as cuBLAS can; None does it
-        where that was measured to be faster on the card that is there.
-    channels_last: convolve with copies of the weights whose channels lie side by side; None does it where a step is compiled on
-        CUDA and the model is a UNet, so that they are not turned round at every step.
-    kernels: "auto" puts pieces of the forward on Triton kernels where these were measured to beat PyTorch on the card that is
-        there, "always" wherever there is one, "never" nowhere; None takes what the environment variable AGD_FAST_KERNELS says,
+    compile: compile the rest of a step by torch.compile(fullgraph=True); None does so on CUDA.
+    mode: the `mode` of torch.compile.
+    graph: run a step as one CUDA graph; None does so on CUDA.
+    repeated_blocks: compile pieces of a step that repeat, such as transformer blocks, only once, and call them with the weights
+        of each. None does so if that saves more than half of the operations, and many.
+    hoist: compute what does not depend on x_t before the first step.
+    fold: leave out operations that change nothing, and let norms take over scales and shifts that do not depend on x_t.
+    absorb: put the projections of cross-attention adapters into their keys and values where that is cheaper.
+    merge: make low-rank terms beside convolutions a part of the convolutions' weights, in a copy of these, if the terms are the
+        same for all samples, as in a batch of one. Needs hoist and fold.
+        You can switch off hoist, fold, absorb and merge to measure what each one gives.
+    join_projections: compute projections of the same tokens, such as queries, keys and values, as one matrix product with a
+        stacked copy of their weights. None does so on CUDA where a single projection leaves much of the card idle.
+    gelu_epilogue: let matrix products end with the gelu behind them, as cuBLAS can (on CUDA, for the tanh approximation of gelu).
+        None does so where it was measured to be faster on this card.
+    channels_last: convolve with channels-last copies of the weights, so that they are not converted at every step. None does so
+        if a step is compiled on CUDA and the model is a UNet.
+    kernels: "auto" runs pieces of the forward pass on Triton kernels where these were measured to beat PyTorch on this card,
+        "always" wherever there is a kernel, "never" nowhere. None takes the value of the environment variable AGD_FAST_KERNELS,
         else "auto".
-    max_table_bytes: of the table that holds what depends on the step alone; where all steps of a schedule need more, it is
-        computed in each step instead.
+    max_table_bytes: largest size of the table that holds what depends on the step alone. If all steps of a schedule need more,
+        these values are computed in each step instead.
     """
 
     compile: bool | None = None

@@ -69,12 +69,22 @@ class Engine:
         return self._plain(args, kwargs) if request is None or key is None else self._record(request, key, scope)
 
     def info(self) -> dict[str, Any]:
-        """For a reader. plain_because: why calls take the plain path, if any do. slower_because: why steps are not compiled, no
-        CUDA graph, or not in channels-last order. Of the last captured forward: repeated_blocks: how many distinct pieces were
-        compiled and how often a step calls them, empty where it was compiled as a whole, or not; joined: projections that became
-        parts of others; gelu_epilogues: those that end with their gelu; merged: low-rank terms that became parts of weights;
-        kernels, not_on_kernels: how many pieces run on a kernel of ours, by op, and how many do not, by op and reason.
-        ahead_bytes: of what was computed ahead, in the last scope; copied_bytes: of weights in other forms (`EngineConfig`)."""
+        """What the engine does, for a reader; `agd_fast.info` shows it.
+
+        plain_because: why calls take the plain path, if any do.
+        slower_because: why steps are not compiled, not a CUDA graph, or not in channels-last order.
+        ahead_bytes: size of what was computed ahead in the last scope.
+        copied_bytes: size of weights in other forms (see `EngineConfig`).
+
+        The other entries are of the last captured forward pass:
+        repeated_blocks: number of distinct compiled pieces, and how often a step calls them; empty if it was compiled as a whole,
+            or not compiled.
+        joined: number of projections that became parts of others.
+        gelu_epilogues: number of matrix products that end with their gelu.
+        merged: number of low-rank terms that became parts of weights.
+        kernels, not_on_kernels: number of pieces that run on a kernel of this library, by op, and of those that do not, by op and
+            reason.
+        """
         device = device_of(self.denoiser)
         programs = self._programs
         rewritten = programs[-1].rewritten if programs else Rewritten()

@@ -1,4 +1,4 @@
-"""Putting the engine on a denoiser and taking it off again."""
+"""Switching the engine on and off for a denoiser."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ Model = TypeVar("Model")
 
 
 def optimize(model: Model, config: EngineConfig | None = EngineConfig(), *, spec: DenoiserSpec | None = None) -> Model:  # noqa: B008
-    """Let a pipeline's or a denoiser's forwards run as one graph a step, with all that does not move with x_t computed before the
-    first. Mutates and returns its argument.
+    """Run each step of a pipeline or a denoiser as one graph. Modifies its argument and returns it.
 
-    It acts inside a call of the pipeline, `agd_fast.sample` and `agd_fast.guided`, with an adapter armed and on the base as well.
-    Outputs are equal to rounding. The first forward at new shapes runs as before and is captured. Where a forward cannot be
-    (offloading hooks, code that asks for values of tensors that move during a call), the plain path runs, a warning says so
-    once, and `agd_fast.info(model)` says why.
-    config: None takes the engine off: everything is as before.
-    Raises: TypeError for an unknown denoiser without a spec; ValueError for one that is compiled already, for a pipeline that
-        cannot have the adapter on its denoiser (as in `attach`), and for an unknown AGD_FAST_KERNELS.
+    What does not depend on x_t is computed before the first step. The engine acts inside a call of the pipeline,
+    `agd_fast.sample` and `agd_fast.guided`, with an adapter armed and on the base as well. Outputs are equal up to rounding. The
+    first forward pass at new shapes runs as before and is captured. If it cannot be captured (offloading hooks, code that asks
+    for values of tensors that change during a call), the plain path runs, a warning says so once, and `agd_fast.info(model)` says
+    why.
+    config: None switches the engine off; everything is then as before.
+    Raises: TypeError for an unknown denoiser without a spec; ValueError for a denoiser that is already compiled, for a pipeline
+    that cannot have the adapter on its denoiser (as in `attach`), and for an unknown AGD_FAST_KERNELS.
     """
     if config is not None and config.kernels is None:
         default_policy()

@@ -16,9 +16,13 @@ from agd_fast.evaluation.speed import Timing, time_interleaved
 
 @dataclass(frozen=True)
 class Cost:
-    """nfe: denoiser evaluations a picture. seconds: a picture, None where it was not timed; timing: of calls of `batch` pictures.
-    peak_bytes: the most that was allocated on the CUDA device during the first call, with what calls before it left there; None
-    elsewhere.
+    """What a picture costs.
+
+    nfe: denoiser evaluations per picture.
+    seconds: per picture; None if it was not timed.
+    timing: of calls of `batch` pictures.
+    peak_bytes: the most that was allocated on the CUDA device during the first call, including what earlier calls left there;
+        None on other devices.
     """
 
     nfe: float

@@ -20,9 +20,11 @@ SCALES = (1.5, 2.0, 3.0, 4.0, 6.0)
 
 @dataclass(frozen=True)
 class Explained:
-    """1 − Σ‖ε̂_agd − ε_cfg‖² / Σ‖ε(c) − ε_cfg‖²: 1 is perfect, 0 is the unguided base.
+    """Guidance explained, 1 − Σ‖ε̂_agd − ε_cfg‖² / Σ‖ε(c) − ε_cfg‖²: 1 is perfect, 0 is the unguided base.
 
-    mean: over scales. by_scale: ω → explained. by_time: t → explained, all scales together.
+    mean: over scales.
+    by_scale: ω → explained.
+    by_time: t → explained, all scales together.
     """
 
     mean: float
@@ -51,14 +53,16 @@ def guidance_explained(
 ) -> Explained:
     """Measure the attached adapter, or another student, against the teacher's guided predictions.
 
-    conditions: one a trajectory, batch first; each is run once at every ω of `scales` (standard convention, ω ≠ 1).
-    states: "guided" of the teacher's own trajectories; "student" of trajectories that the adapter drives, which are those it
-        meets when it samples; "data" are samples noised at the timesteps of the schedule, `data` = (samples [M, C, H, W], the
-        row of `conditions` that each goes with [M]).
+    conditions: one per trajectory, batch first; each is run once at every ω of `scales` (standard convention, ω ≠ 1).
+    states: the states at which predictions are compared.
+        - "guided": those of the teacher's own trajectories.
+        - "student": those of trajectories that the adapter drives, which it meets when it samples.
+        - "data": samples noised at the timesteps of the schedule; `data` = (samples [M, C, H, W], for each of them the row of
+          `conditions` that it goes with [M]).
     student: what predicts in one pass; None is the teacher with its attached adapter.
-    seed: of all noise, which is the same for every adapter; states are held out if it was not used for training.
+    seed: seed of all noise, which is the same for every adapter. States are held out if this seed was not used for training.
     batch_size: trajectories at once; None takes 100, or as many as a pipeline runs.
-    Raises: ValueError when no adapter is attached, or `states` is unknown or does not go with `data`.
+    Raises: ValueError if no adapter is attached, or if `states` is unknown or does not go with `data`.
     """
     if student is None:
         require_attachment(teacher)

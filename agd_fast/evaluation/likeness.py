@@ -21,10 +21,12 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 @dataclass(frozen=True)
 class Scores:
-    """Of one arm's pictures; None where it was not asked for or is not defined, as a likeness of CFG to itself.
+    """Scores of one arm's pictures; None if not asked for or not defined, such as CFG's likeness to itself.
 
-    To CFG's pictures from the same noise: rmse of values in [0, 1]; psnr in dB, ssim and lpips, means over pictures;
-    frechet_to_cfg. clip: score of the pictures with their prompts. frechet_to_real: to a folder of real pictures.
+    rmse, psnr, ssim, lpips, frechet_to_cfg: against CFG's pictures from the same noise. rmse is of values in [0, 1], psnr in dB;
+        psnr, ssim and lpips are means over pictures.
+    clip: score of the pictures with their prompts.
+    frechet_to_real: distance to a folder of real pictures.
     """
 
     rmse: float | None = None

@@ -1,6 +1,6 @@
-"""Metrics by networks that others trained, loaded where they are asked for: LPIPS, CLIP score, Inception's features.
+"""Metrics by pretrained networks, loaded only if asked for: LPIPS, CLIP score, Inception's features.
 
-Pictures are [N, 3, H, W] in [0, 1] everywhere here. None of these networks ships with the package.
+Pictures are [N, 3, H, W] in [0, 1] throughout this module. None of these networks ships with the package.
 """
 
 from __future__ import annotations
@@ -34,12 +34,13 @@ class Networks:
 
 
 def load_networks(asked: Asked) -> Networks:
-    """On the CPU; they move to where the pictures are.
+    """Load the networks of the metrics, on the CPU; they move to where the pictures are.
 
-    asked: names of "lpips", "clip" and "fid"; or by name which network: "alex", "vgg" or "squeeze"; a CLIP by its folder or
-    Hub id; "inception", or the file with its weights; or any function in its place (`Lpips`, `Clip`, `Features` above).
+    asked: names out of "lpips", "clip" and "fid"; or a mapping from these to which network: "alex", "vgg" or "squeeze" for lpips;
+        the folder or Hub id of a CLIP; "inception", or the file with its weights; or any function in its place (`Lpips`, `Clip`,
+        `Features` above).
 
-    Raises: ValueError for another name; ImportError naming a package that is missing; OSError naming weights that cannot be had.
+    Raises: ValueError for another name; ImportError naming a missing package; OSError naming weights that cannot be had.
     """
     which = dict(asked) if isinstance(asked, Mapping) else {name: DEFAULTS.get(name, "") for name in asked}
     require_known(which)

@@ -1,4 +1,4 @@
-"""What was measured of the adapters of a pipeline."""
+"""What was measured of a pipeline's adapters."""
 
 from __future__ import annotations
 
@@ -13,27 +13,35 @@ from agd_fast.evaluation.likeness import Scores
 
 @dataclass(frozen=True)
 class PipelineScale:
-    """At one guidance scale. guidance_explained: by denoiser; empty where it was not asked for. arms: unguided, cfg and agd."""
+    """Results at one guidance scale.
+
+    guidance_explained: by denoiser; empty if not asked for.
+    arms: scores of unguided, cfg and agd.
+    """
 
     guidance_explained: dict[str, float]
     arms: dict[str, Scores]
 
     @property
     def closeness(self) -> float:
-        """RMSE to CFG's pictures, of AGD's over the unguided ones': 0 is CFG, 1 is no guidance."""
+        """RMSE of AGD's pictures to CFG's, divided by that of the unguided ones: 0 is CFG, 1 is no guidance."""
         agd, unguided = self.arms["agd"].rmse, self.arms["unguided"].rmse
         return agd / unguided if agd is not None and unguided else float("nan")
 
 
 @dataclass(frozen=True)
 class PipelineEvaluation:
-    """Everything measured of one pipeline's adapters; `to_dict` is what report.json holds.
+    """Everything measured of one pipeline's adapters; `to_dict` is the content of report.json.
 
-    adapters: kind, parameters and share of the base's, by denoiser. pictures: an arm and scale, of `prompts` different inputs;
-    left_out: how many of them were not compared, as one of the arms was black all over; black: whose, and how many, by arm and
-    scale.
-    by_scale: by guidance scale, in the family's own convention. costs: by arm, the same at every scale but 1.
-    networks: which ones measured, by metric. directory: where pictures and report are. seconds: by phase, of this call.
+    adapters: kind, parameters and fraction of the base's parameters, by denoiser.
+    pictures: number of pictures per arm and scale, from `prompts` different inputs.
+    left_out: how many of these were not compared, because the picture of one arm was black all over.
+    black: how many black pictures, by arm and scale.
+    by_scale: results by guidance scale, in the model family's own convention.
+    costs: by arm, the same at every scale but 1.
+    networks: the network behind each metric.
+    directory: where pictures and report are.
+    seconds: duration of each phase of this call.
     """
 
     pipeline: str

@@ -1,4 +1,4 @@
-"""A spec proposed for a denoiser that no family describes, read off its modules and the names of its arguments."""
+"""Proposing a spec for a denoiser that no family describes, from its modules and the names of its arguments."""
 
 from __future__ import annotations
 
@@ -27,11 +27,12 @@ EXAMPLE = (
 
 
 def discover(denoiser: nn.Module) -> DenoiserSpec:
-    """Propose a spec: the first argument is x_t; attention blocks, adaLN projections and the prompt go by diffusers' habits.
+    """Propose a spec for a denoiser by the conventions of diffusers.
 
-    It is a guess to read before it is used: `agd_fast.attach(model, spec=agd_fast.discover(denoiser))`. What only a pipeline
-    tells (sign, convention of ω, order of the conditional half) it leaves at the defaults of `PipelineSpec`.
-    Raises: ValueError when there is no timestep argument or no attention block.
+    The first argument is taken for x_t. Attention blocks, adaLN projections and the prompt are found by what diffusers calls
+    them. The proposal is a guess. Read it before you use it: `agd_fast.attach(model, spec=agd_fast.discover(denoiser))`. What
+    only a pipeline tells (sign, convention of ω, order of the conditional half) stays at the defaults of `PipelineSpec`.
+    Raises: ValueError if there is no timestep argument or no attention block.
     """
     parameters = forward_parameters(denoiser)
     timestep = next((name for name in _TIMESTEPS if name in parameters), None)

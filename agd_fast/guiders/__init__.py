@@ -1,4 +1,4 @@
-"""Guiders of diffusers: an adapter as one, and any of them as the teacher."""
+"""Guiders of diffusers: an adapter as a guider, and any guider as the teacher."""
 
 from agd_fast.guiders.adapter_guidance import AdapterGuidance
 

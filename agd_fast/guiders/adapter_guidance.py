@@ -1,4 +1,4 @@
-"""The adapter as a guider of Modular Diffusers: one condition, one forward a step."""
+"""An adapter as a guider of Modular Diffusers: one condition, one forward pass per step."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from agd_fast.forward import device_of
 
 
 class AdapterGuidance(BaseGuidance):
-    """Arms the denoiser's adapter for its one forward a step.
+    """Guider that arms the denoiser's adapter for its one forward pass per step.
 
-    guidance_scale: one number or one a sample, in the family's own convention. start, stop: fractions of the steps between
-    which the adapter acts. enabled: False leaves the plain conditional prediction.
-    Raises: ValueError at the first step when the denoiser has no adapter, or modules that it acts on were replaced since.
+    guidance_scale: one number or one per sample, in the model family's own convention.
+    start, stop: fractions of the steps between which the adapter acts.
+    enabled: False leaves the plain conditional prediction.
+    Raises: ValueError at the first step if the denoiser has no adapter, or if modules that it acts on were replaced since.
     """
 
     _input_predictions = ["pred_cond"]  # noqa: RUF012 (diffusers asks for a list)

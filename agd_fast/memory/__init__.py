@@ -1,4 +1,4 @@
-"""Memory-efficient backward through frozen weights."""
+"""Memory-efficient backward pass through frozen weights."""
 
 from agd_fast.memory.estimate import MemoryEstimate, MemoryRow, estimate_memory
 from agd_fast.memory.frozen_backward import frozen_backward

@@ -1,4 +1,4 @@
-"""How much memory training an adapter takes, by what is kept for backward: counted on the meta device, without a GPU."""
+"""How much memory training an adapter takes, by what is kept for the backward pass. Counted on the meta device, without a GPU."""
 
 from __future__ import annotations
 
@@ -38,11 +38,14 @@ _UNITS = {"MiB": 2**20, "GiB": 2**30}
 
 @dataclass(frozen=True)
 class MemoryRow:
-    """Bytes of one way to train.
+    """What one way to train takes, in bytes.
 
-    weights: the base's. adapters, gradients, optimizer: of the trained parameters. activations: what a forward keeps for its
-    backward; by_op: the same by the op that keeps it. working: the most that forward and backward hold beside all that, for a
-    moment. total: the sum; the CUDA context, what the allocator cannot use, and text encoders and a VAE come on top.
+    weights: of the base.
+    adapters, gradients, optimizer: of the trained parameters.
+    activations: what a forward pass keeps for its backward pass.
+    by_op: the same, by the op that keeps it.
+    working: the most that forward and backward hold at any moment besides all that.
+    total: the sum. The CUDA context, what the allocator cannot use, and text encoders and a VAE come on top.
     """
 
     mode: str
@@ -61,11 +64,13 @@ class MemoryRow:
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """A row a mode, those first that keep more. title: what was estimated.
+    """Estimates with one row per mode; modes that keep more come first.
 
-    states: of collecting guided states and measuring an adapter, by forwards without gradients of the base as it is, with one of
-    the models on the card at a time; weights are those of the largest. streamed: the same where weights come from host memory,
-    a layer at a time; they are those of two layers, of a model that cannot be streamed all of its.
+    title: what was estimated.
+    states: memory for collecting guided states and measuring an adapter. This takes forward passes of the base as it is, without
+        gradients, with one of the models on the card at a time; `weights` are those of the largest model.
+    streamed: the same if weights come from host memory one layer at a time; `weights` are then those of two layers, or all of
+        them for a model that cannot be streamed.
     """
 
     title: str
@@ -74,18 +79,21 @@ class MemoryEstimate:
     streamed: MemoryRow
 
     def row(self, mode: str) -> MemoryRow:
-        """Raises: ValueError for a mode that was not estimated."""
+        """The row of a mode. Raises: ValueError for a mode that was not estimated."""
         for row in self.rows:
             if row.mode == mode:
                 return row
         raise ValueError(f"mode must be one of {', '.join(row.mode for row in self.rows)}; found {mode!r}")
 
     def fits(self, budget: int) -> tuple[str, ...]:
-        """Modes whose total is within `budget` bytes, in the order of the rows; none where states cannot be collected in it."""
+        """Modes whose total is within `budget` bytes, in the order of the rows; none if states cannot be collected within it."""
         return tuple(row.mode for row in self.rows if max(row.total, self.streamed.total) <= budget)
 
     def rich(self) -> Table:
-        """Columns are modes, in GiB, or MiB where all is small; of the activations the ops that keep most."""
+        """A table with one column per mode, in GiB, or in MiB if everything is small.
+
+        Of the activations, it shows the ops that keep most.
+        """
         from agd_fast.reporting.tables import rich_table
 
         parts = ("weights", "adapters", "gradients", "optimizer", "activations")
@@ -141,16 +149,22 @@ def estimate_memory(
     call: Mapping[str, Any] | None = None,
     spec: DenoiserSpec | None = None,
 ) -> MemoryEstimate:
-    """What training an adapter of a pipeline's first denoiser, a Teacher or a denoiser takes. The model is left alone: its twin
-    on the meta device runs, of the same modules without their weights. Takes some seconds a mode for a large model.
+    """Estimate the memory that training an adapter takes, for a Teacher, a denoiser, or the first denoiser of a pipeline.
 
-    resolution: edge of the pictures in pixels, or (height, width); None takes the model's own. adapter: None takes the one that
-    is attached, else the backbone's default. modes: of MODES; None takes all that the denoiser has.
+    The model itself is left alone. Its twin runs on the meta device: the same modules without their weights. For a large model,
+    this takes some seconds per mode.
+
+    resolution: edge length of the pictures in pixels, or (height, width); None takes the model's own.
+    adapter: None takes the adapter that is attached, else the backbone's default.
+    modes: "off" (plain autograd), "checkpointing", "exact", "8bit", "4bit", "recompute", "blocks"; None takes all that the
+        denoiser has.
     base_weights: "int8" or "nf4" holds the base's weights as `distill(base_weights=...)` does.
-    optimizer: "adamw", or "host" with its moments in host memory; None takes what `distill` does, "host" in all modes of ours.
-    inputs: the denoiser's own call instead, by (dotted) argument: tensors, of which shape and dtype count, or shapes with the
-        batch; resolution and batch_size are then theirs. call: further arguments of a pipeline's call, such as num_frames.
-    Raises: ValueError for an unknown mode, or an argument whose shape nobody can tell; TypeError for an unknown denoiser.
+    optimizer: "adamw", or "host" with its moments in host memory. None takes what `distill` does: "host" in all modes but "off"
+        and "checkpointing".
+    inputs: arguments of the denoiser's own call, by (dotted) name, which then decide resolution and batch size: tensors, of which
+        only shape and dtype count, or shapes including the batch.
+    call: further arguments of a pipeline's call, such as num_frames.
+    Raises: ValueError for an unknown mode, or an argument whose shape cannot be determined; TypeError for an unknown denoiser.
     """
     for name, found, expected in (("base_weights", base_weights, get_args(Kind)), ("optimizer", optimizer, OPTIMIZERS)):
         if found is not None and found not in expected:

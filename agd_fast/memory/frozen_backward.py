@@ -1,4 +1,4 @@
-"""Backward through a model whose weights are frozen, in less memory."""
+"""Backward pass through a model whose weights are frozen, in less memory."""
 
 from __future__ import annotations
 
@@ -25,22 +25,25 @@ _ABSENT = object()
 
 @contextmanager
 def frozen_backward(model: nn.Module, activations: str | Mode = "4bit") -> Iterator[None]:
-    """Inside, forwards of `model` keep only what the gradients of its inputs, and of weights outside of it, need.
+    """Inside this context, forward passes of `model` keep only what the gradients of its inputs, and of weights outside it, need.
 
-    model: any module whose own weights are frozen; adapters that agd_fast attaches are not its own. Its outputs are the same
-    bit for bit, in every mode; forwards under no_grad are not touched.
-    activations: what is kept for backward, and how finely.
-        "exact": nothing is rounded. A convolution keeps nothing, a norm its input, attention q, k and v.
-        "8bit": all of it in 8 bits. "4bit": the factors of feed-forwards, and x̂ of norms that nothing else needs, in 4 bits.
-        "recompute": as "4bit", and q, k, v and feed-forwards are made again from x̂.
-        Or a Mode, to choose each.
+    model: any module whose own weights are frozen; adapters that agd_fast attaches do not count as its own. In every mode, its
+        outputs are the same bit for bit. Forward passes under no_grad are not changed.
+    activations: what is kept for the backward pass, and how precisely.
+        - "exact": nothing is rounded. A convolution keeps nothing, a norm its input, attention q, k and v.
+        - "8bit": all of this in 8 bits.
+        - "4bit": as "8bit", but the factors of feed-forwards, and the normalized input x̂ of norms that nothing else needs, in
+          4 bits.
+        - "recompute": as "4bit", but q, k, v and feed-forwards are recomputed from x̂.
+        - A Mode instead of a name sets each choice.
 
-    The model runs eagerly inside: what torch.compile made of it, or of its blocks, is passed over. Gradient checkpointing of
-    diffusers' blocks is followed into its re-runs. Left to plain autograd are functions that were compiled, what
-    torch.utils.checkpoint runs besides, and forwards under forward-mode AD or a transform of torch.func. A gradient of a gradient
-    is refused by autograd.
+    The model runs eagerly inside: what torch.compile made of it, or of its blocks, is bypassed. The re-runs of diffusers'
+    gradient checkpointing keep what the mode says too. Plain autograd still handles functions that were compiled, other uses of
+    torch.utils.checkpoint, and forward passes under forward-mode AD or a transform of torch.func. Autograd refuses second-order
+    gradients.
 
-    Raises: ValueError for an unknown mode, a weight of the model that requires grad, or a model that is inside already.
+    Raises: ValueError for an unknown mode, a weight of the model that requires grad, or a model that is already inside such a
+    context.
     """
     mode = find_mode(activations)
     given, model = model, uncompiled(model)

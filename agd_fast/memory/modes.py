@@ -1,4 +1,4 @@
-"""What is kept of activations for backward: bits by what they are needed for."""
+"""What is kept of activations for the backward pass: bits by what they are needed for."""
 
 from __future__ import annotations
 
@@ -19,14 +19,19 @@ class Packing(NamedTuple):
 
 @dataclass(frozen=True)
 class Mode:
-    """Bits of what is kept, by what reads it in backward; None keeps it as it is: attention alone, or all.
+    """Number of bits of what is kept, by what reads it in the backward pass.
 
-    norm: x̂ of layer and RMS norms that only the norm's own input gradient reads. fine: what the gradient of a trainable weight,
-    or a recomputation, reads; x̂ of group norms, and of rows shorter than `narrow`, whose gradient takes errors of x̂ in by 1/√n.
-    factor: factors of activations and of gated products. attention: q, k, v.
-    groups: consecutive elements that share a scale, in 4 bits and in 8. smallest: elements below which autograd is left alone.
-    recomputes: whether outputs of frozen linears are made again from what norms keep. attends_again: whether attention runs again
-    in its backward; without, autograd keeps its output too, nothing of it rounded.
+    None keeps it unrounded; this is possible for attention alone, or for everything.
+    norm: x̂ of layer and RMS norms that only the norm's own input gradient reads.
+    fine: what the gradient of a trainable weight, or a recomputation, reads; x̂ of group norms, and of rows shorter than
+        `narrow`, whose gradient takes in errors of x̂ by 1/√n.
+    factor: factors of activation functions and of gated products.
+    attention: q, k, v.
+    groups: number of consecutive elements that share a scale, in 4 bits and in 8.
+    smallest: number of elements below which autograd is left alone.
+    recomputes: whether outputs of frozen linears are recomputed from what norms keep.
+    attends_again: whether attention runs again in its backward pass; if not, autograd keeps its output too, and nothing of
+        attention is rounded.
     """
 
     norm: int | None = None

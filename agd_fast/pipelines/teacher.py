@@ -65,7 +65,8 @@ class PipelineTeacher(Teacher):
         lengths = {name: len(value) for name, value in inputs.items()}
         if len(set(lengths.values())) != 1 or not all(lengths.values()):
             raise ValueError(f"expected inputs of one positive length, found {lengths or 'none'}")
-        decided = {"num_inference_steps", "generator", *REPEATS, *spec.pipeline.omega_arguments, *inputs} & set(call or {})
+        call = {name: value for name, value in (call or {}).items() if name not in REPEATS or value != 1}  # one is what is run
+        decided = {"num_inference_steps", "generator", *REPEATS, *spec.pipeline.omega_arguments, *inputs} & set(call)
         if decided:
             raise ValueError(f"call holds {sorted(decided)}, which distilling decides; expected other arguments of the pipeline")
         if any(one.is_meta for one in components[component].parameters()):
@@ -73,7 +74,7 @@ class PipelineTeacher(Teacher):
                 f"the weights of this pipeline's {component} lie in accelerate's hooks (sequential offloading), which hide them; "
                 "expected weights that can be read, for instance with enable_model_cpu_offload()"
             )
-        require_arguments(own_call(pipe, spec), {**inputs, **(call or {})}, type(pipe))
+        require_arguments(own_call(pipe, spec), {**inputs, **call}, type(pipe))
         return cls(
             denoiser=components[component],
             scheduler=pipe.scheduler,
@@ -83,7 +84,7 @@ class PipelineTeacher(Teacher):
             pipe=pipe,
             component=component,
             inputs=inputs,
-            call=dict(call or {}),
+            call=call,
             guider=guider,
         )
 

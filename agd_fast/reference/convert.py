@@ -1,4 +1,4 @@
-"""A checkpoint of the reference code as an adapter of this library."""
+"""Converting a checkpoint of the paper's reference code into an adapter of this library."""
 
 from __future__ import annotations
 
@@ -31,26 +31,28 @@ def convert(
     output_dir: str | os.PathLike[str],
     guidance_range: tuple[float, float] | None = None,
 ) -> Path:
-    """Write an adapter that the paper's reference code trained as one of this library, for `agd_fast.load`; returns `output_dir`.
+    """Convert an adapter that was trained with the paper's reference code, for `agd_fast.load`; returns `output_dir`.
 
-    checkpoint: its "<step>.pt", loaded as tensors alone (a pickle that holds anything else is refused).
-    config: its "config.yaml", or what that holds.
-    base: what it was trained on, in diffusers' form: a UNet2DConditionModel or DiTTransformer2DModel, its pipeline or a
-        Teacher. It is left as it is.
-    guidance_range: that ω was drawn from, outside of which `guided` warns; None takes the reference scripts' own.
+    checkpoint: the reference code's "<step>.pt". Only tensors are loaded; a pickle that holds anything else is refused.
+    config: its "config.yaml", or the mapping in that file.
+    base: the model that the adapter was trained on, in diffusers' form: a UNet2DConditionModel or DiTTransformer2DModel, its
+        pipeline or a Teacher. It is left as it is.
+    guidance_range: the range that ω was drawn from, outside of which `guided` warns; None takes that of the reference scripts.
 
-    The adapter computes what the reference's does, to rounding: its `additive` or `attention`, with embedders at every
-    layer, no (ω − 1) factor and only on the layers that it has (of SDXL's 70 cross-attentions the reference fills 58).
+    The converted adapter computes what the reference's does, up to rounding: its `additive` or `attention` type, with embedders
+    at every layer, no (ω − 1) factor, and only on the layers that it has (of SDXL's 70 cross-attentions the reference fills 58).
 
-    On DiT, the reference runs facebook's model, this library diffusers' form of it. `blocks.i.attn` becomes
-    `transformer_blocks.i.attn1`. facebook's has one embedder of t and one of the label, diffusers' a copy in every block: e_t
-    and e_c are those of block 0. diffusers takes sines of t at other frequencies (its Timesteps has
-    downscale_freq_shift=1, facebook's formula is that of 0), in the base as in e_t; with 0 set in each block of the base, both
-    are facebook's. The reference's DiT adapters learnt CFG on the first three channels, as facebook's sampling does it.
+    For DiT, the reference runs facebook's model, this library diffusers' form of it. `blocks.i.attn` becomes
+    `transformer_blocks.i.attn1`.
+    - facebook's model has one embedder of t and one of the label, diffusers' has a copy in every block: e_t and e_c are those of
+      block 0.
+    - diffusers takes sines of t at other frequencies, in the base as in e_t: its Timesteps has downscale_freq_shift=1, facebook's
+      formula is that of 0. With 0 set in each block of the base, both are facebook's.
+    - The reference's DiT adapters learnt CFG on the first three channels, as facebook's sampling does it.
 
-    Raises: FileNotFoundError; ValueError when the files are not the reference code's, are of Stable Diffusion 3 or of an adapter
-    type other than these two, do not fit together, or do not fit the base (naming what was expected and what was found), or when
-    the base has an adapter already; OSError when `output_dir` cannot be written.
+    Raises: FileNotFoundError; ValueError if the files are not the reference code's, are for Stable Diffusion 3 or for an adapter
+    type other than these two, do not match each other, or do not fit the base (naming what was expected and what was found), or
+    if the base already has an adapter; OSError if `output_dir` cannot be written.
     """
     reference, denoiser = read_config(config), denoiser_of(base)
     if reference.base_class not in [cls.__name__ for cls in type(denoiser).__mro__]:

@@ -1,4 +1,4 @@
-"""Collecting the states that a student is trained on, with the guided predictions of the teacher there."""
+"""Collecting the states that an adapter is trained on, with the teacher's guided prediction for each."""
 
 from __future__ import annotations
 
@@ -47,17 +47,20 @@ def collect(
 ) -> Trajectories:
     """Collect states into `directory`, or finish what an interrupted run left there.
 
-    conditions: the table that trajectories cycle through, batch first. guidance_range: ω ~ U[low, high], standard convention.
-    steps: of the schedule, or (lowest, highest) to draw from a shard. keep: states kept of each trajectory.
-    source: "trajectories" follows the teacher's guidance; "data" noises `data` at the same timesteps (the paper's ablation);
+    A state is x_t at one step of a trajectory, with t, ω, its conditions and the teacher's guided prediction.
+    conditions: table that the trajectories cycle through, batch first.
+    guidance_range: ω is drawn from U[low, high], in the standard convention.
+    steps: number of steps of the schedule, or (lowest, highest), from which each shard draws its number.
+    keep: number of states kept of each trajectory; None keeps all.
+    source: "trajectories" follows the teacher's guidance. "data" noises `data` at the same timesteps (the paper's ablation).
         "student" follows the attached adapter, so that it meets its own errors (DAgger, arXiv 1011.0686). The targets are the
         teacher's guided predictions in every case.
-    shard_size: trajectories run at once, and lost at most when the process is killed. dtype: of the stored states.
+    shard_size: number of trajectories that run at once; at most these are lost if the process is killed.
+    dtype: dtype of the stored states.
 
-    Raises: ValueError for numbers out of range, data that does not fit the source, source="student" without a usable adapter,
-    and a folder with other trajectories or a foreign file (named); FloatingPointError naming where a state is not finite;
-    OSError when the disk is full, or another process is writing to the folder. Warns: of a file that is missing or corrupted,
-    which is made again.
+    Raises: ValueError for numbers out of range, data that does not fit the source, source="student" without a usable adapter, and
+    a folder with other trajectories or a foreign file (named); FloatingPointError naming where a state is not finite; OSError if
+    the disk is full, or another process is writing to the folder. Warns: if a file is missing or corrupted; it is made again.
     """
     directory = Path(directory)
     ends = steps if isinstance(steps, tuple | list) else (steps, steps)

@@ -33,15 +33,17 @@ HOISTABLE = {"modulation", "offset", FULL, TEXT}  # none of their own work sees 
 GRID_COLUMNS = 10
 INTRODUCTION = """# How faithfully one pass reproduces classifier-free guidance
 
-Written by `python bench/fidelity.py report` from `bench/results/fidelity/`; edits are lost.
+This page is written by `python bench/fidelity.py report` from `bench/results/fidelity/`; edits to it are lost.
 
-**Guidance explained** is 1 − Σ‖ε̂ − ε_cfg‖² / Σ‖ε(c) − ε_cfg‖² over held-out states, the mean over ω of 1.5, 2, 3, 4 and 6:
-1 is CFG, 0 the unguided base. Held out is the noise: the states are of other trajectories of the classes or captions that were
-distilled, the same ones for every arm and seed, by which learning rates were chosen too. Captions that were not distilled are
-among the claims. Fréchet distance, accuracy and RMSE are of images that CFG and AGD draw from the same noise, at the
-ω where CFG's own Fréchet distance is lowest. RMSE is to CFG's image, as a share of the unguided image's. ± is the standard
-deviation over seeds. A Fréchet distance alone misleads, since an adapter that guides too weakly can look better than CFG: read it
-beside the others.
+- **Guidance explained** is 1 − Σ‖ε̂ − ε_cfg‖² / Σ‖ε(c) − ε_cfg‖² over held-out states, averaged over ω = 1.5, 2, 3, 4 and 6:
+  1 is CFG, 0 is the unguided base. Only the noise is held out: the states come from new trajectories of the classes or captions
+  that were distilled. They are the same for every arm and seed, and learning rates were chosen by them too. Captions that were
+  not distilled are measured among the claims.
+- **Fréchet distance, accuracy and RMSE** compare images that CFG and AGD draw from the same noise, at the ω where CFG's own
+  Fréchet distance is lowest. RMSE is the distance to CFG's image, divided by that of the unguided image.
+- **±** is the standard deviation over seeds.
+
+Do not read a Fréchet distance alone: an adapter that guides too weakly can have a lower one than CFG.
 """
 
 
@@ -94,29 +96,30 @@ def caption(result: Result) -> str:
 
 
 REFERENCE_TEXT = (
-    "Means over the seeds of the noise. The floor is the distance between two disjoint sets of real images, of the digits halves "
-    "with as many of each class; where these are smaller than an arm's, it is biased upwards beside the others."
+    "Means over the seeds of the noise. The floor is the distance between two disjoint sets of real images (for the digits, two "
+    "halves with equally many of each class). Where these are smaller than an arm's set of images, the floor is biased upwards."
 )
 SCREENING_TEXT = (
-    "Trained on guided trajectories. Of several learning rates the one is shown that explains most of guided states with the "
-    "first seed (0), which stays among those of the mean. Arms are compared with the full fine-tune of as many steps. Before the "
-    "first step: whether all that the arm adds can be computed there, so that a step costs what an unguided one does."
+    "All were trained on guided trajectories. Where several learning rates were tried, the table shows the one that explains "
+    "most of the guided states with the first seed (0); that seed is part of the mean. Each arm is compared with the full "
+    "fine-tune of the same number of steps. *Before the first step* tells whether everything the arm adds can be computed "
+    "there, so that a step costs no more than an unguided one."
 )
 CLAIMS_TEXT = (
-    "Of adapters of the default kind at its default learning rate, one seed, that learn all states of their trajectories. How "
-    "many these were, as `python bench/fidelity.py claims` was told, stands in brackets."
+    "Measured with adapters of the default kind at its default learning rate, one seed, trained on all states of their "
+    "trajectories. The number of trajectories, an option of `python bench/fidelity.py claims`, is given in brackets."
 )
 SOURCES_TEXT = (
-    "Guidance explained on three kinds of states, by the states that the arm was trained on; as many training steps for all. The "
-    "images of noised data are among those that were noised for training, with other noise."
+    "Guidance explained on three kinds of states, by the kind of states that the arm was trained on, with the same number of "
+    "training steps. *Noised data* uses images that training noised too, with new noise."
 )
 RATES_TEXT = (
-    "Guidance explained on guided states with the first seed, of arms trained on guided trajectories; the one kept is bold."
+    "Guidance explained on guided states with the first seed, for arms trained on guided trajectories. The chosen rate is bold."
 )
 BARS_TEXT = (
-    f"Arms with {FINALIST_SEEDS} seeds or more: mean and one-sided 95 % bound (Student's t) towards the limit; the bound "
-    "decides. For the accuracy both signs are bounded. The zero adapter, which leaves the base as it is, must miss a bar, or the "
-    "bars say nothing."
+    f"For arms with {FINALIST_SEEDS} seeds or more: the mean and the one-sided 95 % bound (Student's t) towards the limit. The "
+    "bound decides. Accuracy is bounded in both directions. The zero adapter, which leaves the base unchanged, must miss a bar; "
+    "otherwise the bars would say nothing."
 )
 
 
@@ -148,7 +151,7 @@ def states_text(result: Result) -> str:
     if len(found) != 1:
         return ""
     ((trajectories, keep),) = found
-    return f"All learn {'all' if keep is None else keep} states of each of {trajectories:,} trajectories."
+    return f"All arms learn {'all' if keep is None else keep} states of each of {trajectories:,} trajectories."
 
 
 def screening_table(result: Result) -> str:
