@@ -118,7 +118,8 @@ class DenoiserSpec:
     conditions: its conditioning arguments.
     time_embedding: names of the base's own modules, applied in turn, that turn t into e_t [B, D]. If empty, sinusoidal features
         of t are used.
-    timestep_scale: factor that brings t to the range 0 … 1000; used for those features.
+    timestep_scale: factor that brings t to the range 0 … 1000; used for those features, and to find the scheduler's timestep that
+        a t belongs to.
     timestep_ascends: whether t grows with the noise, as a scheduler's timesteps do; False if it is 1000 minus these.
     patch: edge length of a patch in the denoiser's input: a number, one number per dimension, or "config.<attribute>". Needed for
         sites that hold image and text tokens.

@@ -141,7 +141,7 @@ def test_version():
 def test_help_of_distill_says_what_there_is():
     said = " ".join(CliRunner().invoke(app, ["distill", "--help"], env={"COLUMNS": "300"}).output.split())
     assert f"Settings that go together: {', '.join(PRESETS)}." in said
-    assert "[default: (1 6, or 1 12 of a text pipeline)]" in said
+    assert "[default: (1 6, or 1 12 for prompts or inputs)]" in said
 
 
 TEXT = ["--model", "nowhere", "--prompts"]

@@ -35,7 +35,7 @@ def agd_fast(
     options: "kernels" ("auto", "always", "never"; default: the value of AGD_FAST_KERNELS, else "auto") and "compiler" (the
         backend underneath, default "inductor"); all others go to inductor.
 
-    Pieces for which agd_fast has kernels run on these where they are faster, and matrix products end with their gelu. A graph
+    Pieces for which agd_fast has kernels run on these, and matrix products end with their gelu, where that is faster. A graph
     with none of these goes to inductor as it is; so do graphs for training, under autocast, and for more than one shape. Weights
     are read at every call, and nothing is computed from them ahead, because nothing tells when they are written to.
     Raises: ValueError for an unknown mode or policy.

@@ -45,7 +45,7 @@ def distill(
     ] = None,
     guidance: Annotated[
         tuple[float, float] | None,
-        typer.Option(help="Lowest and highest guidance scale to train on.", show_default="1 6, or 1 12 of a text pipeline"),
+        typer.Option(help="Lowest and highest guidance scale to train on.", show_default="1 6, or 1 12 for prompts or inputs"),
     ] = None,
     init: Annotated[str | None, typer.Option(help="Folder or Hub repo of a trained adapter to start from.")] = None,
     source: Annotated[

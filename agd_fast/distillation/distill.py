@@ -77,7 +77,8 @@ def distill(
     null_condition: the unconditional value, if the spec has none.
     teacher: a guider from diffusers.guiders, whose rule is learnt in place of the pipeline's own.
     guidance_range: (low, high) of the guidance scale, in the model family's own convention. None takes the range of `adapter` or
-        `init`, else ω from 1 to 6, or 1 to 12 for a pipeline, beginning no lower than where the pipeline guides at all.
+        `init`, else ω from 1 to 6, or 1 to 12 for a pipeline that is given prompts or inputs, beginning no lower than where the
+        pipeline guides at all.
     preset: name of a group of settings (`agd_fast.distillation.presets.PRESETS`), used for whatever of the following is None.
     adapter: kind and size of the adapter. A mapping sets some entries of an AdapterConfig by name and leaves the others as they
         would be without it.
@@ -94,7 +95,7 @@ def distill(
         plain autograd.
         - "exact" keeps what is needed, not rounded; "8bit", "4bit" and "recompute" keep less.
         - "blocks" is gradient checkpointing with 8 bits inside a block; it mostly keeps the least.
-        - "auto" takes the first of these that fits the card, in the end over a base in int8. On the CPU it is "exact".
+        - "auto" takes the first of these that fits the card; as a last resort, with the base in int8. On the CPU it is "exact".
         With all of these but "auto", and with "auto" if the card is small for the model, memory is saved elsewhere too. A model
         is on the card only for its own forward passes and then goes back to where it was. Guidance is two forward passes of one
         sample each. The optimizer's moments lie in host memory. If a model does not fit beside a forward pass, states, validation

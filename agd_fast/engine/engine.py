@@ -76,7 +76,7 @@ class Engine:
         ahead_bytes: size of what was computed ahead in the last scope.
         copied_bytes: size of weights in other forms (see `EngineConfig`).
 
-        The other entries are of the last captured forward pass:
+        These entries are of the last captured forward pass:
         repeated_blocks: number of distinct compiled pieces, and how often a step calls them; empty if it was compiled as a whole,
             or not compiled.
         joined: number of projections that became parts of others.
