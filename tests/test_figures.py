@@ -265,3 +265,35 @@ def test_the_bars_of_the_default_adapters():
         for bar, cells in zip(result.bars(group), rows, strict=True):
             assert_shows(cells[column], statistics.mean(bar.values), bar.bound)
             assert bar.verdict == "cleared"
+
+
+def test_the_photographs():
+    result = Result(RESULTS / "fidelity" / "cifar10-16-unet.json")
+    omega, references = result.omega, list(result.references.values())
+    (group,) = [one for one in result.groups if one.arm["kind"] == "modulation+gated_lora"]
+    arms = {
+        "unguided": ([one["unguided"] for one in references], [1]),
+        "cfg": ([one["cfg"][omega] for one in references], [0]),
+        "agd": ([row["images"][omega] for row in group.rows], result.beside_cfg(group, "rmse")),
+    }
+    means = {
+        arm: [statistics.mean(one[key] for one in rows) for key in ("frechet", "accuracy")] for arm, (rows, _) in arms.items()
+    }
+    _, rows = table(MEASURED, "RMSE to CFG's / unguided's")
+    for (arm, (_, rmse)), cells in zip(arms.items(), rows, strict=True):
+        for value, cell in zip([*means[arm], statistics.mean(rmse)], cells[2:], strict=True):
+            assert_shows(cell, value)
+    _, rows = table(MEASURED, "95 % bound")
+    for bar, (_, mean, bound, limit, verdict) in zip(result.bars(group), rows, strict=True):
+        for cell, value in ((mean, statistics.mean(bar.values)), (bound, bar.bound), (limit, bar.limit)):
+            assert_shows(cell, value)
+        assert verdict.lower() == bar.verdict.lower()
+    said = re.sub(r"\s+", " ", README.read_text(encoding="utf-8"))
+    (of_photographs,) = re.findall(r"the Fréchet distance is (.*?) of the guidance \(", said)
+    explained = statistics.mean(group.explained())
+    assert_shows(of_photographs, *(means[arm][0] for arm in arms), *(means[arm][1] for arm in arms), explained)
+    (own, full) = re.findall(
+        r"The adapter explains (\S+) ± .* fine-tune, with one seed, explains (\.\d+)", MEASURED.read_text(encoding="utf-8")
+    )[0]
+    assert_shows(own, explained)
+    assert_shows(full, *result.full(800).explained())
