@@ -59,6 +59,12 @@ def denoisers(pipe: Any) -> dict[str, nn.Module]:
     return components_of(pipe, spec_for(pipe))
 
 
+def freeze(pipe: Any) -> None:
+    """As recording has it: whether weights require gradients decides by which product torch multiplies by them."""
+    for denoiser in denoisers(pipe).values():
+        denoiser.requires_grad_(False)
+
+
 @dataclass
 class Forward:
     """Arguments by name, and the output: a tensor, a list of them stacked. size: number of samples."""

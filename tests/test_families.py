@@ -17,7 +17,7 @@ from agd_fast.pipelines import PipelineTeacher
 from agd_fast.sites import config_value
 from agd_fast.teacher import State
 from conftest import assert_as_exact
-from helpers_families import attach_trained, denoisers, exact_output, run, spec_for, watched
+from helpers_families import attach_trained, denoisers, exact_output, freeze, run, spec_for, watched
 from tiny import FAMILIES, animatediff, audioldm, images, sd15, single
 
 CONFIG = agd.AdapterConfig(hidden=2)
@@ -139,12 +139,6 @@ def follow(teacher, visit, omega, steps=4) -> None:
     rows = torch.tensor(rows_of(teacher.spec))
     scale = torch.full((len(rows),), omega)
     teacher.run({"input": rows}, rows, scale, steps, visit, generator=torch.Generator())
-
-
-def freeze(pipe) -> None:
-    """As recording has it: whether weights require gradients decides by which product torch multiplies by them."""
-    for denoiser in denoisers(pipe).values():
-        denoiser.requires_grad_(False)
 
 
 def rows_of(spec) -> tuple[int, ...]:

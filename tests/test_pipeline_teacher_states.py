@@ -15,7 +15,7 @@ from agd_fast.trajectories import Trajectories, collect
 from agd_fast.trajectories.manifest import Manifest, Plan
 from conftest import assert_as_exact
 from helpers_distillation import contents
-from helpers_families import Forward, attach_trained, exact_output, run, watched
+from helpers_families import Forward, attach_trained, exact_output, freeze, run, watched
 from helpers_pipeline_teacher import SD15, SIZE, assert_untouched, distill_pipe, log_of, states_in, teacher_of
 from tiny import FAMILIES
 
@@ -45,6 +45,7 @@ def test_what_is_stored_is_all_that_the_denoiser_needs(name, tmp_path):
     settings = {"guidance_range": (2.0, 5.0), "steps": 3, "shard_size": count, "progress": False}
     states = collect(teacher, teacher.conditions(), tmp_path, trajectories=count, **settings)
     agd.attach(pipe, agd.AdapterConfig(hidden=2))
+    freeze(pipe)
     states = Trajectories(states.manifest.directory)
     assert len(teacher.seen) * count == len(states)
     for step, expected in enumerate(teacher.seen):
