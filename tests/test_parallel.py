@@ -29,8 +29,8 @@ class Guided(nn.Module):
 
 
 def gradients(this, rank=None, wrap=lambda denoiser: denoiser, first="adapter", ddp=False):
-    """Of the adapter, and, of a rank alone, those of its sample in two."""
-    scales, rows = torch.tensor([2.0, 5.0]), slice(None) if rank is None else slice(rank, rank + 1)
+    """Of the adapter over two samples, one after the other; of a rank, its own and those of the other rank."""
+    scales = torch.tensor([2.0, 5.0])
     if this.attachment is None and first == "other":
         wrap(this.denoiser, embedder=False)
     if this.attachment is None:
@@ -41,7 +41,10 @@ def gradients(this, rank=None, wrap=lambda denoiser: denoiser, first="adapter", 
     module = Guided(this.denoiser)
     if ddp:
         module = DistributedDataParallel(module)
-    module(scales[rows], **{name: value[rows] for name, value in this.inputs.items()}).backward()
+    for row in (0, 1) if rank is None else (rank,):
+        sample = {name: value[row : row + 1] for name, value in this.inputs.items()}
+        loss = module(scales[row : row + 1], **sample)
+        (loss / 2 if rank is None else loss).backward()
     adapter = this.attachment.adapter
     if rank is not None and not ddp:
         for parameter in adapter.parameters():
