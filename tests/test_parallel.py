@@ -28,9 +28,10 @@ class Guided(nn.Module):
             return self.denoiser(**inputs, return_dict=False)[0].square().mean()
 
 
-def gradients(this, rank=None, wrap=lambda denoiser: denoiser, first="adapter", ddp=False):
-    """Of the adapter over two samples, one after the other; of a rank, its own and those of the other rank."""
+def gradients(this, rank=None, wrap=lambda denoiser: denoiser, first="adapter", ddp=False, whole=False):
+    """Of the adapter over two samples, one after the other, or as one batch (whole); of a rank, of its sample and the other's."""
     scales = torch.tensor([2.0, 5.0])
+    parts = [slice(None)] if whole else [slice(row, row + 1) for row in ((0, 1) if rank is None else (rank,))]
     if this.attachment is None and first == "other":
         wrap(this.denoiser, embedder=False)
     if this.attachment is None:
@@ -41,10 +42,9 @@ def gradients(this, rank=None, wrap=lambda denoiser: denoiser, first="adapter", 
     module = Guided(this.denoiser)
     if ddp:
         module = DistributedDataParallel(module)
-    for row in (0, 1) if rank is None else (rank,):
-        sample = {name: value[row : row + 1] for name, value in this.inputs.items()}
-        loss = module(scales[row : row + 1], **sample)
-        (loss / 2 if rank is None else loss).backward()
+    for rows in parts:
+        loss = module(scales[rows], **{name: value[rows] for name, value in this.inputs.items()})
+        (loss / len(parts)).backward()
     adapter = this.attachment.adapter
     if rank is not None and not ddp:
         for parameter in adapter.parameters():
@@ -98,7 +98,7 @@ def test_gradients_of_two_processes_are_those_of_one(name, way, first):
     assert ("FSDP" in cls) == (way == "fsdp2")
     this = model(name)
     attach(this.denoiser)
-    reference = gradients(this.exact())
+    reference = gradients(this.exact(), whole=True)
     for key, plain in gradients(this).items():
         assert (found[key] == other[key]).all()
         assert_as_exact(torch.from_numpy(found[key]), torch.from_numpy(plain), torch.from_numpy(reference[key]))
