@@ -15,7 +15,7 @@ from agd_fast.distillation.phases import Phases
 from agd_fast.distillation.teachers import Prompts, teachers_of
 from agd_fast.evaluation.costs import Cost, costs_of
 from agd_fast.evaluation.evaluate import describe_adapter
-from agd_fast.evaluation.explained import guidance_explained
+from agd_fast.evaluation.explained import Explained, guidance_explained
 from agd_fast.evaluation.likeness import Scorer, Scores, black_in, features_of_folder, pictures_in
 from agd_fast.evaluation.networks import Asked, load_networks
 from agd_fast.evaluation.pictures import Pictures, Way
@@ -100,7 +100,14 @@ def evaluate_pipeline(
         if real is not None and networks.features is not None:
             features = features_of_folder(Path(real), networks.features, Image.open(pictures.path(ways[0], 0)).size, device)
         scorer = Scorer(pictures, numbers, networks, texts, features, device)
-        by_scale = {f"{scale:g}": PipelineScale(explained.get(scale, {}), _scores(scorer, scale)) for scale in scales}
+        by_scale = {
+            f"{scale:g}": PipelineScale(
+                {name: one.by_scale[scale + teachers[name].spec.omega_offset] for name, one in explained.items()},
+                {name: one.strength_by_scale[scale + teachers[name].spec.omega_offset] for name, one in explained.items()},
+                _scores(scorer, scale),
+            )
+            for scale in scales
+        }
         phases.done("scores")
         result = PipelineEvaluation(
             pipeline=type(pipe).__name__,
@@ -183,15 +190,13 @@ def _costs(pictures: Pictures, scale: float, batch: int, rounds: int, progress: 
 
 def _explained(
     teachers: Mapping[str, PipelineTeacher], scales: Sequence[float], steps: int, seed: int, count: int
-) -> dict[float, dict[str, float]]:
-    """By scale and denoiser, on `count` of the inputs; empty for none."""
-    found: dict[float, dict[str, float]] = {}
+) -> dict[str, Explained]:
+    """By denoiser, on `count` of the inputs; empty for none."""
+    found = {}
     for name, teacher in teachers.items() if count else ():
         table = {key: value[:count] for key, value in teacher.conditions().items()}
-        offset = teacher.spec.omega_offset
-        explained = guidance_explained(teacher, table, scales=tuple(s + offset for s in scales), steps=steps, seed=seed + 1)
-        for scale, value in zip(scales, explained.by_scale.values(), strict=True):
-            found.setdefault(scale, {})[name] = value
+        omegas = tuple(scale + teacher.spec.omega_offset for scale in scales)
+        found[name] = guidance_explained(teacher, table, scales=omegas, steps=steps, seed=seed + 1)
     return found
 
 

@@ -207,7 +207,9 @@ def test_evaluations_are_counted_and_guidance_explained_is_that_of_its_own_funct
     teacher = PipelineTeacher.of(with_adapter(), inputs={"prompt": prompts(2)}, call=SIZE)
     expected = guidance_explained(teacher, teacher.conditions(), scales=(2.0, 4.0), steps=2, seed=1)
     for scale in (2.0, 4.0):
-        assert result.by_scale[f"{scale:g}"].guidance_explained == {"unet": pytest.approx(expected.by_scale[scale], rel=1e-4)}
+        found = result.by_scale[f"{scale:g}"]
+        assert found.guidance_explained == {"unet": pytest.approx(expected.by_scale[scale], rel=1e-4)}
+        assert found.guidance_strength == {"unet": pytest.approx(expected.strength_by_scale[scale], rel=1e-4)}
     assert result.by_scale["2"].closeness > 0
 
 

@@ -247,7 +247,18 @@ def test_guidance_explained_of_a_zero_adapter_is_zero(states):
     teacher = agd.Teacher(Elementwise(), DDPMScheduler(), spec, sample_shape=(3, 4, 4))
     agd.attach(teacher, agd.AdapterConfig(kind="offset", hidden=4))
     found = guidance_explained(teacher, {"label": torch.arange(1, 5)}, states=states, steps=3)
-    assert found.by_scale == dict.fromkeys((1.5, 2.0, 3.0, 4.0, 6.0), 0.0)
+    assert found.by_scale == found.strength_by_scale == dict.fromkeys((1.5, 2.0, 3.0, 4.0, 6.0), 0.0)
+
+
+def test_the_strength_of_guidance_at_another_scale(teacher):
+    """CFG at 1 + a·(ω − 1) guides a times as strongly as CFG at ω, and is off by (1 − a)² of it."""
+
+    def student(x, t, conditions, omega):
+        return teacher.predict_cfg(x, t, conditions, 1 + 0.8 * (omega - 1))[0]
+
+    found = guidance_explained(teacher, {"class_labels": torch.arange(3)}, student=student, scales=(2.0, 5.0), steps=3)
+    assert found.strength_by_scale == {2.0: pytest.approx(0.8, rel=1e-4), 5.0: pytest.approx(0.8, rel=1e-4)}
+    assert found.by_scale == {2.0: pytest.approx(0.96, rel=1e-4), 5.0: pytest.approx(0.96, rel=1e-4)}
 
 
 def test_count_evaluations(teacher):

@@ -35,19 +35,30 @@ def test_guidance_explained_matches_the_formula(tmp_path, scheduler):
                 cfg, cond = teacher.predict_cfg(*state, torch.full((len(x),), omega))
                 with agd.guided(teacher, omega):
                     student = teacher.predict(*state)
-            errors.append((omega, float(t), float((student - cfg).square().sum()), float((cond - cfg).square().sum())))
+            guidance = cfg - cond
+            along = float(((student - cond) * guidance).sum())
+            errors.append((omega, float(t), float((student - cfg).square().sum()), float(guidance.square().sum()), along))
             x = scheduler.step(cfg, t, x).prev_sample
 
     def explained(column, value):
         selected = [row for row in errors if row[column] == value]
         return 1 - sum(row[2] for row in selected) / sum(row[3] for row in selected)
 
+    def strength(omega):
+        selected = [row for row in errors if row[0] == omega]
+        return sum(row[4] for row in selected) / sum(row[3] for row in selected)
+
     by_scale = {omega: explained(0, omega) for omega in (2.0, 5.0)}
+    strengths = {omega: strength(omega) for omega in (2.0, 5.0)}
     by_time = {t: explained(1, t) for t in scheduler.timesteps.tolist()}
     assert found.by_scale == pytest.approx(by_scale)
     assert found.by_time == pytest.approx(by_time)
     assert found.mean == pytest.approx(sum(by_scale.values()) / 2)
-    assert json.loads(json.dumps(found.to_dict()))["by_scale"] == {"2": found.by_scale[2.0], "5": found.by_scale[5.0]}
+    assert found.strength_by_scale == pytest.approx(strengths) and 0 < strengths[2.0] < 1
+    assert found.strength == pytest.approx(sum(strengths.values()) / 2)
+    written = json.loads(json.dumps(found.to_dict()))
+    assert written["by_scale"] == {"2": found.by_scale[2.0], "5": found.by_scale[5.0]}
+    assert written["strength_by_scale"] == {"2": found.strength_by_scale[2.0], "5": found.strength_by_scale[5.0]}
 
 
 def test_guidance_explained_without_adapter():

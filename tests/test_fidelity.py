@@ -104,6 +104,21 @@ def test_every_arm_and_source_is_scored_on_three_kinds_of_states(digits_runs):
     assert {row["arm"]["source"] for row in rows} == {"trajectories", "data", "student"}
 
 
+def test_arms_are_drawn_at_the_strength_of_cfg_too(digits_runs, tmp_path):
+    rows = json.loads(digits_runs.with_suffix(".json").read_text())["rows"]
+    strengths = [row["explained"]["guided"]["strength_by_scale"]["2"] for row in rows]
+    assert any(strength > 0 for strength in strengths)
+    for row, strength in zip(rows, strengths, strict=True):
+        assert (strength > 0) == ("2" in row["matched"])
+        if strength > 0:
+            found = row["matched"]["2"]
+            assert found["omega"] == pytest.approx(1 + 1 / strength) and found["strength"] == strength
+            assert found["rmse"] != row["images"]["2"]["rmse"]
+    fidelity("report", digits_runs.with_suffix(".json"), "--output", tmp_path)
+    page = (tmp_path / "fidelity.md").read_text().split("### At the strength of CFG")[1].split("###")[0]
+    assert page.count("→") == 3 * sum(strength > 0 for strength in strengths)
+
+
 def test_a_run_that_is_there_is_not_done_again(digits_runs):
     before = {path: path.stat().st_mtime_ns for path in digits_runs.glob("*seed0.json")}
     common = ["--teacher", BENCH / "teachers" / "digits-unet", "--steps", 2, "--trajectories", 10, "--scales", 2, *SIZES]

@@ -318,10 +318,9 @@ def test_the_card_says_what_the_run_recorded(tmp_path):
     ):
         assert expected in card, expected
     assert "not recorded" not in card and "None" not in card
-    explained = next(line for line in card.splitlines() if line.startswith("| explained"))
-    assert (
-        explained == "| explained | " + " | ".join(f"{v:.3g}" for v in result["guidance_explained"]["by_scale"].values()) + " |"
-    )
+    for title, name in (("explained", "by_scale"), ("strength", "strength_by_scale")):
+        row = next(line for line in card.splitlines() if line.startswith(f"| {title}"))
+        assert row == f"| {title} | " + " | ".join(f"{v:.3g}" for v in result["guidance_explained"][name].values()) + " |"
 
 
 @pytest.mark.parametrize("name", ["zimage", "audioldm"])  # whose condition is not called encoder_hidden_states

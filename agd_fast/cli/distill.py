@@ -135,7 +135,12 @@ def distill(
         progress=not quiet,
     )
     for found in (result, *result.others.values()):
-        explained = "" if found.explained is None else f" explain {found.explained.mean:.1%} of the guidance"
+        measured = found.explained
+        explained = (
+            ""
+            if measured is None
+            else f" explain {measured.mean:.1%} of the guidance, with {measured.strength:.0%} of its strength"
+        )
         console.print(
             f"{found.parameters:,} parameters ({found.fraction:.1%} of the base){explained}; written to {found.output_dir}",
             markup=False,

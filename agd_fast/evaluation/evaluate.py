@@ -55,11 +55,12 @@ class Arm:
 
 @dataclass
 class Scale:
-    """CFG and AGD at one guidance scale, from the same noise."""
+    """CFG and AGD at one guidance scale, from the same noise. guidance_strength: of AGD along CFG's, see `Explained`."""
 
     cfg: Arm
     agd: Arm
     guidance_explained: float
+    guidance_strength: float
     rmse_to_cfg: dict[str, float]
 
 
@@ -141,7 +142,7 @@ def evaluate(
             cfg, target = measure("cfg", omega)
             agd, images = measure("agd", omega)
             rmse = {"agd": _rmse(images, target), "unguided": _rmse(plain, target)}
-            by_scale[f"{omega:g}"] = Scale(cfg, agd, explained.by_scale[omega], rmse)
+            by_scale[f"{omega:g}"] = Scale(cfg, agd, explained.by_scale[omega], explained.strength_by_scale[omega], rmse)
     best = min(by_scale, key=lambda omega: by_scale[omega].cfg.frechet_distance)
     result = Evaluation(
         adapter=describe_adapter(teacher),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -20,22 +20,29 @@ SCALES = (1.5, 2.0, 3.0, 4.0, 6.0)
 
 @dataclass(frozen=True)
 class Explained:
-    """Guidance explained, 1 − Σ‖ε̂_agd − ε_cfg‖² / Σ‖ε(c) − ε_cfg‖²: 1 is perfect, 0 is the unguided base.
+    """Guidance explained, 1 − Σ‖ĝ − g‖² / Σ‖g‖² with g = ε_cfg − ε(c) and ĝ = ε̂_agd − ε(c): 1 is perfect, 0 is the unguided base.
 
     mean: over scales.
     by_scale: ω → explained.
     by_time: t → explained, all scales together.
+    strength: Σ⟨ĝ, g⟩ / Σ‖g‖², mean over scales: how strong the adapter's guidance is along CFG's. Below 1 it is weaker, as least
+        squares make it where g is not learnt wholly; a guidance scale of 1 + (ω − 1) / strength is then nearer to CFG's at ω.
+    strength_by_scale: ω → strength.
     """
 
     mean: float
     by_scale: dict[float, float]
     by_time: dict[float, float]
+    strength: float
+    strength_by_scale: dict[float, float]
 
     def to_dict(self) -> dict[str, Any]:
         return {
             "mean": self.mean,
             "by_scale": {f"{omega:g}": value for omega, value in self.by_scale.items()},
             "by_time": {f"{t:g}": value for t, value in self.by_time.items()},
+            "strength": self.strength,
+            "strength_by_scale": {f"{omega:g}": value for omega, value in self.strength_by_scale.items()},
         }
 
 
@@ -82,25 +89,26 @@ def guidance_explained(
         conditions = {name: value[data[1]] for name, value in conditions.items()}
     batch_size = batch_size or (teacher.run_size if teacher.one_scale_a_run else 100)
     slices = [slice(start, start + batch_size) for start in range(0, count, batch_size)]
-    errors: dict[float, Tensor] = {}  # ω → [steps, 2]
+    found: dict[float, Tensor] = {}  # ω → [steps, 3]
     times: list[float] = []
     for omega in scales:
         parts = []
         for rows in slices:
             part = {name: value[rows].to(teacher.device) for name, value in conditions.items()}
-            times, sums = _errors(teacher, student, part, states, omega, start[rows], steps, generator)
+            times, sums = _compare(teacher, student, part, states, omega, start[rows], steps, generator)
             parts.append(sums)
-        errors[omega] = torch.stack(parts).sum(0)
-    by_scale = {omega: _explained(sums.sum(0)) for omega, sums in errors.items()}
-    total = torch.stack(list(errors.values())).sum(0)
+        found[omega] = torch.stack(parts).sum(0)
+    by_scale = {omega: _explained(sums.sum(0)) for omega, sums in found.items()}
+    strengths = {omega: _strength(sums.sum(0)) for omega, sums in found.items()}
+    total = torch.stack(list(found.values())).sum(0)
     at_time: dict[float, Tensor] = {}  # some schedulers visit a t twice
     for t, row in zip(times, total, strict=True):
         at_time[t] = at_time.get(t, 0) + row
     by_time = {t: _explained(row) for t, row in at_time.items()}
-    return Explained(sum(by_scale.values()) / len(by_scale), by_scale, by_time)
+    return Explained(_mean(by_scale), by_scale, by_time, _mean(strengths), strengths)
 
 
-def _errors(
+def _compare(
     teacher: Teacher,
     student: Student,
     conditions: Conditions,
@@ -110,15 +118,17 @@ def _errors(
     steps: int,
     generator: torch.Generator,
 ) -> tuple[list[float], Tensor]:
-    """From `start`, noise or data [B, C, ...]: t [steps], and Σ‖ε̂_agd − ε_cfg‖², Σ‖ε(c) − ε_cfg‖² [steps, 2]."""
+    """From `start`, noise or data [B, C, ...]: t [steps], and Σ‖ĝ − g‖², Σ‖g‖², Σ⟨ĝ, g⟩ [steps, 3]."""
     scale = torch.full((len(start),), omega)
     times: list[Tensor] = []
     sums: list[Tensor] = []
 
     def visit(state: State) -> Tensor:
-        target = state.target
+        target, cond = state.target, state.cond()
         prediction = student(state.sample, state.timestep, state.arguments, scale.to(target.device))
-        sums.append(torch.stack([_squared(prediction, target), _squared(state.cond(), target)]))
+        guidance, of_student = _difference(target, cond), _difference(prediction, cond)
+        error = _difference(prediction, target)
+        sums.append(torch.stack([error.square().sum(), guidance.square().sum(), (of_student * guidance).sum()]))
         times.append(state.timestep[0].amax())  # where tokens have a t of their own, those that are given have 0
         return prediction if states == "student" else target
 
@@ -127,11 +137,20 @@ def _errors(
     return torch.stack(times).tolist(), torch.stack(sums)
 
 
-def _squared(a: Tensor, b: Tensor) -> Tensor:
+def _difference(a: Tensor, b: Tensor) -> Tensor:
     wide = torch.promote_types(a.dtype, torch.float32)
-    return (a.to(wide) - b.to(wide)).square().sum()
+    return a.to(wide) - b.to(wide)
 
 
 def _explained(sums: Tensor) -> float:
-    error, signal = sums.tolist()
+    error, signal, _ = sums.tolist()
     return 1 - error / signal if signal else float("nan")
+
+
+def _strength(sums: Tensor) -> float:
+    _, signal, along = sums.tolist()
+    return along / signal if signal else float("nan")
+
+
+def _mean(by_scale: Mapping[float, float]) -> float:
+    return sum(by_scale.values()) / len(by_scale)

@@ -15,11 +15,12 @@ from agd_fast.evaluation.likeness import Scores
 class PipelineScale:
     """Results at one guidance scale.
 
-    guidance_explained: by denoiser; empty if not asked for.
+    guidance_explained, guidance_strength: by denoiser (see `Explained`); empty if not asked for.
     arms: scores of unguided, cfg and agd.
     """
 
     guidance_explained: dict[str, float]
+    guidance_strength: dict[str, float]
     arms: dict[str, Scores]
 
     @property

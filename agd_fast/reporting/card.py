@@ -89,6 +89,7 @@ def _facts(folder: Path, *, first: bool) -> dict[str, Any]:
         "rule": _rule(about.pop("teacher", None)),
         "explained": explained["mean"],
         "by_scale": explained.get("by_scale"),
+        "strengths": explained.get("strength_by_scale"),
         "loss": result.get("loss"),
         "training": _training(about, result),
         "pipeline_tag": about.get("pipeline_tag") or PIPELINE_TAGS.get(config["base_class"]),

@@ -13,7 +13,10 @@ from jinja2 import Environment
 from agd_fast.files import write_text
 
 Table = tuple[str, Sequence[str], Sequence[Sequence[str]]]  # title, header, rows
-EXPLAINED_NOTE = "Guidance explained is 1 − ‖ε̂_agd − ε_cfg‖² / ‖ε(c) − ε_cfg‖² on held-out guided trajectories."
+EXPLAINED_NOTE = (
+    "Guidance explained is 1 − ‖ĝ − g‖² / ‖g‖² on held-out guided trajectories, where g = ε_cfg − ε(c) and ĝ = ε̂_agd − ε(c). "
+    "Guidance strength is ⟨ĝ, g⟩ / ‖g‖²: below 1, the adapter guides more weakly than CFG does at the same scale."
+)
 
 
 @dataclass(frozen=True)

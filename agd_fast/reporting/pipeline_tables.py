@@ -88,5 +88,8 @@ def _explained(scale: PipelineScale) -> str:
     if not scale.guidance_explained:
         return "explained guidance not measured"
     several = len(scale.guidance_explained) > 1
-    found = ", ".join(f"{value:.1%}{f' ({name})' if several else ''}" for name, value in scale.guidance_explained.items())
-    return f"{found} of the guidance explained"
+    return ", ".join(
+        f"{value:.1%} of the guidance explained, with {scale.guidance_strength[name]:.0%} of its strength"
+        + (f" ({name})" if several else "")
+        for name, value in scale.guidance_explained.items()
+    )

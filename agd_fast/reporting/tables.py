@@ -11,7 +11,17 @@ from agd_fast.evaluation import Evaluation
 from agd_fast.evaluation.bars import Bar
 
 ARM_HEADER = ("", "NFE", "ms / image", "Fréchet", "accuracy", "precision", "recall")
-SCALE_HEADER = ("ω", "Fréchet CFG", "Fréchet AGD", "accuracy CFG", "accuracy AGD", "explained", "RMSE AGD", "RMSE unguided")
+SCALE_HEADER = (
+    "ω",
+    "Fréchet CFG",
+    "Fréchet AGD",
+    "accuracy CFG",
+    "accuracy AGD",
+    "explained",
+    "strength",
+    "RMSE AGD",
+    "RMSE unguided",
+)
 BAR_HEADER = ("bar", "measured", "limit", "")
 NAMES = {"unguided": "unguided", "cfg": "CFG", "agd": "AGD"}
 _TITLES = {"unguided": "unguided", "cfg": "CFG (two passes)", "agd": "AGD (one pass)"}
@@ -41,6 +51,7 @@ def scale_rows(result: Evaluation) -> list[tuple[str, ...]]:
             _number(scale.cfg.class_accuracy, ".3f"),
             _number(scale.agd.class_accuracy, ".3f"),
             f"{scale.guidance_explained:.3f}",
+            f"{scale.guidance_strength:.3f}",
             f"{scale.rmse_to_cfg['agd']:.3f}",
             f"{scale.rmse_to_cfg['unguided']:.3f}",
         )

@@ -123,17 +123,20 @@ def best_scale(references: Sequence[Mapping[str, Any]]) -> str | None:
     )
 
 
-def beside_cfg(group: Group, references: Mapping[int, Mapping[str, Any]], omega: str | None, name: str) -> list[float]:
+def beside_cfg(
+    group: Group, references: Mapping[int, Mapping[str, Any]], omega: str | None, name: str, of: str = "images"
+) -> list[float]:
     """A value a seed, against CFG's images from the same noise: Fréchet or FID ratio, accuracy difference, RMSE ratio.
 
+    of: the same ω's "images", or those of the ω whose strength "matched" CFG's.
     The RMSE is to CFG, beside that of unguided. Without a value where it was not measured.
     """
     values = []
     for row in group.rows:
         reference = references.get(row["arm"]["seed"])
-        if omega is None or reference is None or omega not in row["images"]:
+        if omega is None or reference is None or omega not in row.get(of, {}):
             continue
-        images, cfg = row["images"][omega], reference["cfg"][omega]
+        images, cfg = row[of][omega], reference["cfg"][omega]
         if name not in images or (name != "rmse" and name not in cfg):
             continue
         if name in ("frechet", "fid"):
@@ -197,8 +200,8 @@ class Result:
         """The ceiling of as many steps of training."""
         return next((group for group in self.chosen if group.arm["kind"] == FULL and group.arm["steps"] == steps), None)
 
-    def beside_cfg(self, group: Group, name: str) -> list[float]:
-        return beside_cfg(group, self.references, self.omega, name)
+    def beside_cfg(self, group: Group, name: str, of: str = "images") -> list[float]:
+        return beside_cfg(group, self.references, self.omega, name, of)
 
     def label(self, group: Group) -> str:
         """Kind and what sets it apart; the steps only where arms differ in them."""

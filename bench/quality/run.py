@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -95,10 +96,36 @@ def run_arm(
         images = draw(bench, student, omega, arm.seed, sizes)
         row["images"][f"{omega:g}"] = measure(bench, images, reference[f"cfg/{omega:g}"])
         grid[f"{omega:g}"] = images[:GRID_IMAGES]
+    row["matched"] = matched(bench, student, arm.seed, row["explained"]["guided"], reference, output, sizes)
     write_tensors(output / f"{arm.name}.safetensors", grid)
     agd.unload(bench.teacher)
     row["seconds"] = {"train": trained - start, "score": time.perf_counter() - trained}
     return {**row, "environment": environment(), "commit": commit()}
+
+
+def matched(
+    bench: BenchTeacher,
+    student: Student,
+    seed: int,
+    explained: Mapping[str, Any],
+    reference: Mapping[str, Tensor],
+    output: Path,
+    sizes: Sizes,
+) -> dict[str, dict[str, float]]:
+    """CFG's best ω → images at the ω at which the student's guidance is, to first order, as strong as CFG's is there.
+
+    Beside what is measured of images: "omega", that ω, and "strength" of the student at CFG's. Empty where it was not measured
+    or is no positive number.
+    """
+    cfg = read_json(reference_file(output, seed).with_suffix(".json"))["cfg"]
+    omega = min(cfg, key=lambda scale: cfg[scale]["frechet"])
+    strength = explained["strength_by_scale"].get(omega)
+    if strength is None or not strength > 0:
+        return {}
+    stronger = 1 + (float(omega) - 1) / strength
+    images = draw(bench, student, stronger, seed, sizes)
+    found = measure(bench, images, reference[f"cfg/{omega}"])
+    return {omega: {"omega": stronger, "strength": strength, **found}}
 
 
 def train_student(bench: BenchTeacher, arm: Arm, output: Path) -> tuple[Student, int]:
@@ -151,7 +178,7 @@ def references(
     bench: BenchTeacher, seed: int, output: Path, sizes: Sizes, scales: tuple[float, ...] = SCALES
 ) -> dict[str, Tensor]:
     """Images without guidance and of CFG at every scale, from the noise of a seed; each drawn and measured once."""
-    file = output / f"reference-seed{seed}.safetensors"
+    file = reference_file(output, seed)
     if file.with_suffix(".json").is_file():
         images, row = dict(read_tensors(file)[0]), read_json(file.with_suffix(".json"))
     else:
@@ -166,6 +193,10 @@ def references(
         write_tensors(file, images)
         write_json(file.with_suffix(".json"), row)
     return images
+
+
+def reference_file(output: Path, seed: int) -> Path:
+    return output / f"reference-seed{seed}.safetensors"
 
 
 def merge(bench: BenchTeacher, output: Path, sizes: Sizes) -> Path:
@@ -198,7 +229,7 @@ def _write_grid(output: Path, rows: list[dict[str, Any]], reference: dict[str, A
     if not drawn:
         return
     best = max(drawn, key=lambda row: row["explained"]["guided"]["mean"])
-    images = read_tensors(output / f"reference-seed{reference['seed']}.safetensors")[0]
+    images = read_tensors(reference_file(output, reference["seed"]))[0]
     grid = {"unguided": images["unguided"][:GRID_IMAGES], "cfg": images[f"cfg/{omega}"][:GRID_IMAGES]}
     grid["agd"] = read_tensors(output / f"{best['name']}.safetensors")[0][omega]
     write_tensors(output.with_name(f"{output.name}_grid.safetensors"), grid, {"omega": omega, "name": best["name"]})
