@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from agd_fast.adapters import Adapter, AdapterConfig
+from agd_fast.adapters.calibration import Calibration
 from agd_fast.attaching import (
     Model,
     components_of,
@@ -56,6 +57,7 @@ def component_folders(directory: Path, components: Mapping[str, Any]) -> list[Pa
 
 def _save_one(model: Any, component: nn.Module, directory: Path, about: Mapping[str, Any]) -> None:
     attachment, denoiser = require_attachment(component), denoiser_of(component)
+    calibration = attachment.adapter.calibration
     config = {
         "format_version": FORMAT_VERSION,
         "library_version": __version__,
@@ -65,6 +67,7 @@ def _save_one(model: Any, component: nn.Module, directory: Path, about: Mapping[
         "prediction_type": _prediction_type(model),
         "adapter": attachment.adapter.config.to_dict(),
         "layout": attachment.adapter.layout.to_dict(),
+        "calibration": None if calibration is None else calibration.to_dict(),
         "about": {"base_model": _base_model(model, denoiser), **about},
     }
     config = json.loads(json.dumps(config))  # what a reader will find, to the last key
@@ -153,6 +156,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     try:
         AdapterConfig.from_dict(config["adapter"])
         Layout.from_dict(config["layout"])
+        _calibration(config)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} does not describe an adapter: {error!r}") from error
     return config
@@ -189,7 +193,14 @@ def read_adapter(directory: Path, config: dict[str, Any]) -> Adapter:
             what = "values that are not finite" if tensor.is_floating_point() else tensor.dtype
             raise ValueError(f"{path} holds no weights in {name!r}: expected finite numbers of floating point, found {what}")
     adapter.to_empty(device="cpu").load_state_dict(tensors)
+    adapter.calibration = _calibration(config)
     return adapter
+
+
+def _calibration(config: Mapping[str, Any]) -> Calibration | None:
+    """Raises: TypeError, ValueError when the entry is none."""
+    found = config.get("calibration")
+    return None if found is None else Calibration.from_dict(found)
 
 
 def _same_layout(directory: Path, found: Layout, expected: Layout) -> None:

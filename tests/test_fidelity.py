@@ -104,19 +104,18 @@ def test_every_arm_and_source_is_scored_on_three_kinds_of_states(digits_runs):
     assert {row["arm"]["source"] for row in rows} == {"trajectories", "data", "student"}
 
 
-def test_arms_are_drawn_at_the_strength_of_cfg_too(digits_runs, tmp_path):
+def test_adapters_are_scored_again_once_calibrated(digits_runs, tmp_path):
     rows = json.loads(digits_runs.with_suffix(".json").read_text())["rows"]
-    strengths = [row["explained"]["guided"]["strength_by_scale"]["2"] for row in rows]
-    assert any(strength > 0 for strength in strengths)
-    for row, strength in zip(rows, strengths, strict=True):
-        assert (strength > 0) == ("2" in row["matched"])
-        if strength > 0:
-            found = row["matched"]["2"]
-            assert found["omega"] == pytest.approx(1 + 1 / strength) and found["strength"] == strength
-            assert found["rmse"] != row["images"]["2"]["rmse"]
+    assert {"calibrated" in row for row in rows if row["arm"]["kind"] != "text_embedding"} == {True}
+    for row in rows:
+        assert row["explained"]["guided"].keys() == {"mean", "by_scale", "by_time", "strength", "strength_by_scale"}
+        if "calibrated" in row:
+            found = row["calibrated"]
+            assert found["explained"]["guided"] != row["explained"]["guided"]
+            assert found["images"]["2"]["rmse"] != row["images"]["2"]["rmse"]
     fidelity("report", digits_runs.with_suffix(".json"), "--output", tmp_path)
-    page = (tmp_path / "fidelity.md").read_text().split("### At the strength of CFG")[1].split("###")[0]
-    assert page.count("→") == 3 * sum(strength > 0 for strength in strengths)
+    page = (tmp_path / "fidelity.md").read_text().split("### Calibrated")[1].split("###")[0]
+    assert page.count("→") == 5 * sum("calibrated" in row for row in rows)
 
 
 def test_a_run_that_is_there_is_not_done_again(digits_runs):

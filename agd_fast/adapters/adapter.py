@@ -8,6 +8,7 @@ from itertools import chain
 from torch import Tensor, nn
 
 from agd_fast.adapters.base import Ahead, Context, Part, Prepared, SiteAdapter, with_tokens
+from agd_fast.adapters.calibration import Calibration
 from agd_fast.adapters.config import AdapterConfig
 from agd_fast.adapters.cross_attention import CrossAttention
 from agd_fast.adapters.gated_lora import GatedLora
@@ -28,7 +29,10 @@ PARTS: dict[str, type[Part]] = {
 
 
 class Adapter(nn.Module):
-    """An adapter for all sites of one denoiser, created equal to zero."""
+    """An adapter for all sites of one denoiser, created equal to zero.
+
+    calibration: which ω the adapter is asked for where it is armed with another; None is that ω itself.
+    """
 
     def __init__(self, config: AdapterConfig, layout: Layout) -> None:
         super().__init__()
@@ -38,6 +42,7 @@ class Adapter(nn.Module):
         shared = any(PARTS[kind].uses_tokens for kind in config.kinds)
         self.conditioning = Conditioning(config, layout, config.hidden) if shared else None
         self.parts = nn.ModuleDict({kind: PARTS[kind](config, layout.sites[kind], layout) for kind in config.kinds})
+        self.calibration: Calibration | None = None
 
     @property
     def sites(self) -> Iterator[SiteAdapter]:

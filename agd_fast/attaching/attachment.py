@@ -107,6 +107,8 @@ class Attachment:
                 time = embed_time(denoiser, spec, timestep.expand(batch))
                 embedded = embed_conditions(denoiser, spec, conditions)
             omega = omega.to(first.device).expand(batch)
+            if self.adapter.calibration is not None:
+                omega = self.adapter.calibration(omega, timestep.expand(batch))
             return self.adapter.prepare(omega, time, embedded, masks, gate=self.gate, ahead=self.ahead)
 
     def _condition(

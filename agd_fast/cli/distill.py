@@ -80,6 +80,9 @@ def distill(
     validate_every: Annotated[
         int | None, typer.Option(min=1, help="Also measure, and draw a picture, every so many steps.")
     ] = None,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Make up for what the adapter lacks of the teacher's strength.")
+    ] = False,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also write TensorBoard events.")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Train anew instead of resuming the run in OUTPUT.")] = False,
     seed: SeedOption = 0,
@@ -111,6 +114,7 @@ def distill(
         "source": source,
         "validation": validation,
         "validate_every": validate_every,
+        "calibrate": calibrate,
         "memory": memory,
         "base_weights": base_weights,
         "seed": seed,

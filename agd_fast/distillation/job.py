@@ -16,7 +16,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from agd_fast.adapters import Adapter, AdapterConfig, count_parameters
+from agd_fast.adapters.calibration import Calibration
 from agd_fast.attaching import attach, require_attachment, unload, wrap
+from agd_fast.distillation.calibration import calibration_of
 from agd_fast.distillation.config import TrainConfig
 from agd_fast.distillation.economy import Economy
 from agd_fast.distillation.graphed import Passes
@@ -98,6 +100,7 @@ class Job:
     about: dict[str, Any]
     memory: Memory | None = None
     base_weights: Kind | None = None
+    calibrate: bool = False
 
 
 def run(job: Job) -> DistillResult:
@@ -132,11 +135,15 @@ def _run(job: Job, accelerator: Accelerator, residency: Residency) -> DistillRes
                 progress = job.progress and accelerator.is_main_process
                 states = residency.run("collecting states", partial(_states, job, progress))
             phases.done("collect")
+            attached.calibration = None  # that of `init`, which its states followed
             if not job.resume and accelerator.is_main_process:
                 _forget_validation(job.directory / VALIDATION_NAME)
             settings = _settings(job, attached, states, accelerator.num_processes)
             loss, memory, passes = _train(job, states, settings, accelerator, residency)
             phases.done("train")
+            if job.calibrate:
+                attached.calibration = residency.run("calibration", partial(_calibration, job))
+                phases.done("calibrate")
             explained = residency.run("validation", partial(_explained, job)) if job.validation else None
             phases.done("validate")
             if memory and phases.peak_bytes:
@@ -251,14 +258,20 @@ def _states(job: Job, progress: bool) -> Trajectories:
     )
 
 
-def _explained(job: Job) -> Explained:
+def _explained(job: Job, seed: int = 1) -> Explained:
+    """seed: added to the job's."""
     return guidance_explained(
         job.teacher,
         _cycled(job.table, job.validation),
         scales=_scales(*job.config.guidance_range, job.teacher.guides_above),
         steps=_middle(job.sampling_steps),
-        seed=job.seed + 1,
+        seed=job.seed + seed,
     )
+
+
+def _calibration(job: Job) -> Calibration:
+    """Of the adapter as it was trained, by other held-out trajectories than those of validation."""
+    return calibration_of(_explained(job, seed=2), job.config.guidance_range[1])
 
 
 def _forget_validation(folder: Path) -> None:

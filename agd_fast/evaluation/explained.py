@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import torch
@@ -28,6 +28,7 @@ class Explained:
     strength: Σ⟨ĝ, g⟩ / Σ‖g‖², mean over scales: how strong the adapter's guidance is along CFG's. Below 1 it is weaker, as least
         squares make it where g is not learnt wholly; a guidance scale of 1 + (ω − 1) / strength is then nearer to CFG's at ω.
     strength_by_scale: ω → strength.
+    strength_by_time: ω → t → strength.
     """
 
     mean: float
@@ -35,6 +36,7 @@ class Explained:
     by_time: dict[float, float]
     strength: float
     strength_by_scale: dict[float, float]
+    strength_by_time: dict[float, dict[float, float]] = field(repr=False)
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -101,11 +103,9 @@ def guidance_explained(
     by_scale = {omega: _explained(sums.sum(0)) for omega, sums in found.items()}
     strengths = {omega: _strength(sums.sum(0)) for omega, sums in found.items()}
     total = torch.stack(list(found.values())).sum(0)
-    at_time: dict[float, Tensor] = {}  # some schedulers visit a t twice
-    for t, row in zip(times, total, strict=True):
-        at_time[t] = at_time.get(t, 0) + row
-    by_time = {t: _explained(row) for t, row in at_time.items()}
-    return Explained(_mean(by_scale), by_scale, by_time, _mean(strengths), strengths)
+    by_time = {t: _explained(row) for t, row in _at_times(times, total).items()}
+    strength_by_time = {omega: {t: _strength(row) for t, row in _at_times(times, sums).items()} for omega, sums in found.items()}
+    return Explained(_mean(by_scale), by_scale, by_time, _mean(strengths), strengths, strength_by_time)
 
 
 def _compare(
@@ -135,6 +135,14 @@ def _compare(
     with torch.no_grad():  # no inference mode: what is offloaded meanwhile could never be trained again
         teacher.run(conditions, start, scale, steps, visit, generator=generator, noised=states == "data")
     return torch.stack(times).tolist(), torch.stack(sums)
+
+
+def _at_times(times: Iterable[float], sums: Tensor) -> dict[float, Tensor]:
+    """t → the sum of its rows of `sums` [steps, 3]: some schedulers visit a t twice."""
+    found: dict[float, Tensor] = {}
+    for t, row in zip(times, sums, strict=True):
+        found[t] = found.get(t, torch.zeros_like(row)) + row
+    return found
 
 
 def _difference(a: Tensor, b: Tensor) -> Tensor:

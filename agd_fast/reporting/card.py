@@ -87,6 +87,7 @@ def _facts(folder: Path, *, first: bool) -> dict[str, Any]:
         "convention": config.get("guidance_convention", NOT_RECORDED),
         "prediction_type": config["prediction_type"],
         "rule": _rule(about.pop("teacher", None)),
+        "calibrated": config.get("calibration") is not None,
         "explained": explained["mean"],
         "by_scale": explained.get("by_scale"),
         "strengths": explained.get("strength_by_scale"),

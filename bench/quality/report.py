@@ -70,7 +70,7 @@ def section(result: Result, output: Path) -> str:
     for title, text, table in (
         ("The teacher under CFG", REFERENCE_TEXT, reference_table(result)),
         ("Arms", f"{SCREENING_TEXT} {states_text(result)}".strip(), screening_table(result)),
-        ("At the strength of CFG", MATCHED_TEXT, matched_table(result)),
+        ("Calibrated", CALIBRATED_TEXT, calibrated_table(result)),
         ("States to train on", SOURCES_TEXT, sources_table(result)),
         ("Learning rates tried", RATES_TEXT, rates_table(result)),
         ("Bars", BARS_TEXT, bars_table(result)),
@@ -110,11 +110,11 @@ CLAIMS_TEXT = (
     "Measured with adapters of the default kind at its default learning rate, one seed, trained on all states of their "
     "trajectories. The number of trajectories, an option of `python bench/fidelity.py claims`, is given in brackets."
 )
-MATCHED_TEXT = (
+CALIBRATED_TEXT = (
     "*Strength* is Σ⟨ĝ, g⟩ / Σ‖g‖² over the guided states, where g = ε_cfg − ε(c) is CFG's guidance and ĝ = ε̂ − ε(c) the arm's. "
     "Least squares make it smaller than 1 wherever guidance is not explained wholly: at the same scale, the arm guides more "
-    "weakly than CFG. Each column compares CFG at its best ω with the arm at the same ω and, after the arrow, at "
-    "1 + (ω − 1) / strength, where both guide about equally."
+    "weakly than CFG. `agd.distill(..., calibrate=True)` makes up for that. Each column shows the same adapters without it and, "
+    "after the arrow, with it."
 )
 SOURCES_TEXT = (
     "Guidance explained on three kinds of states, by the kind of states that the arm was trained on, with the same number of "
@@ -196,30 +196,25 @@ def screening_table(result: Result) -> str:
     return markdown(header, rows) if rows else ""
 
 
-def matched_table(result: Result) -> str:
-    """Arms that were drawn at a second scale."""
+def calibrated_table(result: Result) -> str:
+    """Arms that were scored once more after a calibration."""
     rows = []
     for group in result.chosen:
-        drawn = Group(group.arm, [row for row in group.rows if result.omega in row.get("matched", {})])
-        if not drawn.rows:
+        if not group.calibrated.rows:
             continue
-        both = {
-            name: " → ".join(spread(result.beside_cfg(drawn, name, of), form) for of in ("images", "matched"))
-            for name, form in (("frechet", ".3f"), ("accuracy", "+.3f"), ("rmse", ".3f"))
-        }
-        numbers = (spread([row["matched"][result.omega][name] for row in drawn.rows]) for name in ("strength", "omega"))
-        rows.append((result.label(group), str(len(drawn.rows)), *numbers, *both.values()))
-    at = f"CFG at ω = {result.omega}"
-    header = (
-        "arm",
-        "seeds",
-        "strength",
-        "ω of the same strength",
-        f"Fréchet AGD / CFG, {at}",
-        "accuracy AGD − CFG",
-        "RMSE AGD / unguided",
-    )
-    return markdown(header, rows) if rows else ""
+        before = Group(group.arm, [row for row in group.rows if "calibrated" in row])
+        both = (before, group.calibrated)
+        cells = [
+            [spread([row["explained"]["guided"]["strength"] for row in one.rows]) for one in both],
+            [spread(one.explained()) for one in both],
+            [spread(result.beside_cfg(one, "frechet")) for one in both],
+            [spread(result.beside_cfg(one, "accuracy"), "+.3f") for one in both],
+            [spread(result.beside_cfg(one, "rmse")) for one in both],
+        ]
+        rows.append((result.label(group), str(len(before.rows)), *map(" → ".join, cells)))
+    at = f"ω = {result.omega}"
+    images = (f"Fréchet AGD / CFG, {at}", f"accuracy AGD − CFG, {at}", f"RMSE AGD / unguided, {at}")
+    return markdown(("arm", "seeds", "strength", "explained", *images), rows) if rows else ""
 
 
 def sources_table(result: Result) -> str:
@@ -260,7 +255,7 @@ def rates_table(result: Result) -> str:
 
 
 def bars_table(result: Result) -> str:
-    groups = list(result.finalists)
+    groups = [one for group in result.finalists for one in (group, group.calibrated) if len(one.rows) >= FINALIST_SEEDS]
     if not groups:
         return ""
     if result.omega is not None:

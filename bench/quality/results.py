@@ -74,6 +74,12 @@ class Group:
         """The mean over seeds of what `value` finds in a row, x → y."""
         return mean_curve([value(row) for row in self.rows])
 
+    @property
+    def calibrated(self) -> Group:
+        """As it measures once calibrated; without rows where it was not."""
+        rows = [{**row, **row["calibrated"]} for row in self.rows if "calibrated" in row]
+        return Group({**self.arm, "calibrated": True}, rows)
+
 
 def first_seed(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
     return min(rows, key=lambda row: row["arm"]["seed"])
@@ -123,20 +129,17 @@ def best_scale(references: Sequence[Mapping[str, Any]]) -> str | None:
     )
 
 
-def beside_cfg(
-    group: Group, references: Mapping[int, Mapping[str, Any]], omega: str | None, name: str, of: str = "images"
-) -> list[float]:
+def beside_cfg(group: Group, references: Mapping[int, Mapping[str, Any]], omega: str | None, name: str) -> list[float]:
     """A value a seed, against CFG's images from the same noise: Fréchet or FID ratio, accuracy difference, RMSE ratio.
 
-    of: the same ω's "images", or those of the ω whose strength "matched" CFG's.
     The RMSE is to CFG, beside that of unguided. Without a value where it was not measured.
     """
     values = []
     for row in group.rows:
         reference = references.get(row["arm"]["seed"])
-        if omega is None or reference is None or omega not in row.get(of, {}):
+        if omega is None or reference is None or omega not in row["images"]:
             continue
-        images, cfg = row[of][omega], reference["cfg"][omega]
+        images, cfg = row["images"][omega], reference["cfg"][omega]
         if name not in images or (name != "rmse" and name not in cfg):
             continue
         if name in ("frechet", "fid"):
@@ -200,8 +203,8 @@ class Result:
         """The ceiling of as many steps of training."""
         return next((group for group in self.chosen if group.arm["kind"] == FULL and group.arm["steps"] == steps), None)
 
-    def beside_cfg(self, group: Group, name: str, of: str = "images") -> list[float]:
-        return beside_cfg(group, self.references, self.omega, name, of)
+    def beside_cfg(self, group: Group, name: str) -> list[float]:
+        return beside_cfg(group, self.references, self.omega, name)
 
     def label(self, group: Group) -> str:
         """Kind and what sets it apart; the steps only where arms differ in them."""
@@ -210,6 +213,7 @@ class Result:
         parts += ["paper form"] if arm["form"] == "paper" else []
         parts += [] if arm["fraction"] is None or arm["kind"] == "zero" else [f"{arm['fraction']:.0%}"]
         parts += [] if arm["source"] == "trajectories" else [f"on {arm['source']}"]
+        parts += ["calibrated"] if arm.get("calibrated") else []
         parts += [f"{arm['steps']:,} steps"] if len({other.arm["steps"] for other in self.groups}) > 1 else []
         return ", ".join(parts)
 

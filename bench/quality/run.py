@@ -13,13 +13,25 @@ from torch import Tensor
 import agd_fast as agd
 from agd_fast import TrainConfig
 from agd_fast.adapters import AdapterTooLargeError, count_parameters
+from agd_fast.attaching import require_attachment
+from agd_fast.distillation.calibration import calibration_of
 from agd_fast.environment import environment
 from agd_fast.evaluation.explained import SCALES, Student
 from agd_fast.files import differences, read_json, read_tensors, write_json, write_tensors
 from agd_fast.trajectories import Trajectories, collect
 from nfe_speed import commit
 from quality.arms import FULL, TEXT, Arm
-from quality.scoring import Sizes, cfg, draw, explained_on_all_states, measure, real_images, unguided
+from quality.scoring import (
+    CALIBRATION_SEED,
+    Sizes,
+    cfg,
+    draw,
+    explained_on,
+    explained_on_all_states,
+    measure,
+    real_images,
+    unguided,
+)
 from quality.students import GUIDANCE_RANGE, full_finetune, text_embedding
 from quality.teachers import BenchTeacher
 
@@ -96,36 +108,27 @@ def run_arm(
         images = draw(bench, student, omega, arm.seed, sizes)
         row["images"][f"{omega:g}"] = measure(bench, images, reference[f"cfg/{omega:g}"])
         grid[f"{omega:g}"] = images[:GRID_IMAGES]
-    row["matched"] = matched(bench, student, arm.seed, row["explained"]["guided"], reference, output, sizes)
+    if arm.kind not in (FULL, TEXT):
+        row["calibrated"] = calibrated(bench, arm.seed, reference, output, sizes)
     write_tensors(output / f"{arm.name}.safetensors", grid)
     agd.unload(bench.teacher)
     row["seconds"] = {"train": trained - start, "score": time.perf_counter() - trained}
     return {**row, "environment": environment(), "commit": commit()}
 
 
-def matched(
-    bench: BenchTeacher,
-    student: Student,
-    seed: int,
-    explained: Mapping[str, Any],
-    reference: Mapping[str, Tensor],
-    output: Path,
-    sizes: Sizes,
-) -> dict[str, dict[str, float]]:
-    """CFG's best ω → images at the ω at which the student's guidance is, to first order, as strong as CFG's is there.
-
-    Beside what is measured of images: "omega", that ω, and "strength" of the student at CFG's. Empty where it was not measured
-    or is no positive number.
-    """
+def calibrated(
+    bench: BenchTeacher, seed: int, reference: Mapping[str, Tensor], output: Path, sizes: Sizes
+) -> dict[str, dict[str, Any]]:
+    """Calibrate the attached adapter and score it again: what it explains, and images at CFG's best ω."""
+    adapter = require_attachment(bench.teacher).adapter
+    adapter.calibration = calibration_of(explained_on(bench, "guided", sizes, CALIBRATION_SEED), GUIDANCE_RANGE[1])
     cfg = read_json(reference_file(output, seed).with_suffix(".json"))["cfg"]
     omega = min(cfg, key=lambda scale: cfg[scale]["frechet"])
-    strength = explained["strength_by_scale"].get(omega)
-    if strength is None or not strength > 0:
-        return {}
-    stronger = 1 + (float(omega) - 1) / strength
-    images = draw(bench, student, stronger, seed, sizes)
-    found = measure(bench, images, reference[f"cfg/{omega}"])
-    return {omega: {"omega": stronger, "strength": strength, **found}}
+    images = draw(bench, bench.teacher.predict_agd, float(omega), seed, sizes)
+    return {
+        "explained": {"guided": explained_on(bench, "guided", sizes).to_dict()},
+        "images": {omega: measure(bench, images, reference[f"cfg/{omega}"])},
+    }
 
 
 def train_student(bench: BenchTeacher, arm: Arm, output: Path) -> tuple[Student, int]:

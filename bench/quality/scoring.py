@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
-from agd_fast.evaluation import Reference, frechet_distance, guidance_explained
+from agd_fast.evaluation import Explained, Reference, States, frechet_distance, guidance_explained
 from agd_fast.evaluation.explained import Student
 from agd_fast.schedule import integrate
 from agd_fast.teacher import Conditions
@@ -18,6 +18,7 @@ from quality.teachers import BenchTeacher
 
 BATCH = 250
 STATES_SEED = 10_000  # of the states that all students are scored on
+CALIBRATION_SEED = 20_000  # of those that adapters are calibrated on
 
 
 @dataclass(frozen=True)
@@ -31,24 +32,24 @@ class Sizes:
 
 def explained_on_all_states(bench: BenchTeacher, student: Student | None, sizes: Sizes) -> dict[str, Any]:
     """State kind → what guidance_explained says of the student; None for the attached adapter."""
+    return {states: explained_on(bench, states, sizes, student=student).to_dict() for states in get_args(States)}
+
+
+def explained_on(
+    bench: BenchTeacher, states: States, sizes: Sizes, seed: int = STATES_SEED, student: Student | None = None
+) -> Explained:
     assert bench.reference is not None
-    found = {}
     rows = torch.arange(sizes.trajectories) % len(bench.row_labels)
-    conditions = {name: value[rows] for name, value in bench.table.items()}
-    real = real_images(bench, sizes.trajectories)
-    for states in ("guided", "data", "student"):
-        of_data = states == "data"
-        result = guidance_explained(
-            bench.teacher,
-            bench.table if of_data else conditions,
-            states=states,
-            data=real if of_data else None,
-            student=student,
-            steps=sizes.steps,
-            seed=STATES_SEED,
-        )
-        found[states] = result.to_dict()
-    return found
+    of_data = states == "data"
+    return guidance_explained(
+        bench.teacher,
+        bench.table if of_data else {name: value[rows] for name, value in bench.table.items()},
+        states=states,
+        data=real_images(bench, sizes.trajectories) if of_data else None,
+        student=student,
+        steps=sizes.steps,
+        seed=seed,
+    )
 
 
 def real_images(bench: BenchTeacher, count: int | None = None) -> tuple[Tensor, Tensor]:
