@@ -171,7 +171,7 @@ def _plan(teachers: Mapping[str, PipelineTeacher], steps: int, seed: int) -> dic
         "call": teacher.guidance_name,
         "inputs": teacher.fingerprints(teacher.conditions()),
         "denoisers": {name: fingerprint(one.denoiser.state_dict()) for name, one in teachers.items()},
-        "adapters": {name: fingerprint(require_attachment(one.denoiser).adapter.state_dict()) for name, one in teachers.items()},
+        "adapters": {name: require_attachment(one.denoiser).adapter.hash for name, one in teachers.items()},
         "dtype": str(teacher.dtype),
         "scheduler": {"class": type(teacher.scheduler).__name__, **settings},
         "steps": steps,

@@ -193,7 +193,7 @@ def read_adapter(directory: Path, config: dict[str, Any]) -> Adapter:
             what = "values that are not finite" if tensor.is_floating_point() else tensor.dtype
             raise ValueError(f"{path} holds no weights in {name!r}: expected finite numbers of floating point, found {what}")
     adapter.to_empty(device="cpu").load_state_dict(tensors)
-    adapter.calibration = _calibration(config)
+    adapter.calibrate(_calibration(config))
     return adapter
 
 

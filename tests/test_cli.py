@@ -114,7 +114,7 @@ def test_demo_report_holds_what_it_promises(tmp_path):
 
     run_demo(tmp_path, samples=100, timing_rounds=2, train_config=TrainConfig(steps=20), progress=False)
     report = json.loads((tmp_path / "report.json").read_text())
-    assert set(report["adapter"]) == {"kind", "parameters", "fraction"}
+    assert set(report["adapter"]) == {"kind", "parameters", "fraction", "calibrated"}
     assert set(report["arms"]) == {"unguided", "cfg", "agd"}
     for arm in report["arms"].values():
         assert {"nfe", "seconds_per_image", "frechet_distance", "class_accuracy", "precision", "recall"} <= set(arm)

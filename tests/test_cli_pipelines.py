@@ -1,6 +1,7 @@
 """The command line on pipelines of diffusers that lie in folders, and on the Hub."""
 
 import json
+import re
 import warnings
 from pathlib import Path
 
@@ -43,8 +44,8 @@ def distilled(pipeline, tmp_path_factory):
     prompts.write_text("a red fox\n\n  a boat on a lake  \na bowl of fruit\n")
     output = folder / "run"
     options = ["--model", pipeline, "--prompts", prompts, "--call", CALL, "--validation", 2, "--validate-every", 2]
-    done = run("distill", "--output", output, *options, *SHORT)
-    assert f"of the guidance; written to {output}" in done.output
+    done = run("distill", "--output", output, *options, "--calibrate", *SHORT)
+    assert re.search(rf" explain -?\d+\.\d% of the guidance, with -?\d+% of its strength; written to {output}", done.output)
     return output
 
 
@@ -54,6 +55,7 @@ def test_distill_follows_a_pipeline(distilled):
     assert config["about"]["pipeline"] == "StableDiffusionPipeline" and config["about"]["pipeline_tag"] == "text-to-image"
     assert config["about"]["call"] == "height=16, width=16"
     assert config["adapter"]["hidden"] == 2 and config["adapter"]["guidance_range"] == [1.0, 12.0]
+    assert config["calibration"]["guidance_range"] == [1.0, 12.0]
     drawn = sorted(path.name for path in (distilled / "validation").iterdir())
     assert drawn == [f"step-00000{step}.{end}" for step in (2, 4) for end in ("json", "png")]
     assert Image.open(distilled / "samples.png").size == (3 * 16, 3 * 16)  # three prompts, three arms

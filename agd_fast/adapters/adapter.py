@@ -16,6 +16,7 @@ from agd_fast.adapters.modulation import Modulation
 from agd_fast.adapters.offset import Offset
 from agd_fast.adapters.reference import ReferenceCrossAttention, ReferenceOffset
 from agd_fast.conditioning import Conditioning, check_masks
+from agd_fast.files import fingerprint
 from agd_fast.sites import Layout
 
 PARTS: dict[str, type[Part]] = {
@@ -31,7 +32,7 @@ PARTS: dict[str, type[Part]] = {
 class Adapter(nn.Module):
     """An adapter for all sites of one denoiser, created equal to zero.
 
-    calibration: which ω the adapter is asked for where it is armed with another; None is that ω itself.
+    calibration: at which ω the adapter is asked where it is armed with another; None is that ω itself.
     """
 
     def __init__(self, config: AdapterConfig, layout: Layout) -> None:
@@ -48,6 +49,16 @@ class Adapter(nn.Module):
     def sites(self) -> Iterator[SiteAdapter]:
         """What meets the tokens at each site, part by part."""
         return (site for part in self.parts.values() for site in part.sites)  # type: ignore[union-attr]
+
+    @property
+    def hash(self) -> str:
+        """Tells what it predicts from what any other adapter of its config does."""
+        calibration = {} if self.calibration is None else dict(self.calibration.named_buffers(prefix="calibration"))
+        return fingerprint({**self.state_dict(), **calibration})
+
+    def calibrate(self, calibration: Calibration | None) -> None:
+        """Put a calibration on, where the weights are, or take it off."""
+        self.calibration = None if calibration is None else calibration.to(next(self.parameters()).device)
 
     def prepare(
         self,

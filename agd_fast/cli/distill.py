@@ -81,7 +81,7 @@ def distill(
         int | None, typer.Option(min=1, help="Also measure, and draw a picture, every so many steps.")
     ] = None,
     calibrate: Annotated[
-        bool, typer.Option("--calibrate", help="Make up for what the adapter lacks of the teacher's strength.")
+        bool, typer.Option("--calibrate", help="Afterwards, measure how much weaker the adapter guides, and make up for it.")
     ] = False,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also write TensorBoard events.")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Train anew instead of resuming the run in OUTPUT.")] = False,

@@ -1,4 +1,4 @@
-"""What a trained adapter lacks of its teacher's strength, made up for by ω."""
+"""What a trained adapter lacks of its teacher's guidance strength, made up for by ω."""
 
 from __future__ import annotations
 
@@ -7,18 +7,17 @@ import torch
 from agd_fast.adapters.calibration import Calibration
 from agd_fast.evaluation.explained import Explained
 
-MOST = (
-    1.5  # the factor by which (ω − 1) is raised or lowered at most: an adapter that explains little is no better for more of it
-)
+LARGEST_FACTOR = 1.5  # of (ω − 1), and its inverse the smallest: more of a guidance that is mostly wrong is no better
 
 
-def calibration_of(found: Explained, highest: float) -> Calibration:
+def calibration_of(found: Explained, guidance_range: tuple[float, float]) -> Calibration:
     """The calibration that makes up for the strengths that were measured of an adapter without one.
 
-    highest: the largest ω that training saw.
+    guidance_range: the ω that training saw.
     """
     omegas = sorted(found.strength_by_time)
     times = sorted(found.strength_by_time[omegas[0]])
     strengths = torch.tensor([[found.strength_by_time[omega][t] for omega in omegas] for t in times])
-    factors = (1 / strengths.clamp(1 / MOST, MOST)).nan_to_num(1.0)  # NaN: no guidance there
-    return Calibration(times, omegas, factors.tolist(), highest)
+    factors = (1 / strengths).clamp(1 / LARGEST_FACTOR, LARGEST_FACTOR)
+    factors = factors.where(strengths > 0, 1.0)  # without guidance, or against the teacher's, there is nothing to raise
+    return Calibration(times, omegas, factors.tolist(), guidance_range)

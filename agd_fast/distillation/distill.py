@@ -84,7 +84,8 @@ def distill(
     adapter: kind and size of the adapter. A mapping sets some entries of an AdapterConfig by name and leaves the others as they
         would be without it.
     train_config: see TrainConfig.
-    init: folder or Hub repo of a trained adapter to start from, instead of a new one that is zero; it decides `adapter`.
+    init: folder or Hub repo of a trained adapter to start from, instead of a new one that is zero; it decides `adapter`. A
+        calibration of it is left behind.
     trajectories: how many to collect into output_dir/trajectories, or trajectories that were collected before.
     sampling_steps, keep_steps, source, data, shard_size, store_dtype: see `agd_fast.trajectories.collect`. source="student"
         follows the adapter of `init`: one round of training on states that it visits itself. A pipeline runs shard_size samples
@@ -92,9 +93,11 @@ def distill(
     validation: number of held-out trajectories per scale for `guidance_explained`: guided trajectories of the same inputs from
         other noise. 0 turns it off; None takes 50, or 8 for a pipeline.
     validate_every: also measure, and draw a picture, after every so many steps, into output_dir/validation.
-    calibrate: after training, measure on held-out trajectories how much weaker the adapter guides than the teacher, at each scale
-        and timestep, and have it make up for that: pictures are guided as strongly as the teacher's at the same scale, and a
-        little less is explained. Without it, guidance is somewhat weaker. The adapter costs the same either way.
+    calibrate: after training, measure on `validation` further held-out trajectories how much weaker than the teacher the adapter
+        guides, over scales and timesteps, and have it asked for that much more, up to 1.5 times and within guidance_range:
+        towards the top of the range there is nothing left to ask for. Pictures are then guided about as strongly as the
+        teacher's at the same scale, while a little less is explained; without it, guidance is somewhat weaker. What
+        `validate_every` measures is not calibrated.
     memory: what a forward pass keeps for its backward pass (see `agd_fast.frozen_backward`, `agd_fast.estimate_memory`). None is
         plain autograd.
         - "exact" keeps what is needed, not rounded; "8bit", "4bit" and "recompute" keep less.
@@ -108,8 +111,9 @@ def distill(
     base_weights: "int8" or "nf4" keeps the frozen weights as codes while training (`agd_fast.memory.base_weights`), with the
         originals in host memory. States, validation and the model that you get back use the original weights.
     resume: continue an interrupted run in output_dir. The settings must be the same, except for memory, base_weights, the number
-        of states in a forward pass, TrainConfig.cuda_graph, and how often logs and checkpoints are written. False trains anew on
-        the trajectories that are there.
+        of states in a forward pass, TrainConfig.cuda_graph, how often logs and checkpoints are written, and calibrate: a run that
+        is finished is calibrated, or loses its calibration, without being trained again. False trains anew on the trajectories
+        that are there.
 
     Writes adapter.safetensors, adapter_config.json, distill.json, log.jsonl, checkpoint.safetensors, samples.png and
     trajectories/; for a pipeline's further denoisers, the same in folders of their names.

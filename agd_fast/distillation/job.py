@@ -135,14 +135,14 @@ def _run(job: Job, accelerator: Accelerator, residency: Residency) -> DistillRes
                 progress = job.progress and accelerator.is_main_process
                 states = residency.run("collecting states", partial(_states, job, progress))
             phases.done("collect")
-            attached.calibration = None  # that of `init`, which its states followed
+            attached.calibrate(None)  # that of `init`, which its states followed
             if not job.resume and accelerator.is_main_process:
                 _forget_validation(job.directory / VALIDATION_NAME)
             settings = _settings(job, attached, states, accelerator.num_processes)
             loss, memory, passes = _train(job, states, settings, accelerator, residency)
             phases.done("train")
             if job.calibrate:
-                attached.calibration = residency.run("calibration", partial(_calibration, job))
+                attached.calibrate(residency.run("calibration", partial(_calibration, job)))
                 phases.done("calibrate")
             explained = residency.run("validation", partial(_explained, job)) if job.validation else None
             phases.done("validate")
@@ -258,20 +258,21 @@ def _states(job: Job, progress: bool) -> Trajectories:
     )
 
 
-def _explained(job: Job, seed: int = 1) -> Explained:
-    """seed: added to the job's."""
-    return guidance_explained(
-        job.teacher,
-        _cycled(job.table, job.validation),
-        scales=_scales(*job.config.guidance_range, job.teacher.guides_above),
-        steps=_middle(job.sampling_steps),
-        seed=job.seed + seed,
-    )
+def _explained(job: Job) -> Explained:
+    return _measured(job, _scales(*job.config.guidance_range, job.teacher.guides_above), job.seed + 1)
 
 
 def _calibration(job: Job) -> Calibration:
-    """Of the adapter as it was trained, by other held-out trajectories than those of validation."""
-    return calibration_of(_explained(job, seed=2), job.config.guidance_range[1])
+    """Of the adapter as it was trained, by other held-out trajectories than those of validation, and up to the highest ω."""
+    low, high = job.config.guidance_range
+    scales = sorted({*_scales(low, high, job.teacher.guides_above), high})
+    return calibration_of(_measured(job, tuple(scales), job.seed + 2), (low, high))
+
+
+def _measured(job: Job, scales: tuple[float, ...], seed: int) -> Explained:
+    return guidance_explained(
+        job.teacher, _cycled(job.table, job.validation), scales=scales, steps=_middle(job.sampling_steps), seed=seed
+    )
 
 
 def _forget_validation(folder: Path) -> None:

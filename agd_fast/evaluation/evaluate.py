@@ -168,10 +168,12 @@ def evaluate(
 
 
 def describe_adapter(teacher: Teacher) -> dict[str, Any]:
-    """Kind, parameters, and their number as a share of the base's."""
+    """Kind, parameters, their number as a share of the base's, and whether it is calibrated."""
     adapter = require_attachment(teacher).adapter
     parameters = count_parameters(adapter)
-    return {"kind": adapter.config.kind, "parameters": parameters, "fraction": parameters / count_parameters(teacher.denoiser)}
+    fraction = parameters / count_parameters(teacher.denoiser)
+    calibrated = adapter.calibration is not None
+    return {"kind": adapter.config.kind, "parameters": parameters, "fraction": fraction, "calibrated": calibrated}
 
 
 def arm_sampler(

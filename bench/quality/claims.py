@@ -298,7 +298,7 @@ def training_length(lab: Lab) -> Claim:
             with longer.distilled(f"claims-length-{fraction}-{steps}", states=states, adapter=config):
                 values[f"adapter, {fraction:.0%}, {steps} steps"] = lab.explained()["mean"]
         full, _ = full_finetune(lab.teacher, states, TrainConfig(steps=steps, learning_rate=OTHER_RATES[FULL], seed=SEED))
-        values[f"full fine-tune, {steps} steps"] = lab.explained(student=full)["mean"]
+        values[f"full fine-tune, {steps} steps"] = lab.explained(student=full.predict_agd)["mean"]
     setting = f"Explained on guided states by the length of the training, all on the same {len(states):,} states."
     return Claim(setting, values, "Learning rates are those tuned for 800 steps. One seed.")
 

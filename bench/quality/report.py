@@ -200,10 +200,9 @@ def calibrated_table(result: Result) -> str:
     """Arms that were scored once more after a calibration."""
     rows = []
     for group in result.chosen:
-        if not group.calibrated.rows:
+        both = group.where_calibrated(result.omega)
+        if not both[0].rows:
             continue
-        before = Group(group.arm, [row for row in group.rows if "calibrated" in row])
-        both = (before, group.calibrated)
         cells = [
             [spread([row["explained"]["guided"]["strength"] for row in one.rows]) for one in both],
             [spread(one.explained()) for one in both],
@@ -211,7 +210,7 @@ def calibrated_table(result: Result) -> str:
             [spread(result.beside_cfg(one, "accuracy"), "+.3f") for one in both],
             [spread(result.beside_cfg(one, "rmse")) for one in both],
         ]
-        rows.append((result.label(group), str(len(before.rows)), *map(" → ".join, cells)))
+        rows.append((result.label(group), str(len(both[0].rows)), *map(" → ".join, cells)))
     at = f"ω = {result.omega}"
     images = (f"Fréchet AGD / CFG, {at}", f"accuracy AGD − CFG, {at}", f"RMSE AGD / unguided, {at}")
     return markdown(("arm", "seeds", "strength", "explained", *images), rows) if rows else ""
@@ -255,7 +254,8 @@ def rates_table(result: Result) -> str:
 
 
 def bars_table(result: Result) -> str:
-    groups = [one for group in result.finalists for one in (group, group.calibrated) if len(one.rows) >= FINALIST_SEEDS]
+    both = [(group, group.where_calibrated(result.omega)[1]) for group in result.finalists]
+    groups = [group for pair in both for group in pair if len(group.rows) >= FINALIST_SEEDS]
     if not groups:
         return ""
     if result.omega is not None:

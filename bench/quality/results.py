@@ -74,11 +74,10 @@ class Group:
         """The mean over seeds of what `value` finds in a row, x → y."""
         return mean_curve([value(row) for row in self.rows])
 
-    @property
-    def calibrated(self) -> Group:
-        """As it measures once calibrated; without rows where it was not."""
-        rows = [{**row, **row["calibrated"]} for row in self.rows if "calibrated" in row]
-        return Group({**self.arm, "calibrated": True}, rows)
+    def where_calibrated(self, omega: str | None) -> tuple[Group, Group]:
+        """The rows that were drawn at this ω once calibrated too, as they measure without it and with it."""
+        rows = [row for row in self.rows if omega in row.get("calibrated", {}).get("images", {})]
+        return Group(self.arm, rows), Group({**self.arm, "calibrated": True}, [{**row, **row["calibrated"]} for row in rows])
 
 
 def first_seed(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
@@ -153,7 +152,7 @@ def beside_cfg(group: Group, references: Mapping[int, Mapping[str, Any]], omega:
 
 def minus_full(group: Group, full: Group | None) -> list[float]:
     """Explained, less that of the full fine-tune of the same seed, or of its mean where it has not that seed."""
-    if full is None:
+    if full is None or not full.rows:
         return []
     ceiling = {row["arm"]["seed"]: row["explained"]["guided"]["mean"] for row in full.rows}
     mean = statistics.mean(ceiling.values())
@@ -221,6 +220,8 @@ class Result:
         teacher, arm = self.merged["teacher"], group.arm
         limit = EXPLAINED_LIMITS.get((teacher["data"], teacher["model"], arm["fraction"]))
         full = self.full(arm["steps"])
+        if full is not None and arm.get("calibrated"):  # like is compared with like
+            full = full.where_calibrated(self.omega)[1]
         at = f"at ω = {self.omega}"
         bars = [] if limit is None else [Bar("guidance explained", "min", limit, group.explained())]
         return [

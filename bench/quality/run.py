@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 import agd_fast as agd
-from agd_fast import TrainConfig
+from agd_fast import Teacher, TrainConfig
 from agd_fast.adapters import AdapterTooLargeError, count_parameters
 from agd_fast.attaching import require_attachment
 from agd_fast.distillation.calibration import calibration_of
@@ -93,7 +93,7 @@ def run_arm(
 ) -> dict[str, Any]:
     """Train one student and score it; the row of the result file."""
     start = time.perf_counter()
-    student, parameters = train_student(bench, arm, output)
+    student, parameters, owner = train_student(bench, arm, output)
     trained = time.perf_counter()
     row: dict[str, Any] = {
         "arm": arm.to_dict(),
@@ -108,8 +108,8 @@ def run_arm(
         images = draw(bench, student, omega, arm.seed, sizes)
         row["images"][f"{omega:g}"] = measure(bench, images, reference[f"cfg/{omega:g}"])
         grid[f"{omega:g}"] = images[:GRID_IMAGES]
-    if arm.kind not in (FULL, TEXT):
-        row["calibrated"] = calibrated(bench, arm.seed, reference, output, sizes)
+    if owner is not None:
+        row["calibrated"] = calibrated(bench, owner, arm.seed, reference, output, sizes)
     write_tensors(output / f"{arm.name}.safetensors", grid)
     agd.unload(bench.teacher)
     row["seconds"] = {"train": trained - start, "score": time.perf_counter() - trained}
@@ -117,26 +117,29 @@ def run_arm(
 
 
 def calibrated(
-    bench: BenchTeacher, seed: int, reference: Mapping[str, Tensor], output: Path, sizes: Sizes
+    bench: BenchTeacher, owner: Teacher, seed: int, reference: Mapping[str, Tensor], output: Path, sizes: Sizes
 ) -> dict[str, dict[str, Any]]:
-    """Calibrate the attached adapter and score it again: what it explains, and images at CFG's best ω."""
-    adapter = require_attachment(bench.teacher).adapter
-    adapter.calibration = calibration_of(explained_on(bench, "guided", sizes, CALIBRATION_SEED), GUIDANCE_RANGE[1])
+    """Calibrate the adapter of `owner` and score it again: what it explains, and images at CFG's best ω with this seed."""
+    student = owner.predict_agd
+    measured = explained_on(bench, "guided", sizes, CALIBRATION_SEED, student)
+    require_attachment(owner).adapter.calibrate(calibration_of(measured, GUIDANCE_RANGE))
     cfg = read_json(reference_file(output, seed).with_suffix(".json"))["cfg"]
     omega = min(cfg, key=lambda scale: cfg[scale]["frechet"])
-    images = draw(bench, bench.teacher.predict_agd, float(omega), seed, sizes)
+    images = draw(bench, student, float(omega), seed, sizes)
     return {
-        "explained": {"guided": explained_on(bench, "guided", sizes).to_dict()},
+        "explained": {"guided": explained_on(bench, "guided", sizes, student=student).to_dict()},
         "images": {omega: measure(bench, images, reference[f"cfg/{omega}"])},
     }
 
 
-def train_student(bench: BenchTeacher, arm: Arm, output: Path) -> tuple[Student, int]:
-    """A student that is trained as the arm says, and its number of parameters."""
+def train_student(bench: BenchTeacher, arm: Arm, output: Path) -> tuple[Student, int, Teacher | None]:
+    """A student that is trained as the arm says, its number of parameters, and whose adapter predicts, where one does."""
     config = TrainConfig(steps=arm.steps, learning_rate=arm.learning_rate, weighting=arm.weighting, seed=arm.seed)
-    if arm.kind in (FULL, TEXT):
-        states = _states(bench, arm, "trajectories", output)
-        return (full_finetune if arm.kind == FULL else text_embedding)(bench.teacher, states, config)
+    if arm.kind == FULL:
+        owner, parameters = full_finetune(bench.teacher, _states(bench, arm, "trajectories", output), config)
+        return owner.predict_agd, parameters, owner
+    if arm.kind == TEXT:
+        return (*text_embedding(bench.teacher, _states(bench, arm, "trajectories", output), config), None)
     folder, common = output / arm.name, {"conditions": bench.table, "validation": 0, "seed": arm.seed}
     if arm.source == "student":  # one round of DAgger: half of the steps on guided states, half on the student's own
         half = TrainConfig(steps=arm.steps // 2, learning_rate=arm.learning_rate, weighting=arm.weighting, seed=arm.seed)
@@ -159,7 +162,7 @@ def train_student(bench: BenchTeacher, arm: Arm, output: Path) -> tuple[Student,
         result = agd.distill(
             bench.teacher, output_dir=folder, adapter=arm.adapter, train_config=config, trajectories=states, **common
         )
-    return bench.teacher.predict_agd, result.parameters
+    return bench.teacher.predict_agd, result.parameters, bench.teacher
 
 
 def _states(bench: BenchTeacher, arm: Arm, source: str, output: Path) -> Trajectories:

@@ -26,10 +26,10 @@ ADAPTER_RATE = 2e-2  # of the modulation that tells a fully trained base its ω
 GUIDANCE_RANGE = (1.0, 6.0)
 
 
-def full_finetune(teacher: Teacher, states: Trajectories, config: TrainConfig) -> tuple[Student, int]:
+def full_finetune(teacher: Teacher, states: Trajectories, config: TrainConfig) -> tuple[Teacher, int]:
     """Every weight of a copy of the base trained (Meng et al., arXiv 2210.03142), told ω by a modulation adapter on it.
 
-    Returns the student and the number of parameters trained.
+    Returns the copy, whose `predict_agd` is the student, and the number of parameters trained.
     """
     student = replace(teacher, denoiser=copy.deepcopy(teacher.denoiser))
     torch.manual_seed(config.seed or 0)
@@ -42,7 +42,7 @@ def full_finetune(teacher: Teacher, states: Trajectories, config: TrainConfig) -
         {"params": list(adapter.parameters()), "lr": ADAPTER_RATE},
     ]
     _train(student.predict_agd, groups, states, config, teacher.device, "full fine-tune")
-    return student.predict_agd, count_parameters(student.denoiser) + count_parameters(adapter)
+    return student, count_parameters(student.denoiser) + count_parameters(adapter)
 
 
 class TextSharpener(nn.Module):
