@@ -99,13 +99,20 @@ def test_pipelines(page):
     assert agd.info(found["other"])["adapter"]["sites"]
 
 
-@pytest.mark.parametrize(
-    "name", ["families.md", "adding-a-family.md", "pipelines.md", "limits.md", "engine.md", "kernels.md", "memory.md"]
-)
-def test_links_lead_somewhere(name):
-    text = (DOCS / name).read_text(encoding="utf-8")
-    for target in re.findall(r"\]\(([^)#]+)\)", text):
-        assert target.startswith("https://") or (DOCS / target).is_file(), target
+def anchors(page):
+    """Of the headings of a page, as GitHub names them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", sorted([*DOCS.glob("*.md"), *DOCS.parent.glob("*.md")]), ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        path, _, anchor = target.partition("#")
+        if not target.startswith("https://"):
+            file = page.parent / path if path else page
+            assert file.exists(), target
+            assert not anchor or anchor in anchors(file), target
 
 
 def test_families_page_is_what_its_script_writes():

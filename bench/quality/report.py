@@ -153,12 +153,14 @@ def _of(found: Iterable[Mapping[str, float]], name: str) -> list[float]:
 
 
 def states_text(result: Result) -> str:
-    """What arms were trained on, where that is the same for all."""
-    found = {(group.arm["trajectories"], group.arm["keep"]) for group in result.groups}
-    if len(found) != 1:
+    """What arms were trained on, where they took as many trajectories."""
+    trajectories, kept = ({group.arm[name] for group in result.groups} for name in ("trajectories", "keep"))
+    if len(trajectories) != 1:
         return ""
-    ((trajectories, keep),) = found
-    return f"All arms learn {'all' if keep is None else keep} states of each of {trajectories:,} trajectories."
+    if len(kept) > 1:
+        return f"Of each of {trajectories.pop():,} trajectories, arms learn as many states as their names say."
+    keep = kept.pop()
+    return f"All arms learn {'all' if keep is None else keep} states of each of {trajectories.pop():,} trajectories."
 
 
 def screening_table(result: Result) -> str:

@@ -206,7 +206,7 @@ class Result:
         return beside_cfg(group, self.references, self.omega, name)
 
     def label(self, group: Group) -> str:
-        """Kind and what sets it apart; the steps only where arms differ in them."""
+        """Kind and what sets it apart; steps and states only where arms differ in them."""
         arm = group.arm
         parts = [{FULL: "full fine-tune", "zero": "zero adapter"}.get(arm["kind"], arm["kind"].replace("_", " "))]
         parts += ["paper form"] if arm["form"] == "paper" else []
@@ -214,6 +214,8 @@ class Result:
         parts += [] if arm["source"] == "trajectories" else [f"on {arm['source']}"]
         parts += ["calibrated"] if arm.get("calibrated") else []
         parts += [f"{arm['steps']:,} steps"] if len({other.arm["steps"] for other in self.groups}) > 1 else []
+        if len({other.arm["keep"] for other in self.groups}) > 1 and arm["kind"] != "zero":
+            parts += ["all states" if arm["keep"] is None else f"{arm['keep']} states"]
         return ", ".join(parts)
 
     def bars(self, group: Group) -> list[Bar]:
