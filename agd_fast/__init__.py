@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from agd_fast.version import __version__
 
-if TYPE_CHECKING:  # what has the name of its file, from that file: mypy would take it for the module
+if TYPE_CHECKING:  # a function named like its file comes from that file: mypy would take it for the module
     from agd_fast import datasets
     from agd_fast.adapters import AdapterConfig
     from agd_fast.attaching import disabled, guided, share, unload
@@ -63,7 +63,7 @@ __all__ = [
     "unload",
 ]
 
-# the imports above, made when a name is first asked for: importing diffusers takes seconds
+# the imports above, made when a name is first used: importing diffusers takes seconds
 _HOMES = {
     "adapters": ("AdapterConfig",),
     "attaching": ("attach", "disabled", "guided", "share", "unload"),
@@ -84,10 +84,10 @@ _HOMES = {
 _HOME = {name: f"{__name__}.{home}" for home, names in _HOMES.items() for name in names}
 
 
-if not TYPE_CHECKING:  # which knows the imports above, and no other names
+if not TYPE_CHECKING:  # type checkers see the imports above, and no other names
 
     def __getattr__(name):
-        """A name of `__all__` from its home, or a room of the package."""
+        """A name in `__all__` from the module in `_HOME`, or a submodule of the package."""
         from importlib import import_module
         from importlib.util import find_spec
 

@@ -1,4 +1,4 @@
-"""What numbers must be, said before anything is done with them."""
+"""Checks of numbers that callers give, made before anything is done with them."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import Tensor
 
-LARGEST_SEED = 2**42  # what comes of one stays a seed of torch
+LARGEST_SEED = 2**42  # seeds that are derived from it are still valid for torch
 
 
 def require_whole(lowest: int = 1, highest: int | None = None, **values: Any) -> None:
-    """Raises: ValueError naming the first that is neither None nor an int from `lowest` to `highest`."""
+    """Raises: ValueError naming the first value that is neither None nor an int from `lowest` to `highest`."""
     for name, value in values.items():
         whole = isinstance(value, int) and not isinstance(value, bool)
         if value is not None and not (whole and lowest <= value and (highest is None or value <= highest)):
@@ -26,7 +26,7 @@ def require_seed(value: Any) -> None:
 
 
 def number_range(name: str, value: Any, *, within: tuple[float, float] | None = None) -> tuple[float, float]:
-    """Raises: ValueError when it is not a sequence (low, high), two finite numbers with low < high, both `within` those."""
+    """Raises: ValueError unless it is (low, high), a sequence of two finite numbers, low < high, both in the range `within`."""
     numbers = [*map(float, value)] if isinstance(value, Sequence) and all(isinstance(one, Real) for one in value) else []
     low, high = numbers if len(numbers) == 2 else (math.nan, math.nan)
     lowest, highest = within or (-math.inf, math.inf)
@@ -37,5 +37,5 @@ def number_range(name: str, value: Any, *, within: tuple[float, float] | None = 
 
 
 def is_finite(tensor: Tensor) -> Tensor:
-    """By element; also of numbers of 8 bits, which torch does not ask."""
+    """Element-wise isfinite; also for 8-bit floats, for which torch has none."""
     return (tensor.float() if tensor.element_size() == 1 else tensor).isfinite()

@@ -45,7 +45,7 @@ class SmoothFeatures(nn.Module):
         self.low, self.high = guidance_range
 
     def forward(self, omega: Tensor) -> Tensor:
-        u = ((omega - self.low) / (self.high - self.low)).clamp(min=-0.9)  # far below the range: no logarithm of a negative
+        u = ((omega - self.low) / (self.high - self.low)).clamp(min=-0.9)  # far below the range, keeps the logarithm defined
         return torch.stack([u, u.log1p()], dim=-1)
 
 
@@ -68,7 +68,7 @@ class OmegaEmbedder(nn.Module):
 
 class Conditioning(nn.Module):
     """ω [B], e_t [B, D_t], e_c [B, D_c] or [B, L, D_c] → tokens of width d: E_ω [B, 1, d], P_t·e_t [B, 1, d],
-    P_c·e_c [B, 1 or L, d] for each condition, of these what the config's `sees` names."""
+    P_c·e_c [B, 1 or L, d] for each condition; of the last two, those that the config's `sees` names."""
 
     def __init__(self, config: AdapterConfig, layout: Layout, hidden: int, normed: bool = False) -> None:
         super().__init__()
@@ -88,7 +88,7 @@ class Conditioning(nn.Module):
         return tokens
 
     def token_masks(self, masks: Mapping[str, Tensor]) -> tuple[Tensor | None, ...]:
-        """Which of its tokens count: [B, 1 or L] bool, or None for all, in the order of `forward`."""
+        """Masks of the tokens that count, in the order of `forward`: [B, 1 or L] bool, or None if all count."""
         return (None, *([] if self.time is None else [None]), *(masks.get(name) for name in self.names))
 
 
@@ -114,9 +114,9 @@ def embed_time(denoiser: nn.Module, spec: DenoiserSpec, timestep: Tensor) -> Ten
 
 
 def condition_width(denoiser: nn.Module, condition: Condition) -> int:
-    """Channels of e_c.
+    """Number of channels of e_c.
 
-    Raises: ValueError when they can neither be read nor found out.
+    Raises: ValueError when it is unknown or not unique.
     """
     if condition.width is None:
         if not condition.embedding:

@@ -33,7 +33,7 @@ class Demo:
 
 
 def digits_reference() -> Reference:
-    """The real digits, in the features of the classifier that ships."""
+    """The real digits, and the shipped classifier for their features and classes."""
     classifier = digits_classifier()
     return Reference(digits_images()[0], classifier.features, classifier)
 
@@ -74,7 +74,7 @@ def run_demo(
         timing_rounds=timing_rounds,
         progress=progress,
         earlier={name: distilled.seconds[name] for name in ("collect", "train")},
-        limit=None if continued else TIME_LIMIT,  # what an earlier run did took no time in this one
+        limit=None if continued else TIME_LIMIT,  # work of an earlier run is not in this one's seconds
     )
 
 
@@ -117,7 +117,7 @@ def report_digits(
 
 
 def digits_grid(teacher: Teacher, result: Evaluation, seed: int = 7) -> dict[str, torch.Tensor]:
-    """One sample a class and arm from the same noise, at CFG's best ω."""
+    """One sample per class and arm from the same noise, at CFG's best ω."""
     labels = torch.arange(10)
     noise = torch.randn(10, *teacher.sample_shape, generator=torch.Generator().manual_seed(seed))
     names = {

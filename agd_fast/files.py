@@ -76,7 +76,7 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
 
 
 def without_nan(value: Any) -> Any:
-    """With None in the place of what JSON has no number for."""
+    """`value` with None in place of NaN and infinities, for which JSON has no numbers."""
     if isinstance(value, Mapping):
         return {name: without_nan(inner) for name, inner in value.items()}
     if isinstance(value, (list, tuple)):
@@ -89,7 +89,7 @@ def to_json(value: Any) -> str:
 
 
 def read_lines(path: str | os.PathLike[str]) -> list[str]:
-    """Of a text that somebody wrote: without the mark that editors of Windows put first, and whole where a line holds U+2028.
+    """The lines of a text file, without the byte order mark that Windows editors put first; a line may hold U+2028.
 
     Raises: ValueError naming `path` when it is not UTF-8.
     """
@@ -125,8 +125,8 @@ def save_tensors(
     *,
     sealed: bool = False,
 ) -> None:
-    """Write to a path that `replacing` gave: the same content, the same bytes (safetensors orders several entries of metadata
-    at random, so ours are one). sealed: with a hash of the content, which `read_tensors` compares."""
+    """Write to a path from `replacing`. The same content gives the same bytes: all metadata is one entry, since safetensors
+    orders several at random. sealed: add a hash of the content, which `read_tensors` checks."""
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     entries = dict(metadata or {})
     if sealed:
@@ -139,8 +139,8 @@ def read_tensors(
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Tensors (memory-mapped) and metadata of a safetensors file.
 
-    Raises: FileNotFoundError, PermissionError; ValueError naming `path` when it is truncated or not safetensors, or another
-    content than was sealed.
+    Raises: FileNotFoundError, PermissionError; ValueError naming `path` when it is truncated, not safetensors, or differs
+    from the content that was sealed.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"expected a safetensors file at {path}, found none")
@@ -176,8 +176,8 @@ def sha256(path: str | os.PathLike[str]) -> str:
 
 
 def fingerprint(tensors: Mapping[str, torch.Tensor]) -> str:
-    """A hash of names, shapes, dtypes and values, the same on every device. Of a tensor that is made of others (a quantised
-    weight), theirs."""
+    """A hash of names, shapes, dtypes and values, the same on every device. A tensor that is made of others (a quantised
+    weight) is hashed by these."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         if is_traceable_wrapper_subclass(tensors[name]):

@@ -11,7 +11,8 @@ from torch import nn
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Where its forward runs: in between, what accelerate offloads by modules lies on "meta", diffusers' groups on the CPU."""
+    """The device that its forward runs on. Between forwards, accelerate's offloading by module leaves parameters on "meta",
+    diffusers' group offloading on the CPU."""
     device = next(module.parameters()).device
     if device.type == "cpu":
         for inner in module.modules():
@@ -37,7 +38,7 @@ def required_parameters(denoiser: nn.Module) -> frozenset[str]:
 
 
 def argument_of(name: str, parameters: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """The value of a (dotted) name in a call of a forward with these parameters; None where it is not passed."""
+    """The value of a (dotted) name in a call of a forward with these parameters; None if it is not passed."""
     outer, _, inner = name.partition(".")
     position = parameters.index(outer) if outer in parameters else len(args)
     value = kwargs[outer] if outer in kwargs else args[position] if position < len(args) else None
@@ -45,7 +46,7 @@ def argument_of(name: str, parameters: Sequence[str], args: Sequence[Any], kwarg
 
 
 def nest(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Keyword arguments of the denoiser from values by (dotted) name; where the inner names are numbers they are a list's."""
+    """Keyword arguments of the denoiser from values by (dotted) name; inner names that are numbers make a list."""
     arguments: dict[str, Any] = {}
     inner: dict[str, dict[str, Any]] = {}
     for name, value in values.items():

@@ -1,4 +1,4 @@
-"""Holding a model still while something is measured on it or trained beside it."""
+"""Freezing a model while something is measured on it or trained beside it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from agd_fast.spec import DenoiserSpec
 
 @contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
-    """Eval mode and no gradients inside; both as they were afterwards."""
+    """Inside, eval mode and no gradients for parameters; both are restored afterwards."""
     modes = {child: child.training for child in module.modules()}
     gradients = {parameter: parameter.requires_grad for parameter in module.parameters()}
     module.eval().requires_grad_(False)
@@ -28,7 +28,7 @@ def frozen(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def differentiable(denoiser: nn.Module, spec: DenoiserSpec) -> Iterator[None]:
-    """Inside, gradients pass all of a denoiser in eval mode: `spec.train_mode` is in train mode.
+    """Inside, gradients pass through all of a denoiser in eval mode: the modules of `spec.train_mode` are in train mode.
 
     Raises: ValueError when a path matches nothing.
     """
@@ -41,7 +41,7 @@ def differentiable(denoiser: nn.Module, spec: DenoiserSpec) -> Iterator[None]:
 
 @contextmanager
 def restoring(modules: Iterable[nn.Module], names: Sequence[str]) -> Iterator[None]:
-    """Attributes with these names that modules have of their own are afterwards as they were, or gone where there were none."""
+    """Restore instance attributes with these names afterwards, on all modules; remove those that a module did not have."""
     before = {module: {name: vars(module)[name] for name in names if name in vars(module)} for module in modules}
     try:
         yield

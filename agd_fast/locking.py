@@ -16,8 +16,8 @@ LOCK_NAME = ".lock"
 
 @contextmanager
 def only_writer(directory: str | os.PathLike[str]) -> Iterator[None]:
-    """Inside, no other process may enter it for the same folder; a kill ends that too. Leaves no file there when it ends. Of
-    processes that train together the main one holds it for all.
+    """Inside, no other process can enter this context for the same folder; a killed process lets go of it too. The lock file is
+    removed at the end. Among processes that train together, the main one holds the lock for all.
 
     Raises: BlockingIOError naming a folder that is held.
     """
@@ -37,12 +37,12 @@ def only_writer(directory: str | os.PathLike[str]) -> Iterator[None]:
             f"(where there is none, remove {path})"
         ) from error
     except (OSError, NotImplementedError):
-        pass  # no file can be made there, which what is written says better, or none be locked
+        pass  # no file can be made there, which the first write reports better, or none can be locked
     try:
         yield
     finally:
         if lock.is_locked or ours:
-            with suppress(OSError):  # a system that does not let go of open files
+            with suppress(OSError):  # a system that does not delete open files
                 path.unlink()
         lock.release()
         if made:

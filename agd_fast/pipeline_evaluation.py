@@ -131,7 +131,7 @@ def evaluate_pipeline(
 def _teachers(
     pipe: Any, prompts: Prompts | None, inputs: Inputs | None, call: Mapping[str, Any] | None
 ) -> dict[str, PipelineTeacher]:
-    """By denoiser. Raises: ValueError when one lacks its adapter."""
+    """The teachers by denoiser. Raises: ValueError when a denoiser lacks its adapter."""
     nothing: dict[str, Any] = dict.fromkeys(("class_labels", "conditions", "null_condition", "guider", "scheduler", "spec"))
     found = teachers_of(pipe, prompts=prompts, inputs=inputs, call=call, **nothing)
     teachers = {name: teacher for name, teacher, _ in found if isinstance(teacher, PipelineTeacher)}
@@ -164,7 +164,7 @@ def _require_measurable(metrics: Asked, texts: Sequence[str], count: int, real: 
 
 
 def _plan(teachers: Mapping[str, PipelineTeacher], steps: int, seed: int) -> dict[str, Any]:
-    """What decides the pictures, but for their scales and numbers."""
+    """Everything that determines the pictures except their scales and numbers."""
     teacher = next(iter(teachers.values()))
     settings = {name: str(value) for name, value in sorted(teacher.scheduler.config.items()) if not name.startswith("_")}
     return {
@@ -191,7 +191,7 @@ def _costs(pictures: Pictures, scale: float, batch: int, rounds: int, progress: 
 def _explained(
     teachers: Mapping[str, PipelineTeacher], scales: Sequence[float], steps: int, seed: int, count: int
 ) -> dict[str, Explained]:
-    """By denoiser, on `count` of the inputs; empty for none."""
+    """Guidance explained by denoiser, on the first `count` inputs; empty if `count` is 0."""
     found = {}
     for name, teacher in teachers.items() if count else ():
         table = {key: value[:count] for key, value in teacher.conditions().items()}
@@ -201,7 +201,7 @@ def _explained(
 
 
 def _compared(black: Mapping[str, Sequence[int]], count: int) -> list[int]:
-    """Numbers of which no picture is black all over. Raises: ValueError when none is left."""
+    """The numbers at which no way's picture is black all over. Raises: ValueError when none is left."""
     out = {number for found in black.values() for number in found}
     whose = ", ".join(f"{len(found)} of {way}" for way, found in black.items())
     why = f"({whose}): a safety checker's, or values that are not finite?"

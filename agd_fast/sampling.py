@@ -75,7 +75,7 @@ def sample(
     if noise is None:
         noise = torch.randn(count, *teacher.sample_shape, generator=generator)
     seeds = torch.randint(2**31, (count,), generator=generator).tolist()
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]  # one a sample: batches do not matter
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]  # one per sample: the batch size does not matter
     omega = to_omega(guidance_scale, teacher.spec)
     if noise.shape != (count, *teacher.sample_shape) or len(omega) not in (1, count):
         raise ValueError(
@@ -101,7 +101,7 @@ def sample(
 
 
 def predictor(teacher: Teacher, conditions: Conditions, omega: Tensor, method: Method) -> Predict:
-    """The prediction of one arm at fixed conditions and ω [B]: one forward of what is armed, or the base's two of guidance."""
+    """The prediction of one arm at fixed conditions and ω [B]: one forward with whatever is armed, or the base's two for CFG."""
     if method != "agd":
         teacher.refuse_armed()
     if method == "cfg":

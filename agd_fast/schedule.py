@@ -1,4 +1,4 @@
-"""The states of a schedule with diffusers' schedulers: the loops that sampling, collecting and measuring share."""
+"""Following a schedule with diffusers' schedulers: the loops that sampling, collecting and measuring share."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def integrate(
 ) -> Tensor:
     """Run a schedule of `steps` from standard normal noise [B, C, ...] to samples of that shape.
 
-    generator: for the noise of stochastic schedulers, one or one a sample.
+    generator: for the noise of stochastic schedulers; one, or one per sample.
     """
     scheduler = copy.deepcopy(scheduler)  # schedulers hold the state of the loop
     scheduler.set_timesteps(steps)  # on the CPU, where schedulers look up their tables: no sync in the loop
@@ -45,7 +45,7 @@ def visit_noised(scheduler: Any, samples: Tensor, steps: int, predict: Predict, 
     scheduler = copy.deepcopy(scheduler)
     scheduler.set_timesteps(steps, device=samples.device)
     for t in scheduler.timesteps:
-        scheduler.set_timesteps(steps, device=samples.device)  # back to no position: it is found from t, no step is taken
+        scheduler.set_timesteps(steps, device=samples.device)  # resets the step index: it is found from t, as no step is taken
         noise = torch.randn(samples.shape, generator=generator).to(samples)
         times = t.expand(len(samples))
         if hasattr(scheduler, "scale_noise"):  # flow matching
@@ -56,9 +56,9 @@ def visit_noised(scheduler: Any, samples: Tensor, steps: int, predict: Predict, 
 
 
 def number_of_calls(scheduler: Any, steps: int) -> int:
-    """Of the denoiser, in a schedule of `steps`; some schedulers make more than one a step."""
+    """Number of calls of the denoiser in a schedule of `steps`; some schedulers make more than one per step."""
     shifted = "mu" in inspect.signature(scheduler.set_timesteps).parameters and scheduler.config.get("use_dynamic_shifting")
-    return len(timesteps_for(scheduler, steps, **({"mu": 1.0} if shifted else {})))  # a shift by resolution moves them alone
+    return len(timesteps_for(scheduler, steps, **({"mu": 1.0} if shifted else {})))  # a shift by resolution only moves them
 
 
 def timesteps_for(scheduler: Any, steps: int, **settings: Any) -> Tensor:
@@ -69,5 +69,5 @@ def timesteps_for(scheduler: Any, steps: int, **settings: Any) -> Tensor:
 
 
 def prediction_type_of(scheduler: Any) -> str:
-    """What the denoiser predicts under a diffusers scheduler; those of flow matching do not say it."""
+    """What the denoiser predicts under a diffusers scheduler; flow-matching schedulers do not state it."""
     return getattr(scheduler.config, "prediction_type", None) or "flow_prediction"

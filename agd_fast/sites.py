@@ -123,7 +123,7 @@ def _widths(name: str, module: nn.Module, site: Site) -> tuple[int, int]:
 
 
 def module_widths(module: nn.Module) -> tuple[int | None, int | None]:
-    """Output and input channels of a module, None where they cannot be told."""
+    """Output and input channels of a module, None where they are unknown."""
     if isinstance(module, nn.Linear):
         return module.out_features, module.in_features
     if isinstance(module, nn.Conv2d):
@@ -142,7 +142,7 @@ def module_widths(module: nn.Module) -> tuple[int | None, int | None]:
 
 
 def config_value(denoiser: nn.Module, value: Any) -> Any:
-    """`value`, or what it names when it is a string "config.<attribute>", or, in a list there, "config.<attribute>.<index>"."""
+    """`value`, or the entry that it names if it is a string "config.<attribute>" or, for a list, "config.<attribute>.<index>"."""
     if isinstance(value, str) and value.startswith("config."):
         found: Any = getattr(denoiser, "config", {})
         for name in value.split(".")[1:]:
@@ -162,7 +162,7 @@ def _entry(found: Any, name: str) -> Any:
 
 
 def label_count(denoiser: nn.Module, condition: Condition) -> int | None:
-    """How many labels the base can look up, its null label among them; None where the condition is no label."""
+    """How many labels the base can look up, including its null label; None if the condition is not a label."""
     for name in condition.embedding:
         for module in find_modules(denoiser, name)[name].modules():
             if isinstance(module, nn.Embedding):

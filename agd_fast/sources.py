@@ -1,4 +1,4 @@
-"""Where an adapter lies: in a folder, or in a repo of the Hugging Face Hub, of which a folder is made."""
+"""Where an adapter is: in a folder, or in a repo of the Hugging Face Hub, which is downloaded to a folder."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def require_repo_id(repo_id: str) -> None:
 
 @contextmanager
 def reaching(what: str) -> Iterator[None]:
-    """Raises: ConnectionError for what is wrong with the connection, which the Hub's client says in classes of its own."""
+    """Raises: ConnectionError for connection problems, for which the Hub's client raises exceptions of its own classes."""
     try:
         yield
     except (OSError, ValueError, TypeError):

@@ -51,7 +51,7 @@ def save(model: Any, directory: str | os.PathLike[str], *, about: Mapping[str, A
 
 
 def component_folders(directory: Path, components: Mapping[str, Any]) -> list[Path]:
-    """Where the adapters of these denoisers are: the first in `directory`, others in folders of their names."""
+    """Where the adapters of these denoisers are: the first in `directory`, the others in folders in it with their names."""
     return [directory if index == 0 else directory / name for index, name in enumerate(components)]
 
 
@@ -70,7 +70,7 @@ def _save_one(model: Any, component: nn.Module, directory: Path, about: Mapping[
         "calibration": None if calibration is None else calibration.to_dict(),
         "about": {"base_model": _base_model(model, denoiser), **about},
     }
-    config = json.loads(json.dumps(config))  # what a reader will find, to the last key
+    config = json.loads(json.dumps(config))  # exactly what a reader will find
     metadata = {"config_id": _config_id(config)}
     with replacing(directory / WEIGHTS_NAME) as weights, replacing(directory / CONFIG_NAME) as text:  # both or neither
         save_tensors(weights, attachment.adapter.state_dict(), metadata, sealed=True)
@@ -78,14 +78,14 @@ def _save_one(model: Any, component: nn.Module, directory: Path, about: Mapping[
 
 
 def _base_class(denoiser: nn.Module) -> str:
-    """Its name, without what FSDP2 puts before it."""
+    """The name of its class, without the prefix that FSDP2 adds."""
     names = [cls.__name__ for cls in type(denoiser).__mro__]
     plain = names[0].removeprefix("FSDP")
     return plain if plain in names else names[0]
 
 
 def _base_model(model: Any, denoiser: nn.Module) -> str | None:
-    """A name for a reader; of a folder of this machine its last part, which is no repo's id."""
+    """The base's name, for a reader; of a folder on this machine only the last part, which is not a repo id."""
     name = getattr(model, "name", None) or getattr(model, "name_or_path", None) or getattr(denoiser, "name_or_path", None)
     return Path(name).name if name and (os.path.isabs(name) or os.path.isdir(name)) else name
 
@@ -163,7 +163,7 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 
 def _prediction_type(model: Any) -> str | None:
-    """Of a Teacher or a pipeline; a bare denoiser does not tell."""
+    """The prediction type of a Teacher or a pipeline; None for a bare denoiser, which does not tell."""
     scheduler = getattr(model, "scheduler", None)
     return None if scheduler is None else prediction_type_of(scheduler)
 
@@ -198,7 +198,7 @@ def read_adapter(directory: Path, config: dict[str, Any]) -> Adapter:
 
 
 def _calibration(config: Mapping[str, Any]) -> Calibration | None:
-    """Raises: TypeError, ValueError when the entry is none."""
+    """Raises: TypeError, ValueError when the entry is not a calibration."""
     found = config.get("calibration")
     return None if found is None else Calibration.from_dict(found)
 
@@ -231,5 +231,5 @@ def _paths(keys: list[tuple[str, str]]) -> list[str] | str:
 
 
 def _config_id(config: dict[str, Any]) -> str:
-    """Ties weights to their config."""
+    """A hash that ties weights to their config."""
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]

@@ -80,9 +80,9 @@ class Teacher:
     gives_cond_at_one = True  # whether the rule goes to ε(c) as ω goes to 1
     one_scale_a_run = False  # whether the trajectories of a run share their ω
     run_size = 50  # trajectories at once
-    validation_runs = 50  # held-out trajectories a scale
-    guidance_range = (1.0, 6.0)  # of ω, where nobody chooses it
-    guides_above = -math.inf  # ω, at and below which there is no target
+    validation_runs = 50  # held-out trajectories per scale
+    guidance_range = (1.0, 6.0)  # of ω, if the caller does not choose it
+    guides_above = -math.inf  # the ω at and below which there is no target
 
     def __post_init__(self) -> None:
         self._call = self.denoiser  # compiled, if that is what was given
@@ -128,7 +128,7 @@ class Teacher:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype that it computes in: that of its first weight that is not the code of a quantised one."""
+        """The dtype that it computes in: that of its first floating-point weight; quantised weights are integer codes."""
         return next(p.dtype for p in self.denoiser.parameters() if p.is_floating_point())
 
     def to(self, device: torch.device) -> None:

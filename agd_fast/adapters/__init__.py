@@ -21,7 +21,7 @@ LARGEST_RANK = 16  # of gated_lora, whose products are paid at every token of ev
 def adapter_sites(kind: str, config: AdapterConfig, spec: DenoiserSpec) -> tuple[Site, ...]:
     """The spec's sites that this kind of adapter acts on, narrowed to the config's `layers`.
 
-    Raises: ValueError when the spec names none, or a layer is no site of any of the config's kinds.
+    Raises: ValueError when the spec names none, or a layer is not a site of any of the config's kinds.
     """
     sites = _all_sites(kind, config, spec)
     if config.layers is None:
@@ -49,7 +49,7 @@ def _all_sites(kind: str, config: AdapterConfig, spec: DenoiserSpec) -> tuple[Si
 
 
 def for_backbone(config: AdapterConfig, spec: DenoiserSpec) -> AdapterConfig:
-    """`config` with the kind that is the backbone's default where it names none."""
+    """`config`, with the backbone's default kind if it names none."""
     return config if config.kind is not None else replace(config, kind=spec.adapter_kind)
 
 
@@ -65,7 +65,7 @@ def build_adapter(config: AdapterConfig, layout: Layout, base_parameters: int) -
 
 
 def sized(config: AdapterConfig, hidden: int | None) -> AdapterConfig:
-    """`config` with this width, and the rank that goes with it where none was chosen."""
+    """`config` with this width, and the rank that goes with it if none was chosen."""
     rank = config.rank or (min(3 * (hidden or 0), LARGEST_RANK) if "gated_lora" in config.kinds else None)
     return replace(config, hidden=hidden, rank=rank)
 

@@ -30,9 +30,9 @@ PARTS: dict[str, type[Part]] = {
 
 
 class Adapter(nn.Module):
-    """An adapter for all sites of one denoiser, created equal to zero.
+    """An adapter for all sites of one denoiser, initialized to zero.
 
-    calibration: at which ω the adapter is asked where it is armed with another; None is that ω itself.
+    calibration: maps the ω that the adapter is armed with to the one that it is evaluated at; None leaves it as it is.
     """
 
     def __init__(self, config: AdapterConfig, layout: Layout) -> None:
@@ -52,12 +52,12 @@ class Adapter(nn.Module):
 
     @property
     def hash(self) -> str:
-        """Tells what it predicts from what any other adapter of its config does."""
+        """A hash that tells its predictions from those of any other adapter with its config."""
         calibration = {} if self.calibration is None else dict(self.calibration.named_buffers(prefix="calibration"))
         return fingerprint({**self.state_dict(), **calibration})
 
     def calibrate(self, calibration: Calibration | None) -> None:
-        """Put a calibration on, where the weights are, or take it off."""
+        """Set a calibration, on the device of the weights, or remove it."""
         self.calibration = None if calibration is None else calibration.to(next(self.parameters()).device)
 
     def prepare(
@@ -70,12 +70,12 @@ class Adapter(nn.Module):
         gate: Tensor | None = None,
         ahead: Ahead | None = None,
     ) -> Prepared:
-        """ω [B], e_t [B, D_t], e_c [B, D_c] or [B, L, D_c] → one entry a site, in the adapter's own dtype.
+        """ω [B], e_t [B, D_t], e_c [B, D_c] or [B, L, D_c] → one entry per site, in the adapter's own dtype.
 
-        masks: [B, L] bool by condition, True at the tokens that count; a condition without one counts whole.
-        gate: [1] or [B], what all that the adapter gives is multiplied by; 0 is the base.
-        ahead: where the entries are made before the first step rather than in it.
-        Nothing in it sees x_t: it can be computed for a whole schedule before the first step.
+        masks: [B, L] bool by condition, True at the tokens that count; without one, all tokens of a condition count.
+        gate: [1] or [B], a factor on all that the adapter contributes; 0 is the base.
+        ahead: given if the entries are made before the first step rather than in the step.
+        Nothing here sees x_t: it can be computed for a whole schedule before the first step.
         Raises: ValueError when a mask does not belong to its condition.
         """
         masks = masks or {}

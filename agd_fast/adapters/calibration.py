@@ -14,7 +14,7 @@ class Calibration(nn.Module):
 
     times: t [T], ascending. omegas: ω [W], ascending. factors: [T, W], interpolated linearly and constant outside of these.
     guidance_range: the ω that training saw; ω′ stays within it, unless ω does not.
-    Raises: ValueError when the shapes do not fit, times, omegas or the range do not ascend, or a factor is no positive number.
+    Raises: ValueError when the shapes do not fit, times, omegas or the range do not ascend, or a factor is not a positive number.
     """
 
     times: Tensor

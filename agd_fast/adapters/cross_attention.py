@@ -32,8 +32,8 @@ class Attended(NamedTuple):
 
 
 class Absorbed(NamedTuple):
-    """A: [B, heads·S, C_in] and U: [B, heads·S, C], with the site's projections in them. bias: [B, 1, heads·S], −inf at
-    tokens that do not count; None where all do."""
+    """A: [B, heads·S, C_in] and U: [B, heads·S, C], with the site's projections multiplied in. bias: [B, 1, heads·S], −inf at
+    tokens that do not count; None if all do."""
 
     A: Tensor
     U: Tensor
@@ -65,7 +65,7 @@ class CrossAttentionSite(SiteAdapter):
         return output + delta if gain is None else torch.addcmul(output, delta, gain.to(output.dtype))
 
     def entry(self, rows: list[Tensor], gain: Tensor | None, mask: Tensor | None, ahead: Ahead | None) -> Attended | Absorbed:
-        """What this site needs of the tokens in a row, [B, S_i, d] each."""
+        """What this site needs of the tokens `rows`, [B, S_i, d] each."""
         if ahead is None:
             rows = [torch.cat(rows, dim=1)]
         elif ahead.absorb and self.heads * sum(row.shape[1] for row in rows) < self.key.out_features:
@@ -105,13 +105,13 @@ class CrossAttention(Part):
         self.sites = nn.ModuleList(CrossAttentionSite(site, self.hidden, config.heads) for site in sites)
 
     def forward(self, context: Context) -> Prepared:
-        """Attended or Absorbed, a site."""
+        """Attended or Absorbed, per site."""
         rows = rows_of(context)
         return tuple(site.entry(*rows, context.ahead) for site in self.sites)  # type: ignore[operator]
 
 
 def rows_of(context: Context) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
-    """The tokens [B, S_i, d] with their positions among those that count, the gain [B, 1, 1] and the mask of all [B, S]."""
+    """The tokens [B, S_i, d] plus their positions among those that count, the gain [B, 1, 1] and the mask of all [B, S]."""
     tokens, mask = context.tokens, _joined_mask(context)
     sizes = [token.shape[1] for token in tokens]
     positions = torch.arange(sum(sizes), device=tokens[0].device) if mask is None else mask.cumsum(dim=1) - 1
@@ -125,7 +125,7 @@ def _joined(pieces: list[Tensor], dim: int = 1) -> Tensor:
 
 
 def _joined_mask(context: Context) -> Tensor | None:
-    """[B, S] bool, True at the tokens that count; None where all do."""
+    """[B, S] bool, True at the tokens that count; None if all do."""
     if all(mask is None for mask in context.token_masks):
         return None
     masks = [

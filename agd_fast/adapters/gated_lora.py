@@ -1,4 +1,4 @@
-"""Gated low-rank terms: g = U·(s(ω, t, c) ⊙ D·h), a LoRA beside a block whose r directions are scaled a sample.
+"""Gated low-rank terms: g = U·(s(ω, t, c) ⊙ D·h), a LoRA beside a block whose r directions are scaled per sample.
 
 Of all kinds this one sees every token through a map of its own; only the gates s can be computed before the first step.
 """
@@ -17,13 +17,13 @@ from agd_fast.sites import Layout, ResolvedSite
 
 
 class ScaledUp(NamedTuple):
-    """U·diag(s) of one sample, [C, r]: made before the first step, it saves the scaling in it."""
+    """U·diag(s) of one sample, [C, r]: made before the first step, it saves the scaling in each step."""
 
     weight: Tensor
 
 
 class GatedLoraSite(SiteAdapter):
-    """Costs two thin products a token: h [B, T, C_in] → [B, T, r] → [B, T, C], or the same over [B, C, H, W]."""
+    """Costs two thin products per token: h [B, T, C_in] → [B, T, r] → [B, T, C], or the same over [B, C, H, W]."""
 
     def __init__(self, site: ResolvedSite, rank: int) -> None:
         super().__init__(site)
@@ -45,10 +45,10 @@ class GatedLora(Part):
         assert config.rank is not None
         self.rank = config.rank
         self.sites = nn.ModuleList(GatedLoraSite(site, config.rank) for site in sites)
-        self.gates = nn.Linear(self.hidden, config.rank * len(sites))  # of all sites, in one matrix
+        self.gates = nn.Linear(self.hidden, config.rank * len(sites))  # for all sites, in one matrix
 
     def forward(self, context: Context) -> Prepared:
-        """s [B, r] a site, or ScaledUp."""
+        """s [B, r] per site, or ScaledUp."""
         gates = gained(1 + self.gates(F.silu(pooled(context))), context).split(self.rank, dim=-1)  # [B, r·sites]
         if context.ahead is None or len(context.omega) > 1:
             return gates

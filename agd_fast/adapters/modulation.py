@@ -32,7 +32,7 @@ class AffineSite(SiteAdapter):
         return output + torch.addcmul(beta, output, gamma)
 
 
-# and how many δ of the site's width each takes
+# the site of each form, and how many δ of the site's width it takes
 _FORMS = {"add": (SiteAdapter, 1), "scale": (ScaleSite, 1), "affine": (AffineSite, 2)}
 
 
@@ -41,7 +41,7 @@ class Modulation(Part):
         super().__init__(config, sites, layout)
         self.sites = nn.ModuleList(_FORMS[site.form][0](site) for site in sites)
         self.widths = [_FORMS[site.form][1] * site.width for site in sites]
-        self.up = nn.Linear(self.hidden, sum(self.widths))  # B of all sites, in one matrix
+        self.up = nn.Linear(self.hidden, sum(self.widths))  # B for all sites, in one matrix
         nn.init.zeros_(self.up.weight)
         nn.init.zeros_(self.up.bias)
 

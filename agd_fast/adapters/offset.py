@@ -1,4 +1,4 @@
-"""Offset: g = MLP(E_ω(ω) + P_t·e_t + P_c·e_c), one vector a sample, added to every token (the paper's additive adapter)."""
+"""Offset: g = MLP(E_ω(ω) + P_t·e_t + P_c·e_c), one vector per sample, added to every token (the paper's additive adapter)."""
 
 from __future__ import annotations
 

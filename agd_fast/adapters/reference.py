@@ -1,7 +1,7 @@
 """The paper's two adapters as its public reference code computes them (github.com/cristianpjensen/agd).
 
 They differ from `cross_attention` and `offset` in that every block has embedders of (ω, t, c) of its own. The reference's
-form also means omega_features="fourier", identity_at_one=False and one head. Its positions end at 250 tokens; here they go on.
+form also means omega_features="fourier", identity_at_one=False and one head. Its positions end at 250 tokens; here they continue.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class ReferenceCrossAttention(CrossAttention):
         self.embedders = nn.ModuleList(Conditioning(config, layout, self.hidden) for _ in sites)
 
     def forward(self, context: Context) -> Prepared:
-        """As CrossAttention's."""
+        """As in CrossAttention."""
         return tuple(
             site.entry(*rows_of(with_tokens(context, embedder, context.omega)), context.ahead)  # type: ignore[operator, arg-type]
             for site, embedder in zip(self.sites, self.embedders, strict=True)
@@ -34,7 +34,7 @@ class ReferenceCrossAttention(CrossAttention):
 
 class ReferenceOffset(Offset):
     """cfg_mult [1]: what ω is multiplied by before its features are taken, 1,000 in the reference's scripts. It is not folded
-    into their frequencies: of angles that large, float32 keeps a few digits, and another order of products has others."""
+    into their frequencies: at angles that large, float32 keeps few digits, and multiplying in another order changes them."""
 
     uses_tokens = False
     cfg_mult: Tensor
@@ -45,7 +45,7 @@ class ReferenceOffset(Offset):
         self.register_buffer("cfg_mult", torch.ones(1))
 
     def forward(self, context: Context) -> Prepared:
-        """δ [B, C] a site."""
+        """δ [B, C] per site."""
         omega = context.omega * self.cfg_mult
         embeddings = (pooled(with_tokens(context, embedder, omega)) for embedder in self.embedders)  # type: ignore[arg-type]
         return tuple(

@@ -51,9 +51,9 @@ def guided(model: Any, guidance_scale: GuidanceScale) -> Iterator[None]:
 def armed(
     attachment: Attachment, omega: Tensor | None, gate: Tensor | None = None, *, ahead: Ahead | None = None
 ) -> Iterator[None]:
-    """Arm with ω [1] or [B] as it is, or disarm with None: no conversion, no check, no host sync.
+    """Arm with ω [1] or [B] as given, or disarm with None: no conversion, no check, no host sync.
 
-    gate: [1], a factor of all that the adapter gives. ahead: see `Context`.
+    gate: [1], a factor on all that the adapter contributes. ahead: see `Context`.
     """
     previous = attachment.omega, attachment.gate, attachment.ahead
     attachment.omega, attachment.gate, attachment.ahead = omega, gate, ahead
@@ -83,7 +83,7 @@ def disabled(model: Any) -> Iterator[None]:
 
 
 def to_omega(guidance_scale: GuidanceScale, spec: DenoiserSpec) -> Tensor:
-    """ω in the standard convention (ω = 1: no guidance), [1] or [B] float32. Raises: TypeError, ValueError for what is none."""
+    """ω in the standard convention (ω = 1: no guidance), [1] or [B] float32. Raises: TypeError, ValueError for other values."""
     expected = "expected one finite guidance scale or one a sample [B]"
     try:
         scale = torch.as_tensor(guidance_scale, dtype=torch.float32).detach()

@@ -113,7 +113,7 @@ def install(denoiser: nn.Module, adapter: Adapter, spec: DenoiserSpec) -> Adapte
 
 
 def _position(module: nn.Module, site: ResolvedSite) -> int:
-    """Of the argument that a site changes, among the module's positional ones. Raises: ValueError when there is none."""
+    """Position in the module's forward of the argument that a site changes; −1 if none. Raises: ValueError if it is not there."""
     if site.argument is None:
         return -1
     parameters = forward_parameters(module)
@@ -123,9 +123,9 @@ def _position(module: nn.Module, site: ResolvedSite) -> int:
 
 
 def _require_one_device(denoiser: nn.Module) -> None:
-    """Raises: ValueError for one that a device_map spread over several: what its sites need of (ω, t, c) is made on one."""
+    """Raises: ValueError if a device_map spread it over several devices: what its sites need of (ω, t, c) is computed on one."""
     places: Any = getattr(denoiser, "hf_device_map", None) or {}
-    devices = sorted({str(place) for place in places.values()} - {"cpu", "disk"})  # from where it comes to run
+    devices = sorted({str(place) for place in places.values()} - {"cpu", "disk"})  # weights there run elsewhere
     if len(devices) > 1:
         raise ValueError(
             f"this {type(denoiser).__name__} lies on several devices ({', '.join(devices)}); an adapter needs all of it on one, "
@@ -134,7 +134,7 @@ def _require_one_device(denoiser: nn.Module) -> None:
 
 
 def _require_guidance(denoiser: nn.Module) -> None:
-    """Raises: ValueError when ω is an input of the denoiser: one forward a step is all that it makes."""
+    """Raises: ValueError when ω is an input of the denoiser, which then makes only one forward per step."""
     config: Any = getattr(denoiser, "config", {})
     for name in ("guidance_embeds", "time_cond_proj_dim"):
         if value := getattr(config, name, None):
@@ -145,7 +145,7 @@ def _require_guidance(denoiser: nn.Module) -> None:
 
 
 def _require_undistilled(model: Any) -> None:
-    """Raises: ValueError for a pipeline that says of its model that it was distilled: it then runs without guidance."""
+    """Raises: ValueError for a pipeline whose config says that its model is distilled: it then runs without guidance."""
     if isinstance(model, DiffusionPipeline) and model.config.get("is_distilled"):
         raise ValueError(
             f"this {type(model).__name__} says that its model is distilled (is_distilled=True), so it makes one forward a step "

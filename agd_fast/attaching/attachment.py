@@ -1,4 +1,4 @@
-"""What lies on a denoiser that has an adapter, and what is computed of (ω, t, c) when it is called."""
+"""What is stored on a denoiser that has an adapter, and what is computed from (ω, t, c) when it is called."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from agd_fast.sites import config_value
 from agd_fast.spec import Condition, DenoiserSpec
 
 ROOT, SITES = "_agd", "_agd_sites"
-# asked once: older versions of torch cannot trace the question
+# checked once: older versions of torch cannot trace the check
 _AUTOCASTING = frozenset(filter(torch.amp.is_autocast_available, ("cpu", "cuda", "mps", "xpu", "hpu", "xla")))
 
 
 class AttachedSite:
     """What the hook at a site needs: what the adapter does there and, during an armed forward, its prepared entry.
 
-    position: of the argument that it changes, among the module's positional ones. samples: of the forward that is under way.
-    image: how many of the tokens are the image's.
+    position: that of the argument that it changes, in the module's forward. samples: batch size of the current forward.
+    image: how many of the tokens belong to the image.
     """
 
     def __init__(self, adapter: SiteAdapter, position: int) -> None:
@@ -39,18 +39,18 @@ class AttachedSite:
 
 
 class Attachment:
-    """An adapter on one denoiser, and whether it is armed. Its copies and pickles are not."""
+    """An adapter on one denoiser, and whether it is armed. Copies and pickles of it are not armed."""
 
     def __init__(self, adapter: Adapter, spec: DenoiserSpec, parameters: tuple[str, ...], sites: list[AttachedSite]) -> None:
         self.adapter, self.spec, self.sites = adapter, spec, sites
         self.parameters = parameters
         self.handles: list[Any] = []
-        self.checkpoints: list[tuple[Any, Any]] = []  # modules whose checkpointing was wrapped for one forward, and their own
+        self.checkpoints: list[tuple[Any, Any]] = []  # modules whose checkpointing is wrapped for one forward, and the original
         self.enabled = True
-        self.caller: int | None = None  # the thread of a pipeline's call that is under way, with the adapter or without
+        self.caller: int | None = None  # the thread of a pipeline's call that is running, with or without the adapter
         self.omega: Tensor | None = None  # [1] or [B] float32 while armed
         self.gate: Tensor | None = None  # [1], what the adapter is multiplied by; None is 1
-        self.ahead: Ahead | None = None  # where entries are made before the first step, as the engine does
+        self.ahead: Ahead | None = None  # given if entries are made before the first step, as by the engine
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "enabled": True, "caller": None, "omega": None, "gate": None, "ahead": None}
@@ -60,8 +60,8 @@ class Attachment:
         return self.omega is not None and self.enabled
 
     def require_sites(self, denoiser: nn.Module) -> None:
-        """Raises: ValueError where modules that it acts on are the denoiser's no more: FreeNoise and some quantisation put others
-        there, without hooks."""
+        """Raises: ValueError if modules that it acts on are no longer in the denoiser: FreeNoise and some quantisation replace
+        them by others, without hooks."""
         there = {id(site) for module in denoiser.modules() for site in vars(module).get(SITES, ())}
         gone = [site.adapter.site.path for site in self.sites if id(site) not in there]
         if gone:
@@ -75,14 +75,14 @@ class Attachment:
         return argument_of(name, self.parameters, args, kwargs)
 
     def prepare(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Prepared:
-        """One entry a site, for a call with these arguments.
+        """One entry per site, for a call with these arguments.
 
-        Raises: ValueError when ω is not one a sample of the batch, or a condition is not passed.
+        Raises: ValueError when ω is neither one number nor one per sample of the batch, or a condition is not passed.
         """
         spec, omega = self.spec, self.omega
         assert omega is not None
         x = self.argument(spec.sample, args, kwargs)
-        batch, first = len(x), x[0]  # a tensor, or a list with one a sample
+        batch, first = len(x), x[0]  # a tensor, or a list with one per sample
         if omega.shape[0] not in (1, batch):
             raise ValueError(
                 f"guided(...) was given ω for {omega.shape[0]} samples, but the denoiser was called with a batch of {batch}; "
@@ -92,7 +92,7 @@ class Attachment:
             site.samples = batch
         self._count_image_tokens(denoiser, first)
         timestep = torch.as_tensor(self.argument(spec.timestep, args, kwargs), device=first.device).float()
-        timestep = timestep.flatten(1).amax(dim=1) if timestep.ndim > 1 else timestep.reshape(-1)  # one a token: the noisiest
+        timestep = timestep.flatten(1).amax(dim=1) if timestep.ndim > 1 else timestep.reshape(-1)  # one per token: the noisiest
         conditions: dict[str, Tensor] = {}
         masks: dict[str, Tensor] = {}
         for condition in spec.adapted:
@@ -101,7 +101,7 @@ class Attachment:
             if mask is not None:
                 masks[condition.argument] = mask
         bring(self.adapter, first.device)
-        bring_embedders(denoiser, spec, first.device)  # of a base that is offloaded until its own forward
+        bring_embedders(denoiser, spec, first.device)  # if the base is offloaded until its own forward
         with _no_autocast(first.device):
             with torch.no_grad():
                 time = embed_time(denoiser, spec, timestep.expand(batch))
@@ -114,14 +114,14 @@ class Attachment:
     def _condition(
         self, denoiser: nn.Module, condition: Condition, batch: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> tuple[Tensor, Tensor | None]:
-        """A condition [B, ...] and which of its tokens [B, L] are no padding."""
+        """A condition [B, ...], and a mask [B, L] of its tokens that are not padding, or None."""
         value = self.argument(condition.argument, args, kwargs)
         if value is None:
             raise ValueError(
                 f"the adapter needs the condition {condition.argument!r}, which this call of "
                 f"{type(denoiser).__name__} does not pass"
             )
-        if isinstance(value, list):  # tokens of different numbers, one tensor a sample
+        if isinstance(value, list):  # one tensor per sample, with different numbers of tokens
             lengths = [len(one) for one in value]
             value = pad_sequence(value, batch_first=True)
             places = torch.arange(value.shape[1], device=value.device)
@@ -143,9 +143,9 @@ class Attachment:
 
 
 def _token_mask(mask: Tensor, tokens: tuple[int, ...], dim: int = 0) -> Tensor:
-    """Which of these tokens count [B, L], of a mask of them and perhaps more behind them, or of how many do [B].
+    """A mask [B, L] of the tokens that count, from a mask of them and possibly more that follow, or from how many count [B].
 
-    dim: which one it is a mask of, where tokens lie in several dimensions, such as positions and layers.
+    dim: the dimension that `mask` refers to, if tokens lie in several dimensions, such as positions and layers.
     """
     length = tokens[dim]
     counts = torch.arange(length, device=mask.device) < mask[:, None] if mask.ndim == 1 else mask.flatten(1)[:, :length] > 0
@@ -154,7 +154,7 @@ def _token_mask(mask: Tensor, tokens: tuple[int, ...], dim: int = 0) -> Tensor:
 
 
 def _no_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """Where there is such a thing: "meta" has none."""
+    """Autocast off, on devices that have it; "meta" does not."""
     return torch.autocast(device.type, enabled=False) if device.type in _AUTOCASTING else nullcontext()
 
 
@@ -173,7 +173,7 @@ def attachment_of(model: Any) -> Attachment | None:
 
 
 def attachments_of(model: Any) -> list[Attachment]:
-    """Those of all its denoisers."""
+    """The attachments of all its denoisers."""
     first = attachment_of(model)
     components = () if first is None else components_of(model, first.spec).values()
     return [found for found in map(attachment_of, components) if found is not None]

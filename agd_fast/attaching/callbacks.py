@@ -1,4 +1,4 @@
-"""Callbacks of a call with adapters: they find the pipeline's guidance off, and what they write to its scale counts."""
+"""Callbacks of a call with adapters: they see the pipeline's guidance off, and a scale that they write takes effect."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ def has_callbacks(arguments: Mapping[str, Any]) -> bool:
 def with_scales(
     arguments: Mapping[str, Any], pipe: Any, names: Sequence[str], write: Callable[[str, Any], None]
 ) -> dict[str, Any]:
-    """A call's arguments, whose callbacks find the pipeline's own scales (`_guidance_scale` and further `names`) off, as they
-    are in one pass; another number that they put there goes to `write(name, value)`, and the pipeline's guidance stays off."""
+    """A call's arguments with wrapped callbacks. These see the pipeline's own scales (`_guidance_scale`, … for `names`) off, as
+    they are in one pass; a number that they write there goes to `write(name, value)`, and the pipeline's guidance stays off."""
     found = dict(arguments)
     for name in _CALLBACKS:
         callback = arguments.get(name)
         if callback is None:
             continue
-        if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):  # which the pipeline asks
+        if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):  # the pipeline would ask it, not its wrapper
             found["callback_on_step_end_tensor_inputs"] = callback.tensor_inputs
         found[name] = partial(_with_scales, pipe, names, write, partial(_whole, callback))
     return found
 
 
 class _Off(float):
-    """The scale of a pipeline that does not guide, told apart from the same number written by a callback."""
+    """The scale of a pipeline that does not guide, distinct from the same number written by a callback."""
 
 
 def _with_scales(
@@ -53,7 +53,7 @@ def _with_scales(
 
 
 def _whole(callback: Callable[..., Any], *args: Any) -> Any:
-    """Of what a callback is handed and cuts to its conditional half, all: there is no other half in one pass."""
+    """Call a callback, and give back whole what it cuts to the conditional half: one pass has no other half."""
     handed = dict(args[3]) if len(args) > 3 else {}
     output = callback(*args)
     for name, value in handed.items():
@@ -63,7 +63,7 @@ def _whole(callback: Callable[..., Any], *args: Any) -> Any:
 
 
 def _is_part(found: Any, handed: Any) -> bool:
-    """Whether it is some of the rows themselves, and no edit of them."""
+    """Whether `found` is some of the rows of `handed` themselves, not an edit of them."""
     if isinstance(found, Tensor) and isinstance(handed, Tensor):
         same = found.untyped_storage().data_ptr() == handed.untyped_storage().data_ptr()
         return same and found.ndim == handed.ndim > 0 and 0 < len(found) < len(handed)

@@ -53,7 +53,7 @@ def call_pipeline(
     found = attachments_of(pipe)
     timesteps, watched = (lambda: pipe.scheduler.timesteps), has_callbacks(kwargs)
     with alone(found, type(pipe).__name__), scoped(pipe, timesteps, watched=watched, own_times=False), _counting_versions(pipe):
-        vars(pipe).pop("_num_timesteps", None)  # of the last call
+        vars(pipe).pop("_num_timesteps", None)  # left by the last call
         if found and found[0].enabled:
             return _call(pipe, call, args, kwargs, found[0], interval, negative)
         _require_no_interval(interval)
@@ -110,12 +110,12 @@ def _require_no_interval(interval: Interval | None) -> None:
 
 
 def _counting_versions(pipe: Any) -> AbstractContextManager[Any]:
-    """For the engine, which must see when a tensor is written to: inference tensors do not tell."""
+    """No inference mode for the engine, which must see when a tensor is written to: inference tensors have no version counter."""
     return torch.inference_mode(False) if optimized(pipe) and torch.is_inference_mode_enabled() else nullcontext()
 
 
 def without_negatives(arguments: Mapping[str, Any], parameters: Mapping[str, inspect.Parameter]) -> dict[str, Any]:
-    """A call's arguments but those of the unconditional prediction that it can do without."""
+    """A call's arguments without those of the unconditional prediction that it does not require."""
 
     def needed(name: str) -> bool:
         return name in parameters and parameters[name].default is inspect.Parameter.empty
@@ -133,7 +133,7 @@ def _without_guidance(
 
 
 def _positive_images(arguments: dict[str, Any], parameters: Mapping[str, inspect.Parameter]) -> dict[str, Any]:
-    """IP-Adapter's embeddings, which pipelines take as [negative, positive] where they guide, without the negative half."""
+    """Take the negative half off IP-Adapter's embeddings, which pipelines expect as [negative, positive] when they guide."""
     name = "ip_adapter_image_embeds"
     embeddings = arguments.get(name)
     if embeddings is None or f"negative_{name}" in parameters:
@@ -144,12 +144,12 @@ def _positive_images(arguments: dict[str, Any], parameters: Mapping[str, inspect
 
 
 def _second_half(both: Tensor) -> Tensor:
-    """Of what has two halves."""
+    """The second half of an even number of rows; else all of them."""
     return both if len(both) % 2 else both[len(both) // 2 :]
 
 
 def _at_armed_scale(pipe: Any, arguments: Mapping[str, Any], spec: DenoiserSpec) -> dict[str, Any]:
-    """A call's arguments with the scale of the `guided` around it. Raises: ValueError where the call decides too."""
+    """A call's arguments with the scale of the `guided` around it. Raises: ValueError if the call sets a scale too."""
     scale = next(iter(scales_inside_guided(pipe, arguments, spec).values())).value
     others = {name: value for name, value in arguments.items() if name not in spec.pipeline.omega_arguments}
     return {**others, spec.pipeline.omega_arguments[0]: scale}

@@ -1,4 +1,4 @@
-"""One call at a time of the pipelines that share a denoiser with an adapter."""
+"""Only one call at a time among pipelines that share a denoiser with an adapter."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from threading import Lock, get_ident
 
 from agd_fast.attaching.attachment import Attachment
 
-_ASKING = Lock()  # held for as long as it takes to look and to write down what follows from it
+_ASKING = Lock()  # held from checking callers until what follows from that is written down
 
 
 @contextmanager
 def alone(attachments: Sequence[Attachment], pipeline: str) -> Iterator[None]:
-    """One call of a pipeline, with its adapters or without. Raises: RuntimeError inside another that is for the same ones."""
+    """One call of a pipeline, with or without its adapters. Raises: RuntimeError during another call with the same adapters."""
     with _ASKING:
         if any(attachment.caller is not None for attachment in attachments):
             raise RuntimeError(
@@ -31,7 +31,7 @@ def alone(attachments: Sequence[Attachment], pipeline: str) -> Iterator[None]:
 
 @contextmanager
 def refuse_other_threads(attachments: Sequence[Attachment], name: str) -> Iterator[None]:
-    """name: of the function that asks. Raises: RuntimeError while a call of another thread is under way; inside, none begins."""
+    """Inside, no call begins. name: of the function that asks. Raises: RuntimeError while a call runs in another thread."""
     with _ASKING:
         if any(attachment.caller not in (None, get_ident()) for attachment in attachments):
             raise RuntimeError(

@@ -23,7 +23,7 @@ def denoiser_of(model: Any) -> nn.Module:
 
 
 def component_of(model: Any) -> nn.Module:
-    """As `denoiser_of`, but compiled where it is compiled."""
+    """As `denoiser_of`, but the compiled module if it is compiled."""
     for name in _NAMES:
         inner = None if isinstance(model, nn.Module) else getattr(model, name, None)
         if isinstance(inner, nn.Module):
@@ -38,7 +38,7 @@ def component_of(model: Any) -> nn.Module:
 
 
 def components_of(model: Any, spec: DenoiserSpec) -> dict[str, nn.Module]:
-    """The denoisers of a pipeline by the name of its component, compiled where they are; one, named "", of anything else."""
+    """The denoisers of a pipeline by component name, as compiled modules if compiled; of anything else one, named ""."""
     found = {} if isinstance(model, nn.Module) else {name: getattr(model, name, None) for name in spec.pipeline.components}
     components = {name: module for name, module in found.items() if isinstance(module, nn.Module)}
     return components or {"": component_of(model)}
@@ -55,7 +55,7 @@ def bring(module: nn.Module, device: torch.device) -> None:
 
 
 def bring_embedders(denoiser: nn.Module, spec: DenoiserSpec, device: torch.device) -> None:
-    """Make the base's embedders of t and c callable out of turn: they may be offloaded, or in FSDP2's pieces.
+    """Make the base's embedders of t and c callable outside of its own forward: they may be offloaded, or sharded by FSDP2.
 
     What lies on "meta" is left to accelerate, which offloads parameter by parameter.
     """
@@ -67,11 +67,11 @@ def bring_embedders(denoiser: nn.Module, spec: DenoiserSpec, device: torch.devic
         if parameters[0].device.type != "meta":
             bring(module, device)
         if hasattr(parameters[0], "full_tensor"):
-            _owner(denoiser, name).unshard()  # its own next forward puts it in pieces again
+            _owner(denoiser, name).unshard()  # its own next forward shards it again
 
 
 def _owner(denoiser: nn.Module, path: str) -> Any:
-    """The module of FSDP2 at or above `path` that holds its parameters."""
+    """The FSDP2 module at or above `path` that holds its parameters."""
     names = path.split(".")
     above = (denoiser.get_submodule(".".join(names[:count])) for count in range(len(names), -1, -1))
     return next(module for module in above if hasattr(module, "unshard"))
@@ -79,10 +79,10 @@ def _owner(denoiser: nn.Module, path: str) -> Any:
 
 @contextmanager
 def own_modules(denoiser: nn.Module) -> Iterator[None]:
-    """Inside, the denoiser's own modules are in the places where LoRA and torch.compile have put their wrappers, so that they
-    have their own names."""
+    """Inside, the denoiser's own modules take the places of the wrappers that LoRA and torch.compile have put around them, and
+    so have their original names."""
     wrappers = {name: module for name, module in denoiser.named_modules() if _wrapped(module) is not module}
-    for name, wrapper in reversed(wrappers.items()):  # of wrappers in a wrapper, the inner ones first
+    for name, wrapper in reversed(wrappers.items()):  # nested wrappers from the inside out
         denoiser.set_submodule(name, _wrapped(wrapper))
     try:
         yield
@@ -92,6 +92,6 @@ def own_modules(denoiser: nn.Module) -> Iterator[None]:
 
 
 def _wrapped(module: nn.Module) -> nn.Module:
-    """What a wrapper of LoRA or torch.compile is around, else the module itself."""
+    """The module inside a wrapper of LoRA or torch.compile; any other module itself."""
     inner = getattr(module, "base_layer", None)
     return inner if isinstance(inner, nn.Module) else uncompiled(module)

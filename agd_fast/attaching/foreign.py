@@ -1,4 +1,4 @@
-"""Hooks that other libraries put on a module, as a rule to move or cast its weights or to keep its outputs."""
+"""Hooks that other libraries put on a module, usually to move or cast its weights or to keep its outputs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from torch import nn
 
 
 def mover(module: nn.Module) -> str:
-    """The hook of accelerate or diffusers around this module's forward, whatever it does, in words; empty without."""
+    """A description of the hook of accelerate or diffusers around this module's forward, whatever it does; empty if none."""
     hook = getattr(module, "_hf_hook", None)
     if hook is not None:
         return f"accelerate's {type(hook).__name__}"

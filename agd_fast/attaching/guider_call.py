@@ -8,8 +8,8 @@ from typing import Any
 
 
 class GuiderCall:
-    """`call` with a further argument, the guidance scale, which is put on the guiders for that call; without it each has its own,
-    and the default is the first one's.
+    """`call` with a further argument, the guidance scale, which is set on the guiders for that call. Without it, each guider
+    keeps its own; the signature gives the first one's as the default.
 
     off: the scale at which there is no guidance; the guiders are then switched off, whatever else they would do.
     """

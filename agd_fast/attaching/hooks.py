@@ -1,7 +1,7 @@
 """The hooks: one before and after the denoiser, which prepare and clear, and those at the sites, which change a module's
 output or one of its arguments. They are module-level functions, so that copies and pickles carry them along.
 
-torch.compile traces them, and that of torch 2.8 knows no `vars`."""
+torch.compile traces them; that of torch 2.8 does not support `vars`."""
 
 from __future__ import annotations
 
@@ -79,12 +79,13 @@ def _changed(attached: AttachedSite, hidden: Tensor, base: Tensor) -> Tensor:
 
 
 def _changed_entries(attached: AttachedSite, hidden: Tensor, base: Tensor, several: int) -> Tensor:
-    """Where the batch holds several entries a sample, one after another, as frames of a video: their tokens are the sample's."""
+    """As `_changed`, for a batch with several consecutive entries per sample, such as frames of a video: their tokens are the
+    sample's."""
     adapter, prepared = attached.adapter, attached.prepared
     if adapter.site.channel_dim == -1 and base.ndim > 2:
         hidden, joined = (tokens.unflatten(0, (-1, several)).flatten(1, 2) for tokens in (hidden, base))
         return adapter(hidden, joined, prepared).reshape(base.shape)
-    if isinstance(prepared, Tensor):  # [B, …], else of one sample
+    if isinstance(prepared, Tensor):  # [B, …]; others are of one sample
         prepared = prepared.repeat_interleave(several, dim=0)
     return adapter(hidden, base, prepared)
 
@@ -98,7 +99,7 @@ def _require_width(site: Any, base: Tensor) -> None:
 
 
 class _Recomputing:
-    """Gradient checkpointing of blocks whose recomputation, in backward, meets what was prepared for their forward."""
+    """Gradient checkpointing of blocks whose recomputation, in backward, uses what was prepared for their forward."""
 
     def __init__(self, checkpoint: Callable[..., Any], sites: list[AttachedSite]) -> None:
         self.checkpoint, self.sites = checkpoint, sites

@@ -12,7 +12,7 @@ from torch import nn
 
 
 class _Equal(type):
-    """Of markers that equal the class that they stand for: `from_pipe` asks whether the type of a component is in a list."""
+    """Makes a marker equal to the class that it stands for: `from_pipe` asks whether the type of a component is in a list."""
 
     def __eq__(cls, other: object) -> bool:
         return cls is other or vars(cls).get("_agd_base") is other

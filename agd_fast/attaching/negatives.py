@@ -16,7 +16,7 @@ _ONE_EACH = {"num_images_per_prompt": 1, "num_videos_per_prompt": 1, "do_classif
 
 
 def other_negative(pipe: Any, arguments: Mapping[str, Any], attachment: Attachment) -> str:
-    """What there is to say of a negative prompt that the adapter does not know; empty where it knows it, or there is none."""
+    """A message about a negative prompt that the adapter does not know; empty if it knows it, or there is none."""
     spec, trained = attachment.spec.pipeline, attachment.adapter.config.negative_prompt
     own = bool(spec.negative_prompt) or _has_own(pipe, spec.own_negative)
     known = (None, None if own else "", spec.negative_prompt, trained)
@@ -45,8 +45,8 @@ def _has_own(pipe: Any, own_negative: bool | tuple[str, ...]) -> bool:
 
 
 def _made_embeddings(pipe: Any, arguments: Mapping[str, Any], text: str | None, own: bool) -> list[Tensor]:
-    """All that the pipeline's own `encode_prompt` makes of a negative prompt; none where it does not run, as without text
-    encoders, or does not know what no negative prompt is. own: whether that is something else than an empty one."""
+    """All tensors that the pipeline's own `encode_prompt` makes of a negative prompt. Empty if it does not run, as without text
+    encoders, or does not know what giving none means. own: whether giving none differs from giving an empty one."""
     encode = getattr(pipe, "encode_prompt", None)
     parameters = {} if encode is None else inspect.signature(encode).parameters
     both = "negative_prompt" in parameters
@@ -65,6 +65,6 @@ def _made_embeddings(pipe: Any, arguments: Mapping[str, Any], text: str | None, 
 
 
 def _same(given: Tensor, own: Tensor) -> bool:
-    """own: of one sample, or as given."""
+    """Whether both are equal. own: of one sample, or of as many as `given`."""
     like = own.to(given)
     return (own.shape == given.shape or own.shape == (1, *given.shape[1:])) and torch.equal(given, like.expand_as(given))

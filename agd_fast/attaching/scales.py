@@ -1,4 +1,4 @@
-"""The guidance scales of a call as its caller gave them, and what ω they are."""
+"""The guidance scales of a call as its caller gave them, and the ω that they stand for."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ REPEATS = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_
 
 @dataclass(frozen=True)
 class Given:
-    """The scale of one denoiser.
+    """The guidance scale of one denoiser.
 
-    argument: of the call, where it comes from. value: one number, one a prompt, or a function of the fraction of the steps that
-    is done, which gives either. rows: ω of such a number, [B] where the call tells B, else [1] for all.
+    argument: name of the call's argument that it comes from. value: one number, one per prompt, or a function of the completed
+    fraction of the steps that returns either. rows: maps such numbers to ω, [B] if the call tells B, else [1] for all.
     """
 
     argument: str
@@ -38,7 +38,7 @@ class Given:
 
     @property
     def is_off(self) -> bool:
-        """Whether it is without guidance, at all steps."""
+        """Whether it means no guidance, at all steps."""
         return not self.varies and bool((self.omega() == 1).all())
 
     def at(self, fraction: float) -> Any:
@@ -51,14 +51,14 @@ class Given:
 def scales_of(
     pipe: Any, arguments: Mapping[str, Any], parameters: Mapping[str, Parameter], spec: DenoiserSpec
 ) -> dict[str, Given]:
-    """Of each denoiser; where the first has none, none has, as without adapters. Raises: ValueError where a call has none."""
+    """Each denoiser's scale. If the first is off, all are, as without adapters. Raises: ValueError if a call has no scale."""
     found: dict[str, Given] = {}
     value: Any = None
     for index, (name, module) in enumerate(components_of(pipe, spec).items()):
         argument = spec.pipeline.omega_arguments[min(index, len(spec.pipeline.omega_arguments) - 1)]
         default = parameters[argument].default if argument in parameters else None
         given = arguments.get(argument, default)
-        value = value if given is None else given  # a second denoiser goes by the first's
+        value = value if given is None else given  # a second denoiser without one takes the first's
         if value is None:
             raise ValueError(f"expected {argument}=..., a number or one a prompt; found None")
         rows = partial(_rows, argument, spec, require_attachment(module).adapter.config, _batch(arguments))
@@ -68,7 +68,7 @@ def scales_of(
 
 
 def scales_inside_guided(pipe: Any, arguments: Mapping[str, Any], spec: DenoiserSpec) -> dict[str, Given]:
-    """Inside `agd_fast.guided`, which has decided ω. Raises: ValueError where the call decides too."""
+    """The scales inside `agd_fast.guided`, which decides ω. Raises: ValueError if the call sets a scale too."""
     name, off = spec.pipeline.omega_arguments[0], spec.pipeline.cfg_off_value
     given = arguments.get(name, off)
     if not isinstance(given, (int, float)) or given != off:
@@ -96,10 +96,10 @@ def _decided(argument: str, expected: str, found: Any) -> ValueError:
 
 
 def _rows(argument: str, spec: DenoiserSpec, config: AdapterConfig, batch: tuple[int | None, int], scale: Any) -> Tensor:
-    """ω [B] of a guidance scale where the call tells B, else [1]; 1 where no pipeline guides and the adapter did not learn to."""
+    """ω of a guidance scale, [B] if the call tells B, else [1]; 1 where no pipeline guides and the adapter did not learn to."""
     (low, _), above = config.guidance_range, spec.guides_above
     omega, (prompts, repeats) = to_omega(scale, spec), batch
-    omega = omega.where(omega >= low - TOLERANCE if low < above else omega > above, 1.0)  # a guider may teach what none do
+    omega = omega.where(omega >= low - TOLERANCE if low < above else omega > above, 1.0)  # a guider may teach lower scales
     if len(omega) > 1 and len(omega) != prompts:
         raise ValueError(
             f"{argument} has {len(omega)} values for {prompts if prompts else 'an unknown number of'} prompt(s); "
@@ -109,7 +109,7 @@ def _rows(argument: str, spec: DenoiserSpec, config: AdapterConfig, batch: tuple
 
 
 def _batch(arguments: Mapping[str, Any]) -> tuple[int | None, int]:
-    """Number of prompts, where the call tells it, and of samples a prompt."""
+    """Number of prompts, or None if the call does not tell it, and of samples per prompt."""
     repeats = next((arguments[name] for name in REPEATS if arguments.get(name)), 1)
     for name in _ROWS:
         value = arguments.get(name)

@@ -1,4 +1,4 @@
-"""The steps of one call of a pipeline with adapters: ω of each of its denoisers at each of them."""
+"""The steps of one call of a pipeline with adapters: the ω of each denoiser at each step."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Interval = tuple[float, float]
 
 
 def arm(stack: ExitStack, pipe: Any, scales: Mapping[str, Given], spec: DenoiserSpec, interval: Interval | None) -> Steps:
-    """Inside `stack`, every step of the pipeline has its ω. Raises: ValueError where what an adapter acts on was replaced."""
+    """Until `stack` exits, each step of the pipeline has its ω. Raises: ValueError if what an adapter acts on was replaced."""
     components = components_of(pipe, spec)
     placed = [_Placed(component, scales[name]) for name, component in components.items()]
     for one in placed:
@@ -37,12 +37,12 @@ def arm(stack: ExitStack, pipe: Any, scales: Mapping[str, Given], spec: Denoiser
 
 
 class _Placed:
-    """A denoiser with an adapter, and its ω; None is the base."""
+    """A denoiser with an adapter, and its ω; None means the base."""
 
     def __init__(self, component: nn.Module, given: Given) -> None:
         self.component, self.given = component, given
         self.attachment = require_attachment(component)
-        self.guidance: Guidance | None = None  # where ω or the adapter's factor was laid out for all steps
+        self.guidance: Guidance | None = None  # given if ω and the adapter's factor are laid out for all steps
         omega = given.omega()
         self.omega = omega.to(device_of(component)) if given.varies else self._checked(omega)
 
@@ -53,7 +53,7 @@ class _Placed:
         return omega.to(device_of(self.component))
 
     def plan(self, first: int, fractions: list[float], gates: list[float]) -> None:
-        """Lay out ω and the adapter's factor for all steps. first: the scheduler's timestep that the first of them is at."""
+        """Lay out ω and the adapter's factor for all steps. first: index of the scheduler's timestep at the first step."""
         if self.omega is None:
             return
         omegas = torch.stack([self.given.omega(fraction) for fraction in fractions])
@@ -71,7 +71,7 @@ class _Placed:
         self.attachment.omega = omega if acts else None
 
     def change(self, value: Any) -> None:
-        """Another scale from the next forward on."""
+        """Use another scale from the next forward on."""
         self.given = Given(self.given.argument, value, self.given.rows)
         self.attachment.omega = self.omega = self._checked(self.given.rows(value))
         self._lay_out(None)
@@ -83,18 +83,18 @@ class _Placed:
 
 
 class Steps:
-    """Guards that there is one forward a step, and sets what changes from step to step: ω, and whether the adapters act."""
+    """Checks that there is one forward per step, and sets what changes from step to step: ω, and whether the adapters act."""
 
     def __init__(self, pipe: Any, placed: list[_Placed], interval: Interval | None) -> None:
         self.pipe, self.placed, self.interval = pipe, placed, interval
         self.varies = interval is not None or any(one.given.varies for one in placed)
         self.times: Tensor | None = None  # the scheduler's timesteps that the steps are laid out for
-        self.firsts: list[int] = []  # of each step, the first one at the same timestep
+        self.firsts: list[int] = []  # for each step, the first step at the same timestep
         self.acts: list[bool] = []
         self.done, self.called = 0, False
 
     def change(self, argument: str, value: Any) -> None:
-        """Go by another scale from the next step on; one that ends the first denoiser's guidance ends that of all."""
+        """Use another scale from the next step on; one that ends the first denoiser's guidance ends that of all."""
         first = self.placed[0]
         for one in self.placed:
             ended = argument == first.given.argument and first.given.is_off
@@ -128,7 +128,7 @@ class Steps:
         total, times = number_of_steps(self.pipe), self.times
         attachment = self.placed[0].attachment
         first = position_of(times, attachment.spec, torch.as_tensor(attachment.argument(attachment.spec.timestep, args, kwargs)))
-        first = len(times) - total if first is None else first  # as image-to-image does it, which makes the last steps
+        first = len(times) - total if first is None else first  # image-to-image makes the last steps only
         times = times[first : first + total].tolist()
         self.firsts = [times.index(time) for time in times]
         total = len(times)

@@ -32,7 +32,7 @@ def before_forward(component: nn.Module, action: Callable[[tuple[Any, ...], dict
 
 @contextmanager
 def after_forward(component: nn.Module, action: Callable[[Any], Any]) -> Iterator[None]:
-    """Inside, every forward of a denoiser gives `action(output)`, outside of what torch.compile compiles."""
+    """Inside, every forward of a denoiser returns `action(output)`, outside of what torch.compile compiles."""
     compiled = component._compiled_call_impl
     if compiled is None:
         handle = component.register_forward_hook(lambda _, args, output: action(output))
@@ -47,14 +47,14 @@ def after_forward(component: nn.Module, action: Callable[[Any], Any]) -> Iterato
 
 @contextmanager
 def _called_instead(component: nn.Module, call: Any) -> Iterator[None]:
-    """Of a denoiser that is compiled in place, so that its hooks are compiled too."""
+    """Inside, `call` replaces the call of a denoiser that is compiled in place, because its hooks would be compiled too."""
     compiled = component._compiled_call_impl
     call.inner = compiled
     component._compiled_call_impl = call
     try:
         yield
     finally:
-        if component._compiled_call_impl is call:  # else the engine was taken off inside
+        if component._compiled_call_impl is call:  # else the engine was removed inside
             component._compiled_call_impl = compiled
 
 
@@ -62,7 +62,7 @@ def _called_instead(component: nn.Module, call: Any) -> Iterator[None]:
 def around_step(scheduler: Any, action: Callable[..., Any]) -> Iterator[None]:
     """Inside, `scheduler.step(model_output, …)` is `action(step, model_output, …)` with its own `step`."""
     step = scheduler.step
-    was_set = "step" in vars(scheduler)  # by one of these around this one
+    was_set = "step" in vars(scheduler)  # by an enclosing `around_step`
     scheduler.step = functools.wraps(step)(functools.partial(action, step))  # pipelines read its signature
     try:
         yield
@@ -74,5 +74,5 @@ def around_step(scheduler: Any, action: Callable[..., Any]) -> Iterator[None]:
 
 
 def number_of_steps(pipe: Any) -> int:
-    """Denoising steps of the call that is under way: img2img makes fewer than the schedule has."""
+    """Number of denoising steps of the current call: img2img makes fewer than the schedule has."""
     return getattr(pipe, "_num_timesteps", None) or len(pipe.scheduler.timesteps)

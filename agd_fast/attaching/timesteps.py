@@ -1,4 +1,4 @@
-"""From a scheduler's timesteps to what its denoiser is given at them."""
+"""From a scheduler's timesteps to the values of t that its denoiser is given."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ TRAINED = 1000  # timesteps of the noise schedules of diffusers' models
 
 
 def ways_to_pass(timesteps: Tensor, spec: DenoiserSpec, argument: Tensor) -> list[Tensor]:
-    """What the denoiser is given at each of a scheduler's timesteps, [T] on the CPU, if `argument` is one of these: once for each
-    way in which pipelines make it: rounded before or after it is scaled, by a division or, as CUDA divides by numbers, by a
-    product with the reciprocal, and where it is turned round, before or after that; or not scaled.
+    """What the denoiser is given at each of a scheduler's timesteps, [T] on the CPU: one tensor for each way of computing it by
+    which `argument` is one of the values. Pipelines differ in whether they scale t, round it before or after that, divide it or,
+    as CUDA divides by numbers, multiply it by the reciprocal, and, if t descends, reverse it before or after scaling.
 
-    None of a timestep that is not the scheduler's, and where a batch has several. Waits for the device; on "meta", where nothing
-    is known, the first way is taken.
+    Empty if `argument` is none of the scheduler's timesteps, or if a batch has several. Waits for the device; on "meta", where
+    values are unknown, the first way is taken.
     """
     dtype, known = argument.dtype, argument.device.type != "meta"
     times = timesteps.cpu().double()
@@ -29,7 +29,7 @@ def ways_to_pass(timesteps: Tensor, spec: DenoiserSpec, argument: Tensor) -> lis
 
 
 def position_of(timesteps: Tensor, spec: DenoiserSpec, argument: Tensor) -> int | None:
-    """Which of a scheduler's timesteps a denoiser was given. Waits for the device."""
+    """Index of the scheduler's timestep that a denoiser was given; None if it is none of them. Waits for the device."""
     ways = ways_to_pass(timesteps, spec, argument)
     given = argument.flatten()[0].cpu()
     return min((int((way == given).nonzero()[0]) for way in ways), default=None)
@@ -39,7 +39,7 @@ def _scaled(times: Tensor, spec: DenoiserSpec) -> list[Tensor]:
     if spec.timestep_ascends:
         return _divided(times, spec.timestep_scale)
     late = [TRAINED / spec.timestep_scale - way for way in _divided(times, spec.timestep_scale)]
-    return [*_divided(TRAINED - times, spec.timestep_scale), *late]  # turned round before or after it is scaled
+    return [*_divided(TRAINED - times, spec.timestep_scale), *late]  # reversed before or after scaling
 
 
 def _divided(times: Tensor, scale: float) -> list[Tensor]:

@@ -21,7 +21,7 @@ from agd_fast.spec import DenoiserSpec
 
 Pipeline = TypeVar("Pipeline")
 
-_FURTHER_BRANCHES = ("image_guidance_scale", "pag_scale")  # arguments that weigh one
+_FURTHER_BRANCHES = ("image_guidance_scale", "pag_scale")  # arguments that weight a further branch
 
 
 def wrap(pipe: Pipeline) -> Pipeline:
@@ -41,7 +41,7 @@ def is_wrapped(pipe: Any) -> bool:
 
 
 def _own_class(pipe: Any) -> Any:
-    """That which it had before it was wrapped."""
+    """The class that the pipeline had before it was wrapped."""
     return getattr(type(pipe), "_agd_pipeline", type(pipe))
 
 
@@ -57,7 +57,7 @@ def own_call(pipe: Any, spec: DenoiserSpec | None = None) -> Callable[..., Any]:
 
 
 def guiders_of(pipe: Any, spec: DenoiserSpec) -> list[Any]:
-    """Those that hold the guidance scale, where the pipeline's call has no argument for it. Raises: ValueError without them."""
+    """The guiders that hold the guidance scale if the call has no argument for it. Raises: ValueError if none is there."""
     names = spec.pipeline.guiders
     found = [guider for name in names if (guider := getattr(pipe, name, None)) is not None]
     if names and not found:

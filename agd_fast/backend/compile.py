@@ -51,7 +51,7 @@ def agd_fast(
                 return _compiled(gm, example_inputs, policy, compiler, options)
             except _UntouchedError as error:
                 reason = str(error)
-            except Exception as error:  # it costs no model
+            except Exception as error:  # the model runs all the same
                 reason = f"it could not be rewritten ({described(error)})"
                 warn(f"a graph goes to {compiler} as it is: {reason}")
     _graphs.append(_told(Rewritten(), reason))

@@ -1,6 +1,6 @@
-"""What the backend and the engine's pieces ask of torch beyond its documented interface: what a new version of torch may change.
+"""What the backend and the engine's pieces use of torch beyond its documented interface, which a new version may change.
 
-It has run with torch 2.8 and 2.13.
+It has run with torch 2.8, 2.13 and 2.15.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def is_weight(example: Any) -> bool:
 
 
 def outside_of_dynamo() -> AbstractContextManager[Any]:
-    """Graphs that are recorded and compiled inside are no part of the one that Dynamo is about to compile."""
+    """A context in which recorded and compiled graphs do not become part of the one that Dynamo is about to compile."""
     return torch._guards.tracing(None)
 
 
@@ -35,7 +35,7 @@ def has_symbols(inputs: Sequence[Any]) -> bool:
 
 
 def compile_with(name: str, module: fx.GraphModule, inputs: Sequence[Any], options: dict[str, Any]) -> CompiledFn:
-    """A graph compiled by inductor, or by another backend that torch has under a name. The result takes the inputs one by one."""
+    """A graph compiled by inductor, or by another backend that torch knows by name. The result takes the inputs as arguments."""
     if name == "inductor":
         from torch._inductor.compile_fx import compile_fx
 
@@ -44,7 +44,7 @@ def compile_with(name: str, module: fx.GraphModule, inputs: Sequence[Any], optio
 
 
 def inductor_options(mode: str | None) -> dict[str, Any]:
-    """What a mode of torch.compile stands for. Raises: ValueError for one that brings CUDA graphs, or that there is not."""
+    """The options that a mode of torch.compile stands for. Raises: ValueError for an unknown mode, or one with CUDA graphs."""
     if mode in (None, "default"):
         return {}
     modes = torch._inductor.list_mode_options()

@@ -18,7 +18,7 @@ CHECKPOINT_NAME = "checkpoint.safetensors"
 def save_checkpoint(
     path: Path, step: int, run: dict[str, Any], modules: dict[str, nn.Module], optimizer: Optimizer, others: dict[str, Any]
 ) -> None:
-    """Weights of `modules`, optimizer, random numbers, position, and `others` whose state is plain numbers."""
+    """Save weights of `modules`, optimizer, random generators, position, and `others`, whose state is plain JSON."""
     tensors: dict[str, Tensor] = {"rng.cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         tensors["rng.cuda"] = torch.cuda.get_rng_state()

@@ -24,7 +24,7 @@ LEARNING_RATES = {
 
 
 def learning_rate_of(kinds: Sequence[str]) -> float:
-    """That of the kinds together where it was tuned, else the lowest of theirs."""
+    """The rate for the kinds together if it was tuned, else the lowest of their own."""
     tuned = [rate for joined, rate in LEARNING_RATES.items() if sorted(joined.split("+")) == sorted(kinds)]
     return tuned[0] if tuned else min(LEARNING_RATES[kind] for kind in kinds)
 

@@ -155,7 +155,7 @@ def distill(
         raise ValueError(f"expected a number of trajectories for a pipeline's {len(teachers)} denoisers, found collected ones")
     jobs = []
     for index, (name, one, table) in enumerate(teachers):
-        ways_of(memory, base_weights, None, has_blocks(one.denoiser))  # "blocks" may not be
+        ways_of(memory, base_weights, None, has_blocks(one.denoiser))  # "blocks" may be missing
         folder = directory if index == 0 else directory / name
         of_init = init if init is None or index == 0 else init / name
         config = _adapter_config(chosen, guidance_range, one.spec.omega_offset, of_init)
@@ -219,7 +219,7 @@ def require_settings(
     base_weights: Kind | None,
     seed: int,
 ) -> None:
-    """What can be told of the arguments of `distill` without the model. Raises: ValueError."""
+    """Check what can be checked of the arguments of `distill` without the model. Raises: ValueError."""
     if source not in get_args(Source):
         raise ValueError(f"source must be one of {get_args(Source)}, found {source!r}")
     if init is None and source == "student":
@@ -238,7 +238,7 @@ def require_settings(
 
 
 def _train_config(config: TrainConfig, adapter: AdapterConfig, dtype: torch.dtype, seed: int) -> TrainConfig:
-    """With what was left open decided. Raises: ValueError when the precision does not go with the base's."""
+    """The config with what was left open filled in. Raises: ValueError when the precision does not fit the base's."""
     if dtype is torch.float16 and config.mixed_precision != "fp16":
         raise ValueError(
             "a float16 base loses small gradients unscaled: expected mixed_precision='fp16', which scales the loss, "
@@ -249,7 +249,7 @@ def _train_config(config: TrainConfig, adapter: AdapterConfig, dtype: torch.dtyp
 
 
 def _entries(adapter: AdapterConfig | Mapping[str, Any] | None) -> dict[str, Any]:
-    """What was chosen of an adapter."""
+    """The entries of an AdapterConfig that were chosen."""
     return adapter.to_dict() if isinstance(adapter, AdapterConfig) else {**(adapter or {})}
 
 

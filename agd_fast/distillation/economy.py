@@ -1,4 +1,4 @@
-"""The way in which a training run saves memory, around its steps."""
+"""How a training run saves memory: a context around its steps."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from agd_fast.warning import warn
 
 
 class Economy:
-    """A context: inside, the denoiser keeps for backward, and its weights are, what the first way says.
+    """A context: inside, the first way decides what the denoiser keeps for backward and how its weights are kept.
 
-    choice: the ways that may be tried, the chosen one first. device: where the denoiser is brought for it, out of host memory;
+    choice: the ways that may be tried, the chosen one first. device: where the denoiser is moved from host memory inside;
     None leaves it where it is.
     """
 
@@ -59,21 +59,21 @@ class Economy:
             self._around_forward.enter_context(frozen_backward(self.denoiser, activations=self.way.kept))
 
     def state_dict(self) -> dict[str, str]:
-        """What a checkpoint tells: the way, but for how many states a forward has, which decides nothing."""
+        """What a checkpoint stores: the way, without the number of states per forward, which makes no difference."""
         return {"way": str(replace(self.way, micro_batch_size=None))}
 
     def load_state_dict(self, state: dict[str, str]) -> None:
         self._before = state
 
     def goes_on_at(self, step: int) -> bool:
-        """Whether the steps until now, of a checkpoint, were done in another way; the reason then tells."""
+        """Whether the steps so far, those of a checkpoint, were done in another way; `reason` then says so."""
         other = self._before not in (None, self.state_dict())
         if other and self._before:
             self.reason = f"{self.way}, after {self._before['way']} until step {step}"
         return other
 
     def fall(self, step: int) -> bool:
-        """Go on in the next way, saying so; False where there is none left."""
+        """Go on in the next way, with a warning; False if there is none left."""
         if not self._further:
             return False
         before, (self.way,) = self.way, self._further
@@ -89,7 +89,7 @@ class Economy:
 
     @contextmanager
     def base_restored(self) -> Iterator[None]:
-        """Inside, the base has its own weights: what is measured is what a user gets."""
+        """Inside, the base has its original weights: what is measured is what a user gets."""
         if self._base is None:
             yield
             return

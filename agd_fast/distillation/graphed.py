@@ -1,4 +1,4 @@
-"""Passes of training as CUDA graphs: forward, loss and backward of a few states, which the host starts as one thing."""
+"""Training passes as CUDA graphs: forward, loss and backward of a few states, which the host launches as one unit."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from agd_fast.distillation.pass_graph import GraphMemory, Pass, PassGraph
 from agd_fast.memory.optimizer import WORK
 from agd_fast.warning import first_line, warn
 
-# Graphs that are held, each of its own shapes. A choice: one more is one more recording, which takes several passes' time, and
-# what CUDA keeps of its nodes, which no counter of torch tells; the memory that graphs work in is that of the largest, however
-# many there are. States of one shape need two, for whole and for left-over micro-batches.
+# Most graphs that are held, each for its own shapes. A choice: each further graph costs a recording, which takes the time of
+# several passes, and what CUDA keeps for its nodes, which no counter of torch shows; the memory that graphs work in is that of
+# the largest, however many there are. States of one shape need two, for whole and for left-over micro-batches.
 MOST = 4
-# What the loss and the norm of a gradient may differ by in a replay, as a share of them, and a gradient's direction, as one minus
-# the cosine: what is off at random by 14 % of a gradient changes its norm and its direction by 1 %. In bfloat16 a pass itself
-# loses 1.1 to 3.9 % of a gradient (docs/memory.md). In float32 this tells no rounding, but what a graph that is wrong does: one
-# that reads memory of another's, or misses what was added, is off by all of it.
+# How much a replay may differ from the pass: the loss and the norm of a gradient as a fraction of them, a gradient's direction as
+# one minus the cosine. A random error of 14 % of a gradient changes its norm and its direction by 1 %. In bfloat16 a pass itself
+# loses 1.1 to 3.9 % of a gradient (docs/memory.md). In float32 the bound does not detect rounding, but graphs that are wrong: one
+# that reads another's memory, or misses what was added, is off by all of it.
 BOUND = 1e-2
-# Gradients below this share of the largest norm are measured by it: they may be zero but for rounding. A choice: what differs by
-# less than BOUND of it, 1e-5 of the largest norm, is not seen.
+# The difference of a gradient below this fraction of the largest norm is measured relative to that fraction: the gradient may be
+# zero but for rounding. A choice: differences of less than BOUND of it, 1e-5 of the largest norm, are not seen.
 NEGLIGIBLE = 1e-3
-ROOM = 3  # times the gradients: what AdamW's first step takes, two moments and a square root
+ROOM = 3  # times the size of the gradients: what AdamW's first step takes, two moments and a square root
 
 
 class _Trial(NamedTuple):
@@ -42,40 +42,41 @@ class _Trial(NamedTuple):
 
 
 class _Trouble(NamedTuple):
-    """Why a graph was not to be had; of_memory: for want of it."""
+    """Why a graph could not be made; of_memory: whether for lack of memory."""
 
     reason: str
     of_memory: bool = False
 
 
 class Passes:
-    """Runs passes: at shapes that are new as they are, later as one CUDA graph. Inside of the context that it is graphs are held,
-    at its end released.
+    """Runs passes: without a graph while their shapes are new, later each as one CUDA graph. It is a context: graphs are held
+    inside and released at its end.
 
-    The first batch none of whose passes is new runs as it is once more, and its passes become graphs at its end: then no pass
-    needs memory beside theirs. What does not give the loss and gradients that the pass gave ends all graphs, as does a pass that
-    cannot be recorded, and the first for which there is no memory, or none left for the optimizer. Once there was a graph, one
-    of those runs as it is.
+    The first batch in which no shape is new runs without graphs once more, and its passes are recorded as graphs at its end: then
+    no pass needs memory besides theirs. All graphs are given up if one does not reproduce the loss and gradients of its pass, if
+    a pass cannot be recorded, or if there is no memory for the first one, or none left for the optimizer. Once there has been a
+    graph, a pass for whose graph there is no memory runs without.
 
-    parameters: whose gradients passes add to. trouble: why there are to be no graphs. host: whether the optimizer is `HostAdamW`.
+    parameters: those whose gradients passes add to. trouble: why there are to be no graphs. host: whether the optimizer is
+    `HostAdamW`.
     """
 
     def __init__(self, parameters: Iterable[Tensor], device: torch.device, trouble: str = "", host: bool = False) -> None:
         self.parameters, self.trouble, self.host = list(parameters), trouble, host
-        self.model: nn.Module | None = None  # whose weights passes are not to move
+        self.model: nn.Module | None = None  # passes must not move its weights
         unnumbered = device.type == "cuda" and device.index is None
         self.device = torch.device("cuda", torch.cuda.current_device()) if unnumbered else device
         self.replayed = False
         self._beyond = ""
         self._memory: GraphMemory | None = None
-        self._graphs: dict[Any, tuple[PassGraph, list[Tensor]]] = {}  # with the parameters that it has gradients of
+        self._graphs: dict[Any, tuple[PassGraph, list[Tensor]]] = {}  # with the parameters it gives gradients of
         self._gradients: dict[Tensor, Tensor] = {}  # that graphs add to, by parameter
         self._seen, self._new, self._refused = set[Any](), set[Any](), set[Any]()  # before this batch; in it; for want of memory
         self._trials: dict[Any, _Trial] = {}  # of this batch
 
     @classmethod
     def of(cls, config: TrainConfig, accelerator: Accelerator, denoiser: nn.Module, adapter: nn.Module, host: bool) -> Passes:
-        """Those of a training."""
+        """The passes of a training run."""
         found = cls(adapter.parameters(), accelerator.device, why_plain(config, accelerator, denoiser), host)
         found.model = denoiser
         return found
@@ -88,13 +89,13 @@ class Passes:
 
     @property
     def held(self) -> bool:
-        """Whether there is memory of graphs."""
+        """Whether graphs hold memory."""
         return bool(self._graphs)
 
     def release(self, refused: bool = False) -> None:
-        """Give back what graphs hold. All shapes are new again: weights may lie elsewhere by then.
+        """Give back what graphs hold. All shapes are new again, because weights may have moved before the next pass.
 
-        refused: also those for whose graph there was no memory, which else run as they are for good.
+        refused: also those for whose graph there was no memory; otherwise these run without a graph for good.
         """
         self._give_back()
         if refused:
@@ -124,9 +125,9 @@ class Passes:
         return {"cuda_graph": self.replayed, "plain_because": self.trouble or self._beyond or few}
 
     def __call__(self, function: Pass, given: Any, key: Any = None) -> Tensor:
-        """The loss of `function(given)`, with the tensors among `given` on the device.
+        """The loss of `function(given)`, with the tensors among `given` moved to the device.
 
-        key: all that the function depends on but `given`.
+        key: everything that the function depends on besides `given`.
         """
         leaves, spec = tree_flatten(given)
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
@@ -156,7 +157,7 @@ class Passes:
         return run([tensor.to(self.device, non_blocking=True) for tensor in tensors])
 
     def _attach(self, parameters: Sequence[Tensor]) -> None:
-        """Their gradients so far to where graphs add to them."""
+        """Put their gradients so far where graphs add to them."""
         fresh = []
         for parameter in parameters:
             place = self._gradients[parameter]
@@ -174,8 +175,8 @@ class Passes:
             warn(f"{why}, not as CUDA graphs")
 
     def _tried(self, run: Pass, tensors: Sequence[Tensor], key: Any) -> Tensor:
-        """A pass of which a graph is to be made. Gradients of passes before it are in host memory meanwhile, a copy of its own is
-        until the batch ends."""
+        """Run a pass of which a graph is to be made. Meanwhile the gradients of earlier passes are in host memory; a copy of its
+        own gradients stays there until the batch ends."""
         before = self._taken_away()
         loss = self._plain(run, tensors)
         gradients = self._on_host()
@@ -191,13 +192,13 @@ class Passes:
         return {one: one.grad.to("cpu", copy=True) for one in self.parameters if one.grad is not None}
 
     def _taken_away(self) -> dict[Tensor, Tensor]:
-        """As `_on_host`: parameters have none then."""
+        """As `_on_host`, but the parameters have no gradients afterwards."""
         taken = self._on_host()
         self._clear()
         return taken
 
     def end_batch(self) -> None:
-        """All passes of a batch are done: make graphs of them, if none was new."""
+        """Called when all passes of a batch are done: makes graphs of them if none was new."""
         trials, new = self._trials, self._new
         self._trials, self._new = {}, set()
         self._seen |= new
@@ -206,7 +207,7 @@ class Passes:
         gradients = self._taken_away()
         for key, trial in trials.items():
             trouble = self._try(key, trial)
-            if trouble is not None:  # out of the reach of any traceback that holds tensors
+            if trouble is not None:  # handled where no traceback holds tensors
                 self._without(key, trouble)
                 break
         self._clear()
@@ -215,8 +216,8 @@ class Passes:
             one.grad = gradient.to(self.device) if place is None else place.copy_(gradient)
 
     def _without(self, key: Any, trouble: _Trouble) -> None:
-        """Where no graph was made. What its recording took stays with the memory of the others until that is given back: the
-        next batch makes them again."""
+        """Handle a graph that could not be made. What its recording took stays in the memory shared with the others until that is
+        given back; the next batch makes the others again."""
         if not (trouble.of_memory and self.replayed):
             self.stop(trouble.reason)
             return
@@ -225,7 +226,7 @@ class Passes:
         self._go_beyond("memory ran out for a further graph: passes of its shapes run as they are")
 
     def _try(self, key: Any, trial: _Trial) -> _Trouble | None:
-        """Record, replay and keep a graph, or tell why not. Gradients are of no use afterwards."""
+        """Record, replay and keep a graph, or say why not. The gradients are meaningless afterwards."""
         try:
             self._memory = self._memory or GraphMemory(self.device)
             for one in trial.gradients:
@@ -241,7 +242,7 @@ class Passes:
             torch._foreach_zero_([self._gradients[one] for one in trial.gradients])
             if reason := self._difference(trial, graph(trial.tensors)):
                 return _Trouble(reason)
-        except Exception as error:  # which the same pass did not raise as it is
+        except Exception as error:  # which the same pass did not raise without a graph
             before = error.__context__
             first = f", after {first_line(before)}" if isinstance(before, Exception) else ""
             reason = f"no graph of a pass could be made ({first_line(error) or type(error).__name__}{first})"
@@ -251,7 +252,7 @@ class Passes:
         return None
 
     def _difference(self, trial: _Trial, loss: Tensor) -> str:
-        """Of a replay's loss and gradients from the pass's, where it is more than rounding; else nothing."""
+        """The difference of a replay's loss and gradients from the pass's, in words, if it is above BOUND; else empty."""
         least = NEGLIGIBLE * max(float(one.norm()) for one in trial.gradients.values())
         gradients = (_apart(one, self._gradients[parameter], least) for parameter, one in trial.gradients.items())
         worst = max((_apart(trial.loss, loss), *gradients), key=lambda one: (one != one, one))
@@ -261,7 +262,7 @@ class Passes:
 
     @property
     def _room(self) -> int:
-        """Bytes that a step of the optimizer takes beside the graphs."""
+        """Bytes that a step of the optimizer takes besides the graphs."""
         return WORK if self.host else ROOM * sum(place.nbytes for place in self._gradients.values())
 
     def _clear(self) -> None:
@@ -270,7 +271,7 @@ class Passes:
 
 
 def why_plain(config: TrainConfig, accelerator: Accelerator, denoiser: nn.Module) -> str:
-    """Why passes are to run as they are; empty where they may be graphs."""
+    """Why passes are to run without graphs; empty if they may be graphs."""
     device = accelerator.device
     if config.cuda_graph is False:
         return "TrainConfig(cuda_graph=False)"
@@ -289,7 +290,7 @@ def why_plain(config: TrainConfig, accelerator: Accelerator, denoiser: nn.Module
 
 
 def _moved(weights: Sequence[Tensor], places: Sequence[Tensor]) -> bool:
-    """Whether weights lie elsewhere than before; they are brought back."""
+    """Whether weights were moved to other memory; they are put back."""
     moved = [pair for pair in zip(weights, places, strict=True) if pair[0].data_ptr() != pair[1].data_ptr()]
     for weight, place in moved:
         weight.data = place
@@ -297,8 +298,8 @@ def _moved(weights: Sequence[Tensor], places: Sequence[Tensor]) -> bool:
 
 
 def _apart(expected: Tensor, found: Tensor, least: float = 0.0) -> float:
-    """By norm or, where that is more, by direction, ‖a − b‖² / 2‖a‖², which is 1 − cos of vectors of one norm. What is smaller
-    than `least` is measured by it."""
+    """The relative difference of the norms or, if it is larger, of the directions: ‖a − b‖² / 2‖a‖², which is 1 − cos for vectors
+    of equal norm. If ‖a‖ is below `least`, the difference is relative to `least`."""
     found = found.to(expected.device)
     size, other, between = (float(one.norm()) for one in (expected, found, expected - found))
     unit = max(size, least) or 1.0

@@ -104,7 +104,7 @@ class Job:
 
 
 def run(job: Job) -> DistillResult:
-    """Leaves the adapter attached, or nothing when something is raised."""
+    """Run a job. Leaves the adapter attached, or none when something is raised."""
     accelerator = make_accelerator(job.train_config.mixed_precision)
     residency = _residency(job, accelerator.device)
     with residency.kept():
@@ -135,7 +135,7 @@ def _run(job: Job, accelerator: Accelerator, residency: Residency) -> DistillRes
                 progress = job.progress and accelerator.is_main_process
                 states = residency.run("collecting states", partial(_states, job, progress))
             phases.done("collect")
-            attached.calibrate(None)  # that of `init`, which its states followed
+            attached.calibrate(None)  # drops that of `init`, which the states followed
             if not job.resume and accelerator.is_main_process:
                 _forget_validation(job.directory / VALIDATION_NAME)
             settings = _settings(job, attached, states, accelerator.num_processes)
@@ -162,14 +162,14 @@ def _run(job: Job, accelerator: Accelerator, residency: Residency) -> DistillRes
 
 
 def _unload(teacher: Teacher) -> None:
-    """Also the adapters of a pipeline's other denoisers."""
+    """Remove the adapter, and those of a pipeline's other denoisers."""
     unload(teacher)
     unload(teacher.owner)
 
 
 def _settings(job: Job, adapter: Adapter, states: Trajectories, processes: int) -> dict[str, Any]:
-    """What a checkpoint must match to be continued: not how memory and time are saved, nor when something is written, over the
-    same states towards the same targets."""
+    """What a checkpoint must match to be continued: settings, states and targets, but not how memory and time are saved, nor
+    when something is written."""
     train = job.train_config.to_dict()
     for name in ("micro_batch_size", "cuda_graph", "checkpoint_every", "log_every"):
         train.pop(name)
@@ -185,7 +185,7 @@ def _settings(job: Job, adapter: Adapter, states: Trajectories, processes: int) 
 def _train(
     job: Job, states: Trajectories, settings: dict[str, Any], accelerator: Accelerator, residency: Residency
 ) -> tuple[float, dict[str, Any] | None, dict[str, Any]]:
-    """The last loss; how memory was saved, where that was asked for; how passes ran."""
+    """The last loss; how memory was saved, if that was asked for; how passes ran."""
     economy = Economy(job.teacher.denoiser, _choice(job, states, accelerator.device, residency.short), residency.card)
     if job.memory == "auto" and accelerator.is_main_process:
         _say(job, f"memory='auto': {economy.reason}")
@@ -223,7 +223,7 @@ def _choice(job: Job, states: Trajectories, device: torch.device, short: bool) -
         return Choice(ways, "as asked for")
     spec, batch, denoiser = job.teacher.spec, states.largest(), job.teacher.denoiser
     arguments = {**batch.conditions, **batch.constants}
-    arguments.pop(PART, None)  # which is not the denoiser's
+    arguments.pop(PART, None)  # not an argument of the denoiser
     inputs = {spec.sample: batch.sample.to(job.teacher.dtype), spec.timestep: batch.timestep, **arguments}
     adapter = require_attachment(denoiser).adapter
     resident = sum(p.nbytes for module in (denoiser, adapter) for p in module.parameters() if p.device.type == device.type)
@@ -263,7 +263,7 @@ def _explained(job: Job) -> Explained:
 
 
 def _calibration(job: Job) -> Calibration:
-    """Of the adapter as it was trained, by other held-out trajectories than those of validation, and up to the highest ω."""
+    """The calibration of the adapter as trained, on held-out trajectories other than those of validation, up to the highest ω."""
     low, high = job.config.guidance_range
     scales = sorted({*_scales(low, high, job.teacher.guides_above), high})
     return calibration_of(_measured(job, tuple(scales), job.seed + 2), (low, high))
@@ -276,7 +276,7 @@ def _measured(job: Job, scales: tuple[float, ...], seed: int) -> Explained:
 
 
 def _forget_validation(folder: Path) -> None:
-    """What a run before wrote on its way."""
+    """Delete what a previous run wrote during training."""
     for ending in ("json", "png"):
         for path in folder.glob(f"step-*.{ending}"):
             path.unlink()
@@ -308,7 +308,7 @@ def draw_samples(job: Job) -> None:
 
 
 def _picture(job: Job, path: Path, residency: Residency) -> None:
-    """Unguided, CFG and AGD from the same noise. Warns where they cannot be drawn: nothing else depends on it."""
+    """Draw unguided, CFG and AGD from the same noise. Warns if they cannot be drawn: nothing else depends on them."""
     try:
         residency.run("drawing samples", partial(_draw, job, path, residency.short))
     except Exception as error:
@@ -317,7 +317,7 @@ def _picture(job: Job, path: Path, residency: Residency) -> None:
 
 
 def _draw(job: Job, path: Path, short: bool) -> None:
-    """short: of memory."""
+    """short: whether memory is."""
     omega, steps = sum(job.config.guidance_range) / 2, _middle(job.sampling_steps)
     with tiled(decoder_of(job.teacher.owner)) if short else nullcontext():
         picture = preview(job.teacher, job.table, omega, steps, job.seed + 1)
@@ -326,13 +326,13 @@ def _draw(job: Job, path: Path, short: bool) -> None:
             picture.save(partial, "PNG")
 
 
-# what decides the noise in a state of some t; shifts of a flow's schedule decide which t there are
+# what decides the noise in a state at a given t; shifts of a flow's schedule only decide which t there are
 _OF_NOISE = {"num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr"}
 
 
 def require_fit(states: Trajectories, job: Job) -> None:
-    """Raises: ValueError when trajectories collected before do not fit this run. Warns: when the weights, the schedule of noise,
-    the conditions or the embedding of the null condition were others."""
+    """Raises: ValueError when trajectories collected before do not fit this run. Warns: when the weights, the noise schedule,
+    the conditions or the embedding of the null condition differ."""
     found, where = states.manifest.plan, states.manifest.directory
     expected = as_json({**identity(job.teacher), "guidance_range": job.config.guidance_range})
     decide = {"sample_shape", "guided_channels", "prediction_type", "guidance", "null_condition", "guidance_range"}

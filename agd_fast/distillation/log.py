@@ -1,4 +1,4 @@
-"""What a training run says of itself: sums on the device, and a file with an entry a line."""
+"""What a training run reports: sums on the device, and a file with one entry per line."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LOG_NAME = "log.jsonl"
 
 
 class Meter:
-    """Sums on the device, read only when something is logged or a checkpoint written; over all processes then."""
+    """Sums on the device, read only when something is logged or a checkpoint is written, then over all processes."""
 
     def __init__(self, accelerator: Accelerator, checkpoint: Path) -> None:
         self.accelerator, self.device, self.checkpoint = accelerator, accelerator.device, checkpoint
@@ -27,7 +27,7 @@ class Meter:
 
     def start(self) -> None:
         self.total, self.count = torch.zeros((), device=self.device), 0
-        self.timed, self.since = 0, time.perf_counter()  # steps of this process, which are not all that the sums are over
+        self.timed, self.since = 0, time.perf_counter()  # steps of this process; after a resume, the sums are over more
 
     def add(self, loss: Tensor, norm: Tensor, step: int) -> None:
         self.total += loss
@@ -57,7 +57,7 @@ class Meter:
         self.totals = self.accelerator.gather(self.total).reshape(-1).tolist()
 
     def state_dict(self) -> dict[str, Any]:
-        """The sums as they were when it settled."""
+        """The sums as `settle` gathered them."""
         return {"totals": self.totals, "count": self.count}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -74,7 +74,7 @@ class Meter:
 
 
 class Log:
-    """One JSON object a line, and TensorBoard on request; a resumed run continues after the steps it keeps."""
+    """One JSON object per line, and TensorBoard on request; a resumed run continues after the steps it keeps."""
 
     def __init__(self, directory: Path, done: int, tensorboard: bool, main: bool) -> None:
         self.last_loss, self.path, self.board = float("nan"), directory / LOG_NAME if main else None, None
@@ -94,7 +94,7 @@ class Log:
             self.board = SummaryWriter(str(directory / "tensorboard"), purge_step=done + 1)
 
     def holds(self, name: str, step: int) -> bool:
-        """Whether the run before had logged it."""
+        """Whether the previous run had logged it."""
         return any(name in entry and entry["step"] == step for entry in self.kept)
 
     def write(self, entry: dict[str, Any]) -> None:

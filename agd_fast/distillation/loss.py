@@ -8,7 +8,7 @@ from agd_fast.distillation.config import Loss, Weighting
 
 
 def distillation_loss(prediction: Tensor, target: Tensor, omega: Tensor, loss: Loss, weighting: Weighting) -> Tensor:
-    """Mean over samples of the weighted mean error a sample; prediction, target [B, C, ...], omega [B] → scalar float32.
+    """Mean over samples of each one's weighted mean error; prediction, target [B, C, ...], omega [B] → scalar float32.
 
     Raises: ValueError when prediction and target differ in shape.
     """

@@ -1,4 +1,4 @@
-"""One pass as one CUDA graph: what it is recorded on, and what is left of a recording that failed."""
+"""One pass as one CUDA graph: the memory it is recorded in, and what is done after a recording that failed."""
 
 from __future__ import annotations
 
@@ -10,35 +10,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Pass = Callable[[Any], Tensor]  # adds to the gradients of parameters and gives the loss, a scalar without history
+Pass = Callable[[Any], Tensor]  # adds to the gradients of parameters and returns the loss, a scalar without history
 
-# torch's allocator of pinned memory goes on asking a graph whose recording was invalidated which streams it records, and no call
-# ends that: hence such graphs stay, empty.
+# torch's allocator of pinned memory keeps asking a graph whose recording was invalidated which streams it records, and no call
+# ends that; so such graphs are kept alive, empty.
 _ABANDONED: list[torch.cuda.CUDAGraph] = []
 
 
 class GraphMemory:
-    """What the graphs of one training work in: they run one after another, and nothing in it outlives a replay."""
+    """The memory that the graphs of one training share: they run one after another, and nothing in it outlives a replay."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.stream = device, torch.cuda.Stream(device)
         self.pool = torch.cuda.graph_pool_handle()
 
     def abandon(self, graph: torch.cuda.CUDAGraph) -> None:
-        """After a recording that failed. Where it was invalidated, torch ends it without telling its allocator, which would give
-        no memory back from then on."""
+        """Clean up after a recording that failed. If it was invalidated, torch ends it without telling its allocator, which would
+        give no memory back from then on."""
         _ABANDONED.append(graph)
         with suppress(RuntimeError):
             graph.reset()  # the state of the random generators that it recorded with
-        with suppress(RuntimeError, AttributeError):  # the allocator was told; or another torch's: what it keeps is lost
+        with suppress(RuntimeError, AttributeError):  # the allocator was told; or this torch lacks these: what it keeps is lost
             torch._C._cuda_endAllocateToPool(self.device.index, self.pool)
             torch._C._cuda_releasePool(self.device.index, self.pool)
-        with suppress(RuntimeError):  # what CUDA has to say of it, before it says that to somebody else
+        with suppress(RuntimeError):  # CUDA reports its error here rather than in somebody else's call
             torch.cuda.synchronize(self.device)
 
 
 class PassGraph:
-    """A pass recorded once, on tensors of its own and on the gradients that the parameters have then: a replay adds to those."""
+    """A pass recorded once, on tensors of its own and on the gradients that the parameters then have; a replay adds to those."""
 
     def __init__(self, function: Pass, tensors: Sequence[Tensor], loss: Tensor, memory: GraphMemory) -> None:
         self.tensors = [torch.zeros_like(tensor, device=loss.device) for tensor in tensors]
@@ -47,8 +47,8 @@ class PassGraph:
 
     def _record(self, run: Callable[[], Any], memory: GraphMemory) -> None:
         self.graph = torch.cuda.CUDAGraph()
-        gc.collect()  # what is left of other passes would keep nodes of autograd that belong to another stream
-        with torch.cuda.device(memory.device), torch.cuda.stream(torch.cuda.current_stream()):  # no failure leaves another one
+        gc.collect()  # leftovers of other passes would keep nodes of autograd that belong to another stream
+        with torch.cuda.device(memory.device), torch.cuda.stream(torch.cuda.current_stream()):  # current again after a failure
             try:
                 with torch.cuda.graph(self.graph, memory.pool, memory.stream, capture_error_mode="thread_local"):
                     run()

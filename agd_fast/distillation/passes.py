@@ -1,5 +1,5 @@
-"""Forwards of a few samples at a time, where one of all would not fit: the conditional and the unconditional one of guidance, one
-after another."""
+"""Forwards of a few samples at a time, if one of all would not fit: the conditional and the unconditional one of guidance run
+one after the other."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from agd_fast.spec import DenoiserSpec
 
 @contextmanager
 def few_at_once(component: nn.Module, spec: DenoiserSpec, size: int) -> Iterator[None]:
-    """Inside, forwards without gradients of more than `size` samples are made in parts of `size`; who watches the denoiser's
-    calls still sees whole ones. A compiled denoiser is left alone: it was compiled for what it is called with."""
+    """Inside, forwards without gradients of more than `size` samples are run in parts of `size`; whatever observes the denoiser's
+    calls still sees whole ones. A compiled denoiser is left alone: it was compiled for the batches that it is called with."""
     if component is not uncompiled(component) or component._compiled_call_impl is not None:
         yield
         return
@@ -46,13 +46,13 @@ def few_at_once(component: nn.Module, spec: DenoiserSpec, size: int) -> Iterator
 
 
 def first_few(arguments: Mapping[str, Any], spec: DenoiserSpec, size: int) -> dict[str, Any]:
-    """Those of a forward of the first `size` samples."""
+    """The arguments of a forward of the first `size` samples."""
     count = len(arguments[spec.sample])
     return {name: _part(name, value, spec, count, slice(0, min(size, count))) for name, value in arguments.items()}
 
 
 def _part(path: str, value: Any, spec: DenoiserSpec, count: int, here: slice) -> Any:
-    """Of an argument by (dotted) name, as the recorder tells rows from constants."""
+    """The rows `here` of an argument, by (dotted) name, or all of a constant; told apart as the recorder does."""
     if path in (*spec.listed, *spec.repeated):
         return value[here]
     if isinstance(value, Mapping):
@@ -68,7 +68,7 @@ def _part(path: str, value: Any, spec: DenoiserSpec, count: int, here: slice) ->
 
 
 def _armed_for(component: nn.Module, count: int, here: slice) -> Any:
-    """The adapter armed with these samples' ω, where it is with one a sample."""
+    """The adapter armed with these samples' ω, if it is armed with one per sample."""
     attachment = attachment_of(component)
     if attachment is None or attachment.omega is None or len(attachment.omega) != count:
         return nullcontext()
@@ -82,7 +82,7 @@ def _joined(outputs: list[Any]) -> Any:
     if isinstance(first, Mapping):  # an output class of diffusers
         make: Callable[..., Any] = type(first)
         return make(**{name: _joined([output[name] for output in outputs]) for name in first})
-    if isinstance(first, list):  # one tensor a sample
+    if isinstance(first, list):  # one tensor per sample
         return [one for output in outputs for one in output]
     if isinstance(first, tuple):
         return tuple(_joined(list(parts)) for parts in zip(*outputs, strict=True))

@@ -1,4 +1,4 @@
-"""How long the phases of a run took, and the most that each held on a card."""
+"""How long the phases of a run took, and the peak memory of each on a card."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 
 class Phases:
-    """seconds, peak_bytes: by phase; the latter of a CUDA device alone, of all that this process had allocated there."""
+    """seconds, peak_bytes: by phase; the latter only on a CUDA device, of all that this process had allocated there."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -17,7 +17,7 @@ class Phases:
         self._start()
 
     def done(self, phase: str) -> None:
-        """Of what ran since the phase before."""
+        """End a phase: all that ran since the previous one."""
         self.seconds[phase] = time.perf_counter() - self._began
         if self.device.type == "cuda":
             self.peak_bytes[phase] = torch.cuda.max_memory_allocated(self.device)

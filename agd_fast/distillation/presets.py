@@ -35,9 +35,9 @@ def _paper(hidden: int, guidance_range: tuple[float, float], trajectories: int) 
 
 
 def _large(max_fraction: float, guidance_range: tuple[float, float] = TEXT_RANGE) -> Preset:
-    """Ours for a model of some size: many prompts or labels, a few states of each.
+    """Our preset for larger models: many prompts or labels, a few states of each.
 
-    The kind and the form of the adapter are what measured best on small models; these numbers are a start that nobody measured.
+    The kind and the form of the adapter are those that measured best on small models; the numbers are a start, not measured.
     """
     adapter = AdapterConfig(max_fraction=max_fraction, guidance_range=guidance_range)
     train = TrainConfig(steps=5000, batch_size=32, learning_rate=1e-3, mixed_precision="bf16")
@@ -47,7 +47,7 @@ def _large(max_fraction: float, guidance_range: tuple[float, float] = TEXT_RANGE
 PRESETS: dict[str, Preset] = {
     "small": Preset(
         trajectories=1600, keep_steps=6
-    ),  # more trajectories, as many states: measured better on both digits teachers
+    ),  # more trajectories, about as many states: measured better on both digits teachers
     "dit": _large(0.02, (1.0, 6.0)),
     "sd15": _large(0.02),
     "sd21": _large(0.02),

@@ -19,7 +19,7 @@ COLUMNS = 4
 
 
 def preview(teacher: Teacher, table: Conditions, omega: float, steps: int, seed: int) -> Image.Image | None:
-    """Rows: unguided, two passes, one pass; a column a condition. None where samples are no pictures (latents without a VAE)."""
+    """Rows: unguided, two passes, one pass; a column per condition. None if samples are not pictures (latents without a VAE)."""
     scale = omega - teacher.spec.omega_offset
     if isinstance(teacher, PipelineTeacher):
         count = min(COLUMNS, len(teacher))
@@ -28,7 +28,7 @@ def preview(teacher: Teacher, table: Conditions, omega: float, steps: int, seed:
         made = (_of_teacher(teacher, table, arm, scale, steps, seed) for arm in ARMS)
     else:
         return None
-    rows = [*takewhile(bool, made)]  # one run tells that a pipeline makes no pictures
+    rows = [*takewhile(bool, made)]  # one run shows that a pipeline makes no pictures
     return grid_of(rows) if len(rows) == len(ARMS) else None
 
 
@@ -43,7 +43,7 @@ def grid_of(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
 def _of_teacher(teacher: Teacher, table: Conditions, arm: Arm, scale: float, steps: int, seed: int) -> list[Image.Image]:
     conditions = {name: value[:COLUMNS] for name, value in table.items()}
     images = sample(teacher, conditions=conditions, guidance_scale=scale, steps=steps, method=arm, seed=seed)
-    edge = max(1, 96 // images.shape[-1])  # small ones so large that one sees them
+    edge = max(1, 96 // images.shape[-1])  # enlarges small ones enough to be seen
     return pt_to_pil(images.float().repeat_interleave(edge, -1).repeat_interleave(edge, -2).cpu())
 
 
@@ -57,7 +57,7 @@ def pictures(teacher: PipelineTeacher, arm: Arm, scale: float, steps: int, seed:
     if without_decoder or not all(map(attachment_of, components)):
         return []
     found: list[Image.Image] = []
-    for row in range(count):  # one by one: memory for one sample is there
+    for row in range(count):  # one by one: there is memory for one sample
         made = teacher.runs.generate([row], arm, scale, steps, [seed + row])
         if not made:
             return []

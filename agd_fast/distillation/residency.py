@@ -24,18 +24,18 @@ from agd_fast.warning import first_line, warn
 
 T = TypeVar("T")
 
-_OF_OFFLOADING = ("_all_hooks", "_offload_gpu_id", "_offload_device")  # what diffusers writes on a pipeline
-UNCOUNTED = 2 / 3  # of what a model and a forward take are weights, where nobody can tell
-SHARE = 1 / 3  # of a card: weights that leave room for a few samples more than one
+_OF_OFFLOADING = ("_all_hooks", "_offload_gpu_id", "_offload_device")  # attributes that diffusers sets on a pipeline
+UNCOUNTED = 2 / 3  # fraction of what a model and a forward take that is assumed to be weights, if it cannot be counted
+SHARE = 1 / 3  # of a card: weights up to this fraction leave room for several samples
 
 
 @dataclass(frozen=True)
 class Residency:
     """Where the models of a teacher are, and how many samples its denoiser sees at once without gradients.
 
-    device: where it is computed. samples: None leaves both as they are: all models on the device, batches whole. With a number
-    a model is on the device for its own forwards alone: text encoders encode a run's prompts, then go; the denoiser steps, in
-    forwards of so many samples; only it stays for training. Where one does not fit, layers of all come one after another.
+    device: where it is computed. samples: with None, all models are on the device and batches are whole. With a number, a model
+    is on the device only for its own forwards: text encoders encode a run's prompts, then leave; the denoiser takes the steps, in
+    forwards of so many samples; only it is there for training. If one does not fit, the weights of all come layer by layer.
     Whatever offloads a pipeline already goes on doing so. table: of conditions.
     """
 
@@ -46,9 +46,9 @@ class Residency:
 
     @classmethod
     def of(cls, teacher: Teacher, device: torch.device, memory: Memory | None, states: int, table: Conditions) -> Residency:
-        """As the modes of `distill(memory=...)` want it; "auto", where all of the weights are a good part of the card.
+        """What `distill(memory=...)` asks for: to save memory, with "auto" only if all weights are over SHARE of the card.
 
-        states: of one forward of a Teacher; of a pipeline, whose samples are large, it is one.
+        states: per forward of a Teacher; for a pipeline, whose samples are large, it is one.
         """
         everything = cls(teacher, device)
         short = memory not in (None, "auto") or (memory == "auto" and everything._crowded)
@@ -56,7 +56,7 @@ class Residency:
 
     @property
     def short(self) -> bool:
-        """Whether memory is."""
+        """Whether memory is short."""
         return self.samples is not None
 
     @property
@@ -66,8 +66,8 @@ class Residency:
 
     @cached_property
     def why_streamed(self) -> str:
-        """Why weights come from host memory a layer at a time while states are collected and the adapter is measured: a model
-        does not fit beside what a forward takes. Empty where all do. Asked for inside `kept`, once there is an adapter."""
+        """Why weights come from host memory one layer at a time while states are collected and the adapter is measured: a model
+        does not fit together with what a forward takes. Empty if all do. To be read inside `kept`, once there is an adapter."""
         component = self._component
         if self.samples is None or not self._moves or not streamable(component):
             return ""
@@ -84,7 +84,7 @@ class Residency:
 
     @contextmanager
     def kept(self) -> Iterator[None]:
-        """Around everything else: where memory is short, the models are where they were afterwards."""
+        """Around everything else: if memory is short, the models start in host memory; afterwards they are where they were."""
         if self.samples is None or not self._moves:
             yield
             return
@@ -96,9 +96,9 @@ class Residency:
                 unpin(self._modules)
 
     def run(self, what: str, work: Callable[[], T]) -> T:
-        """`work` of guided runs and pictures, inside `kept`; where memory runs out, once more with weights in host memory.
+        """Do `work`, guided runs or pictures, inside `kept`; if memory runs out, once more with weights in host memory.
 
-        Raises: torch.OutOfMemoryError naming `what` ran out of it and what may help.
+        Raises: torch.OutOfMemoryError naming `what` and what may help.
         """
         try:
             with self._running():
@@ -136,7 +136,7 @@ class Residency:
 
     @property
     def _component(self) -> nn.Module:
-        """The denoiser as it is called, compiled where it is."""
+        """The denoiser as it is called, compiled if it is."""
         teacher = self.teacher
         return getattr(teacher.owner, teacher.component) if isinstance(teacher, PipelineTeacher) else teacher._call
 
@@ -146,7 +146,7 @@ class Residency:
         try:
             arguments = first_few(teacher.arguments_on_meta(self.table, samples), teacher.spec, samples)
             return states_memory(meta_twin(teacher.denoiser), teacher.spec, arguments, self._modules)[0].total
-        except Exception:  # its forward asks for values, or for a card: whatever the code of a model may raise on meta
+        except Exception:  # its forward needs values, or a card: a model's code may raise anything on meta
             return int(max(sum(p.nbytes for p in module.parameters()) for module in self._modules) / UNCOUNTED)
 
     @property
@@ -174,12 +174,12 @@ class Residency:
 
 
 def _resident(modules: Sequence[nn.Module], device: torch.device) -> int:
-    """Bytes that are on it."""
+    """Bytes of the modules' parameters that are on the device."""
     return sum(p.nbytes for module in modules for p in module.parameters() if p.device.type == device.type)
 
 
 def _movable(module: nn.Module) -> bool:
-    """Not what bitsandbytes keeps in 8 bits on its card, nor what is offloaded piece by piece."""
+    """Whether it can be moved: not if bitsandbytes keeps it in 8 bits on its card, nor if it is offloaded piece by piece."""
     parameters = list(module.parameters())
     on_meta = any(parameter.device.type == "meta" for parameter in parameters)
     return bool(parameters) and not on_meta and not getattr(module, "is_loaded_in_8bit", False)
@@ -194,7 +194,7 @@ def _move(modules: Sequence[nn.Module], device: torch.device) -> None:
 
 @contextmanager
 def moved(modules: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
-    """Inside, they are on the device."""
+    """Inside, the modules are on the device."""
     with _returned(modules):
         _move(modules, device)
         yield
@@ -206,13 +206,13 @@ def _returned(modules: Sequence[nn.Module]) -> Iterator[None]:
     try:
         yield
     finally:
-        for here in sorted({device for _, device in devices}, key=lambda device: device != HOST):  # first what leaves a card
+        for here in sorted({device for _, device in devices}, key=lambda device: device != HOST):  # first those that leave a card
             _move([module for module, device in devices if device == here], here)
 
 
 @contextmanager
 def _one_at_a_time(pipe: Any, device: torch.device) -> Iterator[None]:
-    """diffusers' own offloading of whole models, taken off again."""
+    """diffusers' own offloading of whole models, removed again afterwards."""
     before = {name: vars(pipe)[name] for name in _OF_OFFLOADING if name in vars(pipe)}
     with unhooked_after([module for module in pipe.components.values() if isinstance(module, nn.Module)]):
         pipe.enable_model_cpu_offload(device=device)

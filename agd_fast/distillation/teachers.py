@@ -1,4 +1,4 @@
-"""Who teaches: for a pipeline each of its denoisers as the pipeline guides it, else the Teacher that was given or made."""
+"""Who teaches: each denoiser of a pipeline, guided as the pipeline does, or else the Teacher that was given or made."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def teachers_of(
     scheduler: Any,
     spec: DenoiserSpec | None,
 ) -> list[Named]:
-    """Raises: ValueError, TypeError when what is given does not go with the model."""
+    """The teachers of all denoisers. Raises: ValueError, TypeError when the arguments do not fit the model."""
     of_pipeline = {"prompts": prompts, "inputs": inputs, "call": call, "teacher": guider}
     if prompts is not None and inputs is not None:
         raise ValueError("expected prompts or inputs, found both")
@@ -60,7 +60,7 @@ def teachers_of(
 
 
 def _all_labels(teacher: Teacher) -> range | None:
-    """Every label of a class-conditional model but the unconditional one, which comes last."""
+    """Every label of a class-conditional model except the unconditional one, which comes last; None without such labels."""
     conditions = teacher.spec.adapted
     count = label_count(teacher.denoiser, conditions[0]) if len(conditions) == 1 else None
     null = teacher.null({conditions[0].argument: torch.zeros(1, dtype=torch.long)}) if count else {}
@@ -69,7 +69,7 @@ def _all_labels(teacher: Teacher) -> range | None:
 
 
 def _prompts(prompts: Prompts | None) -> list[str]:
-    """Raises: FileNotFoundError; ValueError when there is none, or one is no text."""
+    """The prompts as a list. Raises: FileNotFoundError; ValueError when there are none, or one is not a text."""
     if prompts is None:
         return captions()
     if isinstance(prompts, (str, os.PathLike)):

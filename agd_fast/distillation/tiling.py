@@ -8,28 +8,28 @@ from typing import Any
 
 from agd_fast.attaching import uncompiled
 
-TILE = 512  # pixels: of larger ones
-_SET = ("use_", "tile_")  # what names of a VAE's settings begin with
-DECODERS = ("vae", "movq", "vqgan")  # of a pipeline's parts, what makes pictures of latents
+TILE = 512  # largest edge of a tile, in pixels
+_SET = ("use_", "tile_")  # prefixes of the names of a VAE's settings
+DECODERS = ("vae", "movq", "vqgan")  # parts of a pipeline that make pictures from latents
 
 
 def decoder_of(pipe: Any) -> Any:
-    """None where there is no such thing."""
+    """The pipeline's decoder, or None."""
     return next((part for name in DECODERS if (part := getattr(pipe, name, None)) is not None), None)
 
 
 @contextmanager
 def tiled(vae: Any) -> Iterator[None]:
-    """Inside, a VAE of diffusers decodes in tiles, if it can; set as it was afterwards."""
+    """Inside, a VAE of diffusers decodes in tiles, if it can; afterwards its settings are as they were."""
     vae = uncompiled(vae)
-    if not hasattr(vae, "use_tiling"):  # enable_tiling is there, and raises, where no tiling is
+    if not hasattr(vae, "use_tiling"):  # without tiling, enable_tiling is there but raises
         yield
         return
     before = {name: value for name, value in vars(vae).items() if name.startswith(_SET)}
     try:
         vae.enable_tiling()
         size = before.get("tile_sample_min_size")
-        if isinstance(size, int) and size > TILE:  # SDXL's are as large as its pictures
+        if isinstance(size, int) and size > TILE:  # SDXL's tiles are as large as its pictures
             vae.tile_sample_min_size, vae.tile_latent_min_size = TILE, vae.tile_latent_min_size * TILE // size
         yield
     finally:

@@ -1,4 +1,4 @@
-"""The training loop: nothing but the adapter changes, nothing waits for the device, any kill can be continued."""
+"""The training loop: only the adapter changes, nothing waits for the device, and a run that was killed can be continued."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ from agd_fast.warning import first_line
 
 
 def make_accelerator(mixed_precision: str) -> Accelerator:
-    """Devices and processes. A precision chosen earlier in this process gives way to the new one."""
+    """The Accelerator of devices and processes. A precision chosen earlier in this process is replaced by the new one."""
     if is_initialized() and AcceleratorState().mixed_precision != mixed_precision:
         AcceleratorState._reset_state()
-    waiting = InitProcessGroupKwargs(timeout=timedelta(days=7))  # for the process that collects
+    waiting = InitProcessGroupKwargs(timeout=timedelta(days=7))  # the others wait for the process that collects
     return Accelerator(mixed_precision=mixed_precision, kwargs_handlers=[waiting])
 
 
@@ -77,9 +77,9 @@ def train(
     """Train the attached adapter of a frozen teacher in place and return the last logged loss.
 
     directory: for the checkpoint, `log.jsonl` and, on request, TensorBoard's events. run: settings a checkpoint must match.
-    economy: entered, what saves memory; None for nothing. passes: entered, what runs them; None runs them as they are. host: what
-    the optimizer and the average of the weights hold lies in host memory. validate: is called with the number of steps done after
-    every `validate_every`, with the weights that would be saved then; what it returns is logged.
+    economy: saves memory, already entered; None saves none. passes: runs passes, already entered; None runs them without graphs.
+    host: whether the optimizer's state and the average of the weights lie in host memory. validate: called with the number of
+    steps done after every `validate_every`, with the weights that would be saved then; what it returns is logged.
     Raises: ValueError when the processes cannot share a batch evenly; FloatingPointError naming the step when the loss is
     not finite (the last good checkpoint is kept); OSError naming what cannot be written; torch.OutOfMemoryError naming what may
     help, when `economy` has no other way left.
@@ -114,7 +114,7 @@ def train(
     ):
 
         def measure(step: int) -> None:
-            """Where it is time to."""
+            """Validate, if it is time to."""
             if validate is None or validate_every is None or step % validate_every or not accelerator.is_main_process:
                 return
             if passes is not None:
@@ -122,7 +122,7 @@ def train(
             with nullcontext() if average is None else _replaced(adapter, average):
                 log.write({"step": step, "guidance_explained": validate(step)})
 
-        if done and not log.holds("guidance_explained", done):  # a kill came before it
+        if done and not log.holds("guidance_explained", done):  # the run was killed before it
             measure(done)
         if economy.goes_on_at(done) and done < config.steps:
             log.write({"step": done, "memory": economy.reason})
@@ -169,9 +169,9 @@ def _gradients(
     micro_batch_size: int | None,
     passes: Passes | None = None,
 ) -> Tensor:
-    """Add those of a batch to the adapter's, a micro-batch after another; the loss over all of it, a scalar without history.
+    """Add a batch's gradients to the adapter's, one micro-batch after another; returns its loss, a scalar without history.
 
-    states: by shape.
+    states: one batch per shape.
     """
     passes = passes or Passes([], accelerator.device, "not asked for")
     count = sum(map(len, states))
@@ -186,7 +186,7 @@ def _gradients(
 
 
 def _pass(wrapped: nn.Module, config: TrainConfig, accelerator: Accelerator, count: int, fields: Mapping[str, Any]) -> Tensor:
-    """Forward, loss and backward; its share of the loss over `count` states. fields: of a Batch, on the device."""
+    """Forward, loss and backward; returns its part of the loss over `count` states. fields: of a Batch, on the device."""
     batch = Batch(**fields)
     with accelerator.autocast():
         prediction = wrapped(batch)
@@ -204,10 +204,10 @@ def _in_memory(
     alone: bool,
     passes: Passes | None = None,
 ) -> Tensor:
-    """What `gradients` gives for the economy's micro-batch size, where there was no memory without CUDA graphs, then in its next
-    way: the adapter has not moved by then.
+    """What `gradients` gives for the economy's micro-batch size. If memory runs out, it is called again without CUDA graphs, then
+    in the economy's next way: the adapter has not changed by then.
 
-    alone: whether this is the only process: others would wait for one that makes a forward more.
+    alone: whether this is the only process: others would wait for one that runs a further forward.
     Raises: torch.OutOfMemoryError naming what may help.
     """
     while True:
@@ -235,7 +235,7 @@ def _in_memory(
 
 
 def _leave_packed_weights(student: Student) -> None:
-    """Frozen codes are the same in every process: DDP is not to send them around."""
+    """Keep DDP from sending packed weights around: frozen codes are the same in every process."""
     packed = [name for name, value in student.named_parameters() if isinstance(value, PackedWeight)]
     student._ddp_params_and_buffers_to_ignore = packed  # type: ignore[assignment]
 
@@ -257,5 +257,5 @@ def _update_average(average: nn.Module, adapter: nn.Module, decay: float, step: 
     device, there = next(average.parameters()).device, next(adapter.parameters()).device
     weights = [parameter.detach().to(device, non_blocking=True) for parameter in adapter.parameters()]
     if device.type == "cpu" and there.type == "cuda":
-        torch.cuda.current_stream(there).synchronize()  # once for all, which came into memory that torch pinned
+        torch.cuda.current_stream(there).synchronize()  # once for all copies, which go to memory that torch pinned
     update(list(average.parameters()), weights, step)

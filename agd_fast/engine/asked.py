@@ -1,7 +1,7 @@
-"""Values of tensors that a forward asks for while it is recorded: how long a prompt is, which of its tokens count.
+"""Values of tensors that a forward asks for while it is recorded, such as how long a prompt is or which of its tokens count.
 
-Where such a tensor depends on nothing that moves, its values are the same for a whole run: the recorded forward takes them for
-granted, and runs only where asking again gives the same.
+If such a tensor depends on nothing that changes during a run, its values are the same for the whole run. The recorded forward
+takes them for granted, and runs only where the same questions have the same answers.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from agd_fast.engine.fingerprint import version
 from agd_fast.graph.capture import NotCapturableError
 from agd_fast.graph.levels import Level, in_place_groups, is_random, leading_to
 
-REMEMBERED = 8  # sets of tensors of one scope, of which it is known whether they give the same answers
+REMEMBERED = 8  # sets of tensors per scope for which it is remembered whether they give the same answers
 _MASKS = (torch.bool, torch.uint8)
-_VALUES = (  # functions that give values
+_VALUES = (  # functions that read values
     Tensor.item,
     Tensor.__bool__,
     Tensor.__int__,
@@ -42,12 +42,12 @@ _MOVES = {Level.STEP: "the step", Level.MOVING: "x_t"}
 
 
 class _OfXError(NotCapturableError):
-    """Of values that move with x_t. A graph may still compute with one of them, as long as nothing is decided by it."""
+    """Values that depend on x_t were asked for. A graph may still compute with a single one, if no decision depends on it."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """What was asked for: a function of some of the inputs, by index, and what it gave."""
+    """What was asked for, as a function of some of the inputs (by index), and the answer at recording."""
 
     function: Callable[..., Tensor]
     inputs: tuple[int, ...]
@@ -58,7 +58,7 @@ class Question:
 
 
 class Asked:
-    """All that one recording asked for, in order: each question takes the answers before it for granted."""
+    """All questions of one recording, in order. Each takes the answers to those before it for granted."""
 
     def __init__(self, questions: Iterable[Question]) -> None:
         self.questions = list(questions)
@@ -66,15 +66,15 @@ class Asked:
         self.answers = [_bytes(question.answer) for question in self.questions]
 
     def holds(self, inputs: Sequence[Tensor], store: dict[Any, Any]) -> bool:
-        """Whether these inputs give the same answers. store: of the scope."""
+        """Whether these inputs give the same answers. store: that of the scope."""
         return self._look(inputs, store)[0]
 
     def values(self, inputs: Sequence[Tensor], store: dict[Any, Any]) -> int:
-        """Tells inputs that do not give the same answers from each other, by their values."""
+        """A hash of the inputs' values, which tells inputs with other answers apart; 0 where the answers are the same."""
         return self._look(inputs, store)[1]
 
     def _look(self, inputs: Sequence[Tensor], store: dict[Any, Any]) -> tuple[bool, int]:
-        """Waits for the device; not again for tensors that `store` knows and nobody has written to since."""
+        """Both. Waits for the device, but not again for tensors that are in `store` and were not written to since."""
         given = [(inputs[index], version(inputs[index])) for index in self.inputs]
         known: list[tuple[list[tuple[Tensor, int | None]], tuple[bool, int]]] = store.setdefault(self, [])
         for tensors, found in known:
@@ -90,9 +90,9 @@ class Asked:
 
 
 class Asking(TorchFunctionMode):
-    """While make_fx records a function of `inputs`, gives it the values that it asks for.
+    """While make_fx records a function of `inputs`, supplies the values that it asks for.
 
-    levels: of the inputs. Inside it raises NotCapturableError for values that may change within a run.
+    levels: those of the inputs. Raises NotCapturableError when values are asked for that may change within a run.
     """
 
     def __init__(self, inputs: Sequence[Tensor], levels: Sequence[Level]) -> None:
@@ -101,7 +101,7 @@ class Asking(TorchFunctionMode):
         self.questions: dict[fx.Node, Question] = {}
 
     def __call__(self, function: Callable[..., list[Tensor]]) -> Callable[..., list[Tensor]]:
-        """`function`, inside."""
+        """`function`, run inside this mode."""
 
         def asking(*tensors: Tensor) -> list[Tensor]:
             with self:
@@ -122,7 +122,7 @@ class Asking(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _numbers(self, index: Any) -> Any:
-        """An index with the numbers of what they leave in place of masks: a fake mask cannot tell how many these are."""
+        """The index with each mask replaced by the positions that it selects: a fake mask cannot tell how many these are."""
         parts = index if isinstance(index, tuple) else (index,)
         masks = [isinstance(part, FakeTensor) and part.dtype in _MASKS and part.ndim > 0 for part in parts]
         if not any(masks):
@@ -145,10 +145,10 @@ class Asking(TorchFunctionMode):
         node = slot.proxy.node
         nodes = leading_to([node])
         question = self._question(node, nodes, tracer.root)
-        if any(one.op in ("placeholder", "get_attr") for one in nodes):  # it may become another
+        if any(one.op in ("placeholder", "get_attr") for one in nodes):  # the answer may change
             self.questions[node] = question
         with _disable_current_modes():
-            return question.answer.clone()  # which the forward may write to
+            return question.answer.clone()  # a copy: the forward may write to it
 
     def _question(self, asked: fx.Node, nodes: list[fx.Node], constants: Any) -> Question:
         placeholders = [node for node in asked.graph.nodes if node.op == "placeholder"]
@@ -169,10 +169,10 @@ class Asking(TorchFunctionMode):
 
 
 def _has_no_value(one: Any) -> bool:
-    """Whether it is a tensor inside; but for constants of the code."""
+    """Whether it is a fake tensor, other than a constant of the code."""
     return isinstance(one, FakeTensor) and one.constant is None
 
 
 def _bytes(tensor: Tensor) -> bytes:
-    """Its values, bit by bit: NaN is the same as itself."""
+    """The tensor's values as bytes, so that NaN equals itself."""
     return tensor.detach().cpu().flatten().contiguous().view(torch.uint8).numpy().tobytes()

@@ -1,4 +1,4 @@
-"""Weights of a model in forms that a card computes faster with: made once for all captured forwards, beside the model's own."""
+"""Copies of a model's weights in forms that a GPU computes faster with, made once and shared by all captured forwards."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from agd_fast.ops import centre
 
-SEVERAL = 8  # convolutions of images, a choice: transformers have two at most, to cut patches, and SDXL's UNet 40
-_SWAPPING = RLock()  # who would find another's weights in a model would leave them there
+SEVERAL = 8  # image convolutions; a chosen threshold: transformers have at most two, to cut patches, and SDXL's UNet 40
+_SWAPPING = RLock()  # a second thread would take the first one's copies for the model's own weights, and leave them there
 
-Places = Callable[[Tensor], Sequence[Tensor]]  # of a copy → of it what each weight is copied to
+Places = Callable[[Tensor], Sequence[Tensor]]  # a copy → the parts of it that the weights are copied to
 
 
 class Copies:
-    """Those that somebody reads, each of which is made once. Valid as long as a model's weights are where they were; `renew`
-    takes over what was written to them since."""
+    """The copies in use, each made once. They are valid as long as the model's weights stay where they are; `renew` takes over
+    what was written to them since."""
 
     def __init__(self) -> None:
         self._made: WeakValueDictionary[Any, Tensor] = WeakValueDictionary()
-        self._of: dict[Any, tuple[Places, Sequence[Tensor]]] = {}  # by key: the places in a copy, and what each is of
-        self._own = WeakIdKeyDictionary()  # the model's own, by copies in its place
+        self._of: dict[Any, tuple[Places, Sequence[Tensor]]] = {}  # by key: the places in a copy, and the weight for each
+        self._own = WeakIdKeyDictionary()  # the model's own weights, by the copies in their place
 
     def _once(
         self, key: Any, make: Callable[[], Tensor], weights: Sequence[Tensor], places: Places = lambda made: [made]
@@ -39,7 +39,7 @@ class Copies:
         return found
 
     def joined(self, weights: Sequence[Tensor | int]) -> Tensor:
-        """Weights and zeros of a length, one behind the other along their first dimension."""
+        """Weights concatenated along their first dimension; a number n stands for n zeros."""
         lengths = [one if isinstance(one, int) else len(one) for one in weights]
         there = [index for index, one in enumerate(weights) if isinstance(one, Tensor)]
 
@@ -51,7 +51,7 @@ class Copies:
         return self._once(key, lambda: cat(weights), [weights[index] for index in there], places)  # type: ignore[misc]
 
     def channels_last(self, weight: Tensor) -> nn.Parameter:
-        """[C_out, C_in, H, W], its channels side by side in memory; to stand in the weight's place."""
+        """The weight [C_out, C_in, H, W] in channels-last layout, to stand in its place."""
 
         def make() -> nn.Parameter:
             turned = weight.detach().contiguous(memory_format=torch.channels_last)
@@ -62,11 +62,11 @@ class Copies:
         return found  # type: ignore[return-value]
 
     def own(self, weight: Tensor) -> Tensor:
-        """What stood there before."""
+        """The model's own weight, if this is a copy in its place; else the weight itself."""
         return self._own.get(weight, weight)
 
     def twin(self, weight: Tensor, strides: Sequence[int]) -> Tensor:
-        """One that lies as is said, for steps to write to what they read of it next."""
+        """A copy with these strides, which each step writes to before it reads it."""
         own = self.own(weight)
 
         def make() -> Tensor:
@@ -75,7 +75,7 @@ class Copies:
         return self._once(("twin", id(own), tuple(strides)), make, [own])
 
     def centre(self, weight: Tensor) -> Tensor:
-        """[C, K], of a weight [C, K, ...] with odd sizes."""
+        """A copy of the centre [C, K] of a weight [C, K, ...] with odd kernel sizes."""
         own = self.own(weight)
         return self._once(("centre", id(own)), lambda: centre(own.detach()).contiguous(), [centre(own)])
 
@@ -84,7 +84,7 @@ class Copies:
         return sum(made.nbytes for made in self._made.values())
 
     def renew(self) -> None:
-        """Writes through `tensor.data` leave no trace, so that nobody can tell whether there were any."""
+        """Copy all weights again: writes through `tensor.data` leave no trace, so nobody can tell whether there were any."""
         pairs: dict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)
         for key, made in self._made.items():
             places, weights = self._of[key]
@@ -94,21 +94,21 @@ class Copies:
 
 
 def cat(weights: Sequence[Tensor | int], into: Tensor | None = None) -> Tensor:
-    """Joined along their first dimension, `like.new_zeros(n)` for a number n."""
+    """Weights concatenated along their first dimension; a number n stands for `like.new_zeros(n)`."""
     like = next(one for one in weights if isinstance(one, Tensor))
     return torch.cat([like.new_zeros(one) if isinstance(one, int) else one for one in weights], out=into)
 
 
 def prefers_channels_last(denoiser: nn.Module) -> bool:
-    """Whether it is a model of images [B, C, H, W] as UNets are, on CUDA: libraries convolve these with channels side by side,
-    and turn weights that lie otherwise round at every step."""
+    """Whether it is a model on CUDA that convolves images [B, C, H, W], such as a UNet: libraries do so in channels-last layout,
+    and convert weights in another layout at every step."""
     found = _convolutions(denoiser)
     return len(found) >= SEVERAL and all(module.groups == 1 and module.weight.device.type == "cuda" for module in found)
 
 
 @contextmanager
 def in_channels_last(denoiser: nn.Module, copies: Copies) -> Iterator[None]:
-    """Inside, the denoiser's convolutions have such weights, and so give such images."""
+    """Inside this context, the denoiser's convolutions have channels-last weights, and so return channels-last images."""
     with _SWAPPING:
         own = [(module, module.weight) for module in _convolutions(denoiser)]
         try:
@@ -121,7 +121,7 @@ def in_channels_last(denoiser: nn.Module, copies: Copies) -> Iterator[None]:
 
 
 def _convolutions(denoiser: nn.Module) -> list[nn.Conv2d]:
-    """Those of neighbourhoods, with plain weights that lie otherwise."""
+    """The convolutions with kernels other than 1×1 and plain weights that are not in channels-last layout."""
     found = (module for module in denoiser.modules() if isinstance(module, nn.Conv2d) and module.kernel_size != (1, 1))
     plain = (module for module in found if type(module._parameters.get("weight")) is nn.Parameter)
     return [module for module in plain if not module.weight.is_contiguous(memory_format=torch.channels_last)]

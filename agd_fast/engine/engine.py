@@ -1,7 +1,7 @@
 """The engine: what a denoiser's call does once it is optimized.
 
 It acts inside a scope (one call of a pipeline, one `guided` block) and without gradients. The first forward at new shapes runs as
-it always did and is captured; from then on the captured program runs. Where it cannot, the plain path does, and says why.
+before and is captured; from then on the captured program runs. Where it cannot, the plain path does, and a warning says why.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from agd_fast.graph.rewriting import Rewritten
 from agd_fast.spec import DenoiserSpec
 from agd_fast.warning import described, warn
 
-PROGRAMS = 16  # kept at once: shapes, armed or not, values that a forward asks for
-ANSWERS = 4  # sets of values that forwards at the same shapes may be recorded anew for in one scope
-MET = 256  # sets of values that are remembered
-AGREEMENT = {torch.float16: 0.05, torch.bfloat16: 0.1}  # of a captured program with the model, relative; other dtypes: EXACT
+PROGRAMS = 16  # kept at once, one for each combination of shapes, armed or not, and values that a forward asks for
+ANSWERS = 4  # sets of values asked for, at shapes already recorded, for which one scope may record forwards again
+MET = 256  # sets of values asked for that are remembered
+AGREEMENT = {torch.float16: 0.05, torch.bfloat16: 0.1}  # largest relative error of a captured program; other dtypes: EXACT
 EXACT = 1e-2
 _AUTOCAST = ("cuda", "cpu")
 
@@ -41,18 +41,18 @@ _AUTOCAST = ("cuda", "cpu")
 class Engine:
     """Stands in for the denoiser's own call; see `agd_fast.optimize`."""
 
-    takes_scopes = True  # which calls of pipelines then open
+    takes_scopes = True  # calls of a pipeline then open one
 
     def __init__(self, denoiser: nn.Module, spec: DenoiserSpec, config: EngineConfig) -> None:
         self.denoiser, self.spec, self.config = denoiser, spec, config
         self.parameters = forward_parameters(denoiser)
-        self.recorded: dict[Any, list[Recording]] = {}  # more than one where values differ that the forward asks for
-        self.refused: dict[Any, str] = {}  # why calls with a key, or with these values at one, are plain
-        self.obstacle = ""  # why all calls are, for the model as it is
+        self.recorded: dict[Any, list[Recording]] = {}  # by key; several where the values that a forward asks for differ
+        self.refused: dict[Any, str] = {}  # why calls take the plain path, by key, or by key and values asked for
+        self.obstacle = ""  # why all calls take the plain path, with the model as it is
         self.copies = Copies()
-        self.unturned = ""  # why convolutions keep the order in which their weights lie
+        self.unturned = ""  # why convolutions keep the layout of their weights
         self.unsettled: set[Any] = set()  # keys at which a forward that was to be recorded changed the model
-        self.met: dict[Any, None] = {}  # values that no program was made for when they came, the oldest first
+        self.met: dict[Any, None] = {}  # values asked for that had no program when they came, the oldest first
         self.ahead_bytes = 0  # of the last scope
         self._model: Fingerprint | None = None
         self._told: set[str] = set()
@@ -61,7 +61,7 @@ class Engine:
         scope = scope_of(self.denoiser)
         if scope is None or scope.plain or self._is_plain:
             return self._plain(args, kwargs)
-        with torch.inference_mode(False), torch.no_grad():  # what is made here serves calls in either mode
+        with torch.inference_mode(False), torch.no_grad():  # what is made here serves calls in and outside of inference mode
             request = self._request(scope, args, kwargs)
             found, key = (None, None) if request is None else self._found(request, scope)
             if request is not None and found is not None:
@@ -120,7 +120,7 @@ class Engine:
         return self.denoiser._call_impl(*args, **kwargs)
 
     def _request(self, scope: Scope, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Request | None:
-        """None where the call is to be plain."""
+        """The request for a call; None where it is to take the plain path."""
         self._look(scope)
         if self.obstacle:
             return None
@@ -133,7 +133,7 @@ class Engine:
         return None if request.key in self.refused else request
 
     def _found(self, request: Request, scope: Scope) -> tuple[Recording | None, Any]:
-        """What was captured for such a call; where nothing was, the key at which to record it, or None for not now."""
+        """The recording for such a call; where there is none, the key under which to record it, or None if not now."""
         kept = self.recorded.get(request.key, [])
         found = next((one for one in kept if one.asked.holds(request.inputs, scope.store)), None)
         if found is not None or not kept:
@@ -158,12 +158,12 @@ class Engine:
         return [self.denoiser, *([attachment.adapter] if attachment else [])]
 
     def _look(self, scope: Scope) -> None:
-        """Forget everything if the model is not what it was: once a scope, or before every forward where the caller's own code
-        runs between them."""
+        """Forget everything if the model has changed. This is checked once a scope, or before every forward where the caller's
+        own code runs between them."""
         if scope.looked and not scope.watched:
             return
         if self._model is None or not self._model.holds(self._roots):
-            self._model = None  # until all is forgotten
+            self._model = None  # until everything is forgotten
             self.recorded.clear()
             self.refused.clear()
             self.copies, self.unturned = Copies(), ""
@@ -175,12 +175,12 @@ class Engine:
         elif not scope.looked:
             self.copies.renew()
             for found in self._recordings:
-                found.program.renew()  # and so what a finer one shares with it
+                found.program.renew()  # and with it what a finer program shares
         scope.looked = True
 
     def _is_due(self, answers: Any, scope: Scope) -> bool:
-        """Whether to record a forward again for the values that it asks for: not the first time that these come, as every prompt
-        may have its own."""
+        """Whether to record a forward again for these values that it asks for: not the first time that they come, because every
+        prompt may have its own."""
         here: dict[Any, bool] = scope.store.setdefault(Asked, {})  # met in this scope, and whether they were due
         if answers in here or answers in self.refused:
             return False
@@ -191,7 +191,7 @@ class Engine:
         return here[answers]
 
     def _record(self, request: Request, key: Any, scope: Scope) -> Any:
-        """One plain forward, and its capture. key: what is refused where there is none."""
+        """Run one plain forward, and capture it. key: that of the calls to refuse if it cannot be captured."""
         before = Fingerprint(self._roots)
         output = self._plain(request.args, request.kwargs)
         settled = before.holds(self._roots)
@@ -206,20 +206,20 @@ class Engine:
             self._refuse(key, str(error))
         finally:
             if settled:
-                gc.collect()  # recording leaves circles that refer to copies which nobody reads
+                gc.collect()  # recording leaves reference cycles that hold copies which nobody reads
         return output
 
     def _wait_or_refuse(self, key: Any, scope: Scope) -> None:
-        """After a forward that changed the model: the first one may keep something for all others, as tables of positions.
-        Raises: NotCapturableError when it was not the first."""
+        """After a forward that changed the model: wait for the next, as the first may keep something for all others, such as
+        tables of positions. Raises: NotCapturableError when it was not the first."""
         if key in self.unsettled:
-            scope.plain = True  # it will change with each of them
+            scope.plain = True  # further forwards will change the model, too
             raise NotCapturableError("its forward changes the model, as by counting its calls, which a recorded one would not")
         self.unsettled.add(key)
         scope.looked = False
 
     def _recording(self, request: Request, output: Any) -> Recording:
-        """output: what it is to give. Raises: NotCapturableError."""
+        """output: what the recorded forward must give. Raises: NotCapturableError."""
         leaves, tree = pytree.tree_flatten(output)
         if not all(isinstance(leaf, Tensor) for leaf in leaves):
             raise NotCapturableError(f"its output holds more than tensors: {[type(leaf).__name__ for leaf in leaves]}")
@@ -227,8 +227,8 @@ class Engine:
         return Recording(program, tree, asked)
 
     def _turned_or_not(self, request: Request, expected: Sequence[Tensor]) -> tuple[Program, Asked]:
-        """With convolutions in channels-last order where that is wanted, and as they are where code does not take it, as where it
-        asks how images lie. Raises: NotCapturableError."""
+        """A program with convolutions in channels-last order where that is wanted and the model's code allows it; it may not, for
+        example, where it asks for the layout of images. Raises: NotCapturableError."""
         if self.unturned or not self._has_channels_last:
             return self._program(request, expected)
         try:
@@ -240,8 +240,8 @@ class Engine:
         return found
 
     def _program(self, request: Request, expected: Sequence[Tensor], turned: bool = False) -> tuple[Program, Asked]:
-        """One that gives what is expected, and lies as that does. turned: with convolutions in channels-last order. Raises:
-        NotCapturableError."""
+        """A program that gives what is expected, contiguous where that is. turned: with convolutions in channels-last order.
+        Raises: NotCapturableError."""
         asking = Asking(request.inputs, request.levels)
 
         def function(*tensors: Tensor) -> list[Tensor]:
@@ -264,7 +264,7 @@ class Engine:
         return self.config.compiles(device_of(self.denoiser)) and prefers_channels_last(self.denoiser)
 
     def _keep(self, request: Request, found: Recording) -> None:
-        """The newest last; of too many, the oldest goes."""
+        """Keep a recording as the newest; if there are too many, the oldest goes."""
         kept = self.recorded.pop(request.key, [])
         self.recorded[request.key] = [*kept, found]
         if len(self._recordings) > PROGRAMS:

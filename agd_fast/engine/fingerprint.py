@@ -1,8 +1,8 @@
-"""Everything of a model that its captured forward took for granted, so that a change of it is seen.
+"""What a captured forward takes for granted about its model, so that changes are noticed.
 
-Weights by identity, version, address and dtype; modules, hooks and processors by identity; flags and scales (those of
-LoRA among them) by value. A write through `tensor.data` has no version: between runs nothing depends on it, as nothing computed
-ahead outlives a run; inside a run torch itself cannot tell.
+Weights are compared by identity, version, address and dtype; modules, hooks and processors by identity; flags and scales (LoRA's
+among them) by value. A write through `tensor.data` changes no version. Between runs nothing depends on it, because nothing
+computed ahead outlives a run; inside a run torch itself cannot tell.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from agd_fast.attaching.scope import SCOPE
 _OUR_HOOKS = (change_argument, change_output, finish_forward, prepare_forward)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _OURS = (ROOT, SITES, SCOPE)
-_OF_CALLS = (SCOPE, "_compiled_call_impl")  # what calls of an optimized denoiser change on it themselves
+_OF_CALLS = (SCOPE, "_compiled_call_impl")  # attributes of an optimized denoiser that its calls change themselves
 _OF_NO_FORWARD = ("_backward", "_state_dict", "_load_state_dict", "_forward_hooks_", "_forward_pre_hooks_", "_non_persistent")
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 DEPTH = 3  # of containers and objects inside attributes
 
 
 class Fingerprint:
-    """A model as it is now. It keeps alive what it names, so that no identity is taken by something else."""
+    """A model as it is now. It keeps alive what it refers to, so that no identity is reused by another object."""
 
     def __init__(self, roots: Iterable[nn.Module]) -> None:
         self.roots = list(roots)
         self.modules: list[nn.Module] = []
         self.tensors: list[Tensor] = []
-        self.containers: list[Collection[Any]] = []  # as they are now, whenever that is
+        self.containers: list[Collection[Any]] = []  # live: they show what is in them when they are read
         for root in self.roots:
             for module in root.modules():
                 self.modules.append(module)
@@ -46,14 +46,14 @@ class Fingerprint:
         self.state = self._state()
 
     def holds(self, roots: Iterable[nn.Module]) -> bool:
-        """Whether the model is these roots, and as it was."""
+        """Whether the model still consists of these roots, and is unchanged."""
         if list(map(id, roots)) != list(map(id, self.roots)):
             return False
         if list(map(type, self.modules)) != self.types or self._state() != self.state:
             return False
         if [*map(len, self.containers)] != self.lengths:
             return False
-        if all(map(is_, chain.from_iterable(self.containers), self.contents)):  # thousands of them, hence nothing of Python
+        if all(map(is_, chain.from_iterable(self.containers), self.contents)):  # thousands of entries, hence no loop in Python
             return True
         _, found = self._inside()
         same = all(map(_equal, found, self.contents))
@@ -62,12 +62,12 @@ class Fingerprint:
         return same
 
     def _state(self) -> list[Any]:
-        """Of tensors all that a write, a move or a cast changes: looked at before a forward, so that little may be asked."""
+        """What a write, a move or a cast changes about tensors. It may be read before every forward, so it must be cheap."""
         versions = [tensor._version for tensor in self.counted]
         return [*versions, *[tensor.data_ptr() for tensor in self.tensors], *[tensor.dtype for tensor in self.tensors]]
 
     def _inside(self) -> tuple[list[int], list[Any]]:
-        """How much is in each container, and all of it."""
+        """The length of each container, and the contents of all."""
         return [*map(len, self.containers)], [*chain.from_iterable(self.containers)]
 
     def _take_attributes(self, module: nn.Module, is_root: bool) -> None:
@@ -81,7 +81,7 @@ class Fingerprint:
         if isinstance(value, Tensor):
             self.tensors.append(value)
         elif isinstance(value, (nn.Module, *_PLAIN)) or not depth:
-            return  # a module is looked at by itself; what is plain, in what holds it
+            return  # modules are looked at by themselves, plain values in the container that holds them
         elif isinstance(value, (dict, list, tuple, set, frozenset)):
             contents = value.values() if isinstance(value, dict) else value
             self.containers.append(contents)
@@ -92,7 +92,7 @@ class Fingerprint:
 
 
 def obstacle(root: nn.Module) -> str:
-    """Why this model's forward cannot be a graph, as far as its modules tell; empty where they do not."""
+    """Why this model's forward cannot be a graph, as far as its modules show; empty where they show no reason."""
     for name, module in root.named_modules():
         where = f"{name or 'the denoiser'} ({type(module).__name__})"
         if hook := mover(module):
@@ -114,7 +114,7 @@ def version(tensor: Tensor) -> int | None:
 
 
 class _WithoutCalls:
-    """Attributes but for those that calls change themselves."""
+    """Attributes except those that calls change themselves."""
 
     def __init__(self, attributes: Mapping[str, Any]) -> None:
         self.attributes = attributes
@@ -130,7 +130,7 @@ class _WithoutCalls:
 
 
 def _equal(one: Any, other: Any) -> bool:
-    """Whether both are the same object, or plain values, or containers of these, that are equal."""
+    """Whether both are the same object, equal plain values, or equal containers of these."""
     if one is other:
         return True
     if type(one) is not type(other):

@@ -1,4 +1,4 @@
-"""One CUDA graph of a whole step: the host starts one thing, whatever the number of kernels in it."""
+"""A whole step as one CUDA graph: the host makes one launch, however many kernels are in it."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from torch import Tensor
 
 from agd_fast.warning import first_line
 
-WARMUP = 3  # runs before a step is recorded: compilation, autotuning and workspaces must be done with
+WARMUP = 3  # runs before a step is recorded: compilation, autotuning and allocating workspaces must be finished by then
 
 Step = Callable[[Sequence[Tensor], Sequence[Tensor]], list[Tensor]]
 
 
 @functools.cache
 def _pool(device: torch.device) -> Any:
-    """The memory that all graphs of a device work in: they never run at the same time, and what they give is copied out at once.
-    It is kept for good: of a pool whose last graph is gone, nothing can be recorded again."""
+    """The memory pool that all graphs of a device share: they never run at the same time, and their results are copied out at
+    once. It is kept for good, because nothing can be recorded again in a pool whose last graph is gone."""
     with torch.cuda.device(device):
         return torch.cuda.MemPool()
 
 
 class GraphedStep:
-    """`step(moving, kept)` recorded once and replayed on memory of its own, to which the tensors of each call are copied: those
-    of `kept` only when their `serial` is another than the last time. device: that it runs on."""
+    """`step(moving, kept)`, recorded once and replayed on memory of its own, to which the tensors of each call are copied: those
+    of `kept` only when `serial` is not that of the last call. device: where it runs."""
 
     def __init__(
         self,
@@ -39,7 +39,7 @@ class GraphedStep:
     ) -> None:
         self.device = device
         self.moving, self.kept, self.loaded = [tensor.clone() for tensor in moving], [tensor.clone() for tensor in kept], serial
-        with torch.cuda.device(self.device):  # streams and graphs are those of the current one
+        with torch.cuda.device(self.device):  # streams and graphs belong to the current device
             self._record(step, warmup)
 
     def _record(self, step: Step, warmup: int) -> None:
@@ -54,7 +54,7 @@ class GraphedStep:
             self.outputs = step(self.moving, self.kept)
 
     def fits(self, kept: Sequence[Tensor]) -> bool:
-        """Not where a schedule has another number of steps."""
+        """Whether `kept` has the recorded shapes; not where a schedule has another number of steps."""
         return [tensor.shape for tensor in kept] == [tensor.shape for tensor in self.kept]
 
     def __call__(self, moving: Sequence[Tensor], kept: Sequence[Tensor], serial: int = 0) -> list[Tensor]:
@@ -70,8 +70,8 @@ class GraphedStep:
 
 
 class Recorded:
-    """A function of tensors that runs once a scope: as it is the first time at shapes, as one CUDA graph from the second on.
-    Of tensors of other devices there is none: a graph would hold the value of a number that the host has."""
+    """A function of tensors that runs once a scope: as it is the first time at given shapes, later as one CUDA graph.
+    There is no graph if tensors are on other devices: it would freeze the value of a number on the host."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -80,7 +80,7 @@ class Recorded:
         self.trouble = ""  # why there is no graph
 
     def __call__(self, function: Callable[[Sequence[Tensor]], list[Tensor]], tensors: Sequence[Tensor], key: Any) -> list[Tensor]:
-        """key: all that the function depends on but the tensors."""
+        """key: all that the function depends on besides the tensors."""
         key = (key, *((tensor.shape, tensor.dtype) for tensor in tensors))
         if key != self.key:
             self.key, self.graph, self.trouble = key, None, ""

@@ -31,7 +31,7 @@ def optimize(model: Model, config: EngineConfig | None = EngineConfig(), *, spec
         default_policy()
     spec = spec_of(model, spec)
     if config is not None and attachment_of(model) is not None:
-        require_known_call(model, spec)  # which will arm it
+        require_known_call(model, spec)  # whose call will arm the adapter
     for component in components_of(model, spec).values():
         denoiser = uncompiled(component)
         engine = engine_of(denoiser)
@@ -55,5 +55,5 @@ def optimize(model: Model, config: EngineConfig | None = EngineConfig(), *, spec
 def engine_of(denoiser: nn.Module) -> Engine | None:
     """The engine that stands in for a denoiser's call."""
     found: Any = getattr(uncompiled(denoiser), "_compiled_call_impl", None)
-    found = getattr(found, "inner", found)  # during a call of a pipeline it is watched
+    found = getattr(found, "inner", found)  # during a call of a pipeline it is wrapped, to be watched
     return found if isinstance(found, Engine) else None

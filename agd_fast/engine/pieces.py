@@ -1,4 +1,4 @@
-"""The rest of a step as pieces that repeat: each compiled once, and called with the weights of one block after another."""
+"""The rest of a step as pieces that repeat: each is compiled once, and called with the weights of one block after another."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from agd_fast.backend.torch_versions import CompiledFn, compile_with, inductor_o
 from agd_fast.graph.partition import Part
 from agd_fast.graph.repeats import Call
 
-Compile = Callable[[fx.GraphModule, list[Tensor]], CompiledFn]  # of a piece, for arguments like these
+Compile = Callable[[fx.GraphModule, list[Tensor]], CompiledFn]  # compiles a piece for arguments like these
 
 
 class Pieces:
-    """A part of the forward as calls of pieces. Each is compiled at its first call, and anew for arguments of other strides."""
+    """A part of the forward as calls of pieces. Each is compiled at its first call, and again for arguments of other strides."""
 
     def __init__(self, part: Part, calls: Sequence[Call], compile: Compile) -> None:
         graph = part.module.graph
@@ -25,7 +25,7 @@ class Pieces:
         for call in calls:
             places.update({node: len(places) + index for index, node in enumerate(call.results)})
         self.results = [places[node] for node in output.args[0]]
-        self.calls: list[tuple[fx.GraphModule, list[int], list[int]]] = []  # what it takes, and what of it nobody takes later
+        self.calls: list[tuple[fx.GraphModule, list[int], list[int]]] = []  # piece, arguments, those of them not used later
         used = set(self.results)
         for call in reversed(calls):
             taken = [places[node] for node in call.arguments]
@@ -48,7 +48,7 @@ class Pieces:
         return [values[place] for place in self.results]
 
     def info(self) -> dict[str, int]:
-        """For a reader. compiled: how many distinct pieces. calls: of these in a step."""
+        """For display. compiled: number of distinct pieces. calls: number of calls of these in a step."""
         return {"compiled": len({piece for piece, _, _ in self.calls}), "calls": len(self.calls)}
 
     def _compiled(self, piece: fx.GraphModule, given: list[Tensor]) -> CompiledFn:
@@ -59,7 +59,7 @@ class Pieces:
 
 
 def by_inductor(mode: str | None) -> Compile:
-    """mode: of torch.compile."""
+    """Compilation by inductor. mode: the `mode` of torch.compile."""
     options = inductor_options(mode)
 
     def compile(piece: fx.GraphModule, given: list[Tensor]) -> CompiledFn:

@@ -26,7 +26,7 @@ from agd_fast.graph.rewriting import rewrite
 from agd_fast.ops import Kernels, WriteMerged, centre, default_policy
 from agd_fast.warning import described, first_line
 
-MANY = 200  # operations: what they take to compile is noticed, and calls of so few pieces are not
+MANY = 200  # operations: compiling that many takes noticeable time, calling so few pieces does not
 
 Values = dict[fx.Node, Tensor]
 ByDtype = dict[torch.dtype, Tensor]
@@ -34,10 +34,10 @@ ByDtype = dict[torch.dtype, Tensor]
 
 @dataclass(frozen=True)
 class Prepared:
-    """All of one run that does not move with x_t.
+    """What was computed ahead for one run: all that does not change with x_t.
 
-    static: what does not move at all; of a program that records graphs it lies in `packed`, one row for each dtype, instead.
-    table: what moves with the step, where the schedule is known. serial: of this and no other.
+    static: what does not change at all; in a program that records graphs it is in `packed` instead, one row for each dtype.
+    table: what changes with the step, where the schedule is known. serial: a number that no other has.
     """
 
     static: Values
@@ -47,14 +47,14 @@ class Prepared:
 
     @property
     def bytes(self) -> int:
-        """Of memory that is held for it."""
+        """Size of the memory that is held for it."""
         held = [*self.static.values(), *self.packed.values()]
         storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in held}
         return sum(storages.values()) + (self.table.bytes if self.table else 0)
 
 
 class Program:
-    """levels: of each input, in the order of the capture. timestep: which of them is t. copies: that it shares with others."""
+    """levels: one for each input, in the order of the capture. timestep: which input is t. copies: shared with other programs."""
 
     def __init__(
         self, captured: Captured, levels: Sequence[Level], timestep: int, config: EngineConfig, copies: Copies | None = None
@@ -63,12 +63,12 @@ class Program:
         self.inputs, self.levels, self.timestep, self.config = captured.inputs, list(levels), timestep, config
         self.graph = captured.graph
         self.trouble = ""  # why steps are slower than they might be
-        self.packing: RowLayout | None = None  # of what does not move
+        self.packing: RowLayout | None = None  # of the static results
         self.constants: Values = dict(captured.constants)
-        self.untaken: list[fx.Node] = []  # of these, whose copies in channels-last order nothing reads
+        self.untaken: list[fx.Node] = []  # those of them whose channels-last copies nothing reads
         self.computed: list[
             tuple[Tensor, Part, list[int | None]]
-        ] = []  # further ones, and what gives the pieces that are no zeros
+        ] = []  # further constants, what computes their pieces, and the lengths of zeros between these
         self.device = _device([node for node, level in self._leveled if level == Level.MOVING])
         self.compiles, self.graphs = config.compiles(self.device), config.graphs(self.device)
         self.repeated_blocks = config.repeated_blocks
@@ -101,20 +101,20 @@ class Program:
         row_values: Values = {**stored, **dict(zip(parts.views.results, parts.views(stored), strict=True))}
         self.known = known = {**self.constants, **row_values, **self.twins}  # the same tensors at every step
         self.wired = [(node, known.get(node)) for node in parts.body.arguments]
-        kept = row_values.keys() | {*parts.once.results}  # where the next step writes, or reads
+        kept = row_values.keys() | {*parts.once.results}  # memory that the next step writes to or reads
         self.is_kept = [node in kept for node in parts.body.results]
         self.body: Callable[..., Any] = parts.body.module.forward
         if self.compiles:
             self.body = self._in_pieces(parts.body) or self._compiled_whole(parts.body)
         self.graphed: GraphedStep | None = None
         self.recorded, self.borrowed, self.packing = Recorded(self.device), Values(), None
-        self.write_merged = WriteMerged(self.policy)  # of this one's graph
+        self.write_merged = WriteMerged(self.policy)  # its tables are those of this program's graph
         read = {*parts.body.arguments, *parts.step.arguments} - self.constants.keys()
         if self.graphs and any(node.meta["val"].device != self.device for node in read):
             self.graphs, self.trouble = False, "a step reads tensors of other devices, so it is launched operation by operation"
 
     def _constant(self, pieces: Sequence[fx.Node | int]) -> fx.Node | None:
-        """What is made of the model's tensors alone, and zeros of a length, joined to one more constant."""
+        """One more constant, joined from zeros and what is made of the model's tensors alone; None where that cannot be."""
         results = [piece for piece in pieces if isinstance(piece, fx.Node)]
         made = part_of([node for node in leading_to(results) if node.op == "call_function"], results)
         if not made.arguments or not self.constants.keys() >= {*made.arguments}:
@@ -132,8 +132,8 @@ class Program:
         return node
 
     def _twins(self) -> Values:
-        """Weights with low-rank terms in them that are another at every step: their centres are written to a copy. Of the weight
-        itself, where nothing else reads it, no copy is needed then."""
+        """Copies of the weights whose low-rank terms change at every step: each step writes their centres. Where nothing else
+        reads such a weight, it needs no channels-last copy besides."""
         for node in self.untaken:  # it may be read now
             self.constants[node] = self.copies.channels_last(self.constants[node])
         level = levels_of(self.graph, dict(self._leveled))
@@ -151,7 +151,7 @@ class Program:
         return twins
 
     def renew(self) -> None:
-        """What is made of the model's tensors alone, of what these are now."""
+        """Recompute the constants made of the model's tensors alone, from what these are now."""
         for joined, made, zeros in self.computed:
             cat(_filled(zeros, made(self.constants)), joined)
 
@@ -171,11 +171,11 @@ class Program:
 
     @property
     def pieces(self) -> dict[str, int]:
-        """For a reader; empty where the body is compiled as a whole, or not."""
+        """For display; empty where the body is compiled as a whole, or not at all."""
         return self.body.info() if isinstance(self.body, Pieces) else {}
 
     def do_without_compiling(self, error: Exception) -> None:
-        """Compile all at once where pieces cannot be, and nothing where that cannot be either."""
+        """Compile the body as a whole where pieces cannot be compiled, and not at all where that fails, too."""
         if isinstance(self.body, Pieces):
             self.repeated_blocks, self.body = False, self._compiled_whole(self.parts.body)
             self.trouble = f"repeated blocks could not be compiled once ({described(error)}), so all of a step is compiled"
@@ -184,7 +184,7 @@ class Program:
             self.trouble = f"torch.compile failed ({described(error)}), so steps run uncompiled"
 
     def moving(self, indices: Collection[int]) -> Program:
-        """Another one of the same forward, for inputs that change at every step; both may run, one after the other."""
+        """Another program of the same forward, for which these inputs change at every step. Both may run, one after the other."""
         other = copy(self)
         other.levels = [Level.MOVING if index in indices else level for index, level in enumerate(self.levels)]
         other.constants = dict(self.constants)
@@ -195,9 +195,9 @@ class Program:
         return [index for index, found in enumerate(self.levels) if found == level]
 
     def prepare(self, inputs: Sequence[Tensor], rows: Rows | None = None, steps: Mapping[int, Tensor] | None = None) -> Prepared:
-        """What does not move with x_t, with a table of all steps if they are given, unless that is larger than the config allows.
+        """What does not depend on x_t, with a table of all steps if these are given, unless it is larger than the config allows.
 
-        inputs: of any step. rows: of the table. steps: values [R, …] of the inputs that move with the step, by index.
+        inputs: of any step. rows: of the table. steps: values [R, …] of the inputs that change with the step, by index.
         """
         given = [inputs[index] for index in self.of_level(Level.STATIC)]
         if rows is None or not self.places or (len(rows.times) + 1) * self.layout.row_bytes > self.config.max_table_bytes:
@@ -208,7 +208,7 @@ class Program:
         return Prepared(static, packed, None if rows is None else Table(filled, index_of(rows, self.device)))
 
     def _look_at_static(self, given: Sequence[Tensor]) -> None:
-        """Which of what does not move is the model's own memory, which is borrowed, and how the rest is to lie."""
+        """Find which static results are the model's own memory, which is borrowed, and the layout in which the rest is packed."""
         results = dict(zip(self.parts.once.results, self.parts.once(self._given(given)), strict=True))
         own = {tensor.untyped_storage()._cdata for tensor in self.constants.values()}
         self.borrowed = {node: tensor for node, tensor in results.items() if tensor.untyped_storage()._cdata in own}
@@ -216,15 +216,15 @@ class Program:
 
     @property
     def _made(self) -> list[fx.Node]:
-        """What is made of what does not move."""
+        """The static results that are not borrowed."""
         return [node for node in self.parts.once.results if node not in self.borrowed]
 
     def _given(self, given: Sequence[Tensor]) -> Values:
-        """Of the inputs that do not move, and of the model."""
+        """The values of the static inputs and of the constants."""
         return {**self.constants, **{self.inputs[i]: one for i, one in zip(self.of_level(Level.STATIC), given, strict=True)}}
 
     def _ahead(self, given: Sequence[Tensor], steps: Mapping[int, Tensor]) -> tuple[Values, ByDtype, ByDtype]:
-        """What does not move, none of it packed, and the rows of the table."""
+        """The static results, none of them packed, and the rows of the table."""
         values = self._given(given)
         static = dict(zip(self.parts.once.results, self.parts.once(values), strict=True))
         own = {node: static[node] for node in self._made}
@@ -238,7 +238,7 @@ class Program:
         return own, {}, fill_rows(self.layout, columns)
 
     def _packed_ahead(self, given: Sequence[Tensor], steps: Mapping[int, Tensor]) -> tuple[Values, ByDtype, ByDtype]:
-        """The same, packed: from the second time at the same shapes on as one CUDA graph."""
+        """The same, packed; computed as one CUDA graph from the second time at the same shapes on."""
         assert self.packing is not None
         packing, count = self.packing, len(given)
 
@@ -252,14 +252,14 @@ class Program:
         return {}, dict(zip(dtypes, found, strict=False)), filled
 
     def run(self, inputs: Sequence[Tensor], prepared: Prepared, number: Tensor | None = None) -> list[Tensor]:
-        """The forward's outputs. number: of the step [1], where ω changes with it."""
+        """The forward's outputs. number: that of the step [1], where ω changes with the step."""
         if not self.graphs:
             return self.step(inputs, prepared, number)
         moving = [tensor for tensor, level in zip(inputs, self.levels, strict=True) if level != Level.STATIC]
         moving += [] if number is None else [number]
         kept = self._kept(inputs, prepared)
         if self.graphed is None or not self.graphed.fits(kept):
-            self.graphed = None  # its memory first
+            self.graphed = None  # free its memory first
             try:
                 self.graphed = GraphedStep(
                     lambda moving, kept: self.step(*self._taken(moving, kept, prepared)),
@@ -275,7 +275,7 @@ class Program:
         return self.graphed(moving, kept, prepared.serial)
 
     def step(self, inputs: Sequence[Tensor], prepared: Prepared, number: Tensor | None = None) -> list[Tensor]:
-        """`run`, operation by operation."""
+        """`run` without a CUDA graph."""
         given = {**self._static(prepared), **self.borrowed, **dict(zip(self.inputs, inputs, strict=True))}
         if prepared.table is not None:
             prepared.table.copy_row(inputs[self.timestep], number, self.rows)
@@ -287,13 +287,13 @@ class Program:
         return [result.clone() if is_kept else result for result, is_kept in zip(results, self.is_kept, strict=True)]
 
     def _write_twins(self, given: Values) -> None:
-        """The terms of this step."""
+        """Write this step's low-rank terms into the twins."""
         low = [[given[one] if one in given else self.known[one] for one in node.args[1:]] for node in self.twins]  # type: ignore[index]
         outs = [centre(twin) for twin in self.twins.values()]
         self.write_merged(outs, self.centres, [up for up, _ in low], [down for _, down in low])
 
     def _static(self, prepared: Prepared) -> Values:
-        """What does not move, but for what is borrowed."""
+        """Values of the static results that are not borrowed."""
         if not prepared.packed:
             return prepared.static
         assert self.packing is not None
@@ -310,7 +310,7 @@ class Program:
     def _taken(
         self, moving: Sequence[Tensor], kept: Sequence[Tensor], prepared: Prepared
     ) -> tuple[list[Tensor], Prepared, Tensor | None]:
-        """What `_kept` gave, in other memory, in its places."""
+        """The arguments of `step`, taken from `moving` and from copies of what `_kept` gave."""
         own, rest = iter(kept), iter(moving)
         inputs = [next(own if level == Level.STATIC else rest) for level in self.levels]
         packed = {dtype: next(own) for dtype in prepared.packed}
@@ -327,8 +327,8 @@ class Program:
 def at_all_steps(
     function: Callable[..., list[Tensor]], arguments: Sequence[Tensor], dims: tuple[int | None, ...]
 ) -> list[Tensor]:
-    """`function` at every step, its results stacked [T, …]: one batch of all steps, or one step after another where an operation
-    has no batched form."""
+    """The results of `function` at every step, stacked [T, …]: computed in one batch, or one step after another where an
+    operation has no batched form."""
     try:
         return torch.func.vmap(function, in_dims=dims)(*arguments)
     except RuntimeError:
@@ -341,7 +341,7 @@ def at_all_steps(
 
 
 def _filled(zeros: Sequence[int | None], tensors: Sequence[Tensor]) -> list[Tensor | int]:
-    """Lengths of zeros, with the tensors in the places between them."""
+    """`zeros` with its Nones replaced by the tensors."""
     rest = iter(tensors)
     return [next(rest) if length is None else length for length in zeros]
 

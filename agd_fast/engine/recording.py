@@ -1,4 +1,4 @@
-"""A forward that was recorded: the programs of it, and what they prepare in a scope."""
+"""A recorded forward: its programs, and what they prepare in a scope."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from agd_fast.engine.request import Request
 from agd_fast.graph.levels import Level
 from agd_fast.spec import DenoiserSpec
 
-VALUES = 2  # that a static argument may have in one scope: conditional and unconditional forwards one after another
+VALUES = 2  # that a static argument may have in one scope: conditional and unconditional forwards may alternate
 
 Value = tuple[Tensor, int | None]  # of an argument: a tensor, and how often it was written to
 
@@ -32,8 +32,8 @@ class _Run:
 
 @dataclass(eq=False)
 class Use:
-    """Of a recording, in one scope. bytes: that its runs hold. seen: distinct values of inputs that moved in an earlier scope, as
-    many as it takes to tell whether they move in this one."""
+    """The use of a recording in one scope. bytes: size of what its runs hold. seen: distinct values of the inputs that changed
+    within an earlier scope, as many as it takes to tell whether they change within this one."""
 
     program: Program
     runs: list[_Run] = field(default_factory=list)
@@ -42,25 +42,26 @@ class Use:
 
 
 class Recording:
-    """output: the tree of the forward's output. asked: the values that it holds for.
+    """output: the tree structure of the forward's output. asked: the values for which the recording is valid.
 
-    program: for inputs that do not move in a scope. Where some do in a later one, `finer` is cut beside it: that runs in the
-    next scope too, as long as they moved in the last. Where they do in the first one, it is in the program's place.
+    program: takes the static inputs as constant within a scope. If some of them change within a later scope, `finer` is made in
+    addition, for which they are not static: it runs in the next scope too, as long as they changed in the last one. If they
+    change in the first scope already, the finer program replaces `program`.
     """
 
     def __init__(self, program: Program, output: Any, asked: Asked) -> None:
         self.program, self.output, self.asked = program, output, asked
         self.finer: Program | None = None
-        self._moved = False  # whether inputs that `program` takes for still did, in the newest scope
+        self._moved = False  # whether inputs that `program` takes for static changed within the newest scope
         self._served = False  # whether `program` was enough for a whole scope
-        self._serves = False  # and is for the newest one, up to now
+        self._serves = False  # and for the newest one, so far
 
     @property
     def programs(self) -> list[Program]:
         return [self.program] if self.finer is None else [self.program, self.finer]
 
     def use(self, scope: Scope) -> Use:
-        """That of this scope."""
+        """The use in this scope."""
         found: Use | None = scope.store.get(self)
         if found is None:
             program = self.finer if self._moved and self.finer is not None else self.program
@@ -69,8 +70,8 @@ class Recording:
         return found
 
     def prepared(self, use: Use, request: Request, timesteps: Tensor | None, spec: DenoiserSpec) -> Prepared:
-        """What was prepared in this scope for the static inputs of this request; now, where nothing was. It may choose another
-        program for the scope."""
+        """What was prepared in this scope for the static inputs of this request; if nothing was, it is prepared now, perhaps by
+        another program, which the scope then uses."""
         if use.program is self.finer:
             self._look_whether_moved(use, request)
         static = _values(request, use.program.of_level(Level.STATIC))
@@ -90,7 +91,7 @@ class Recording:
             self._moved = any(map(_moves, zip(*use.seen, strict=True)))
 
     def _let_move(self, use: Use, request: Request, static: Sequence[Value]) -> None:
-        """Take a program that is cut finer where static inputs turn out to move; what the old one prepared goes."""
+        """Change to a finer program if static inputs turn out to change; what the old one prepared is dropped."""
         values = zip(*[run.static for run in use.runs], static, strict=True)
         moving = [index for index, known in zip(use.program.of_level(Level.STATIC), values, strict=True) if _moves(known)]
         if not moving:
@@ -127,5 +128,5 @@ def _is_same(one: Value, other: Value) -> bool:
 
 
 def _moves(values: Sequence[Value]) -> bool:
-    """Whether an argument has more values in one scope than a static one may, or changes of it cannot be seen."""
+    """Whether an argument has more values in one scope than a static one may, or its changes cannot be seen."""
     return None in {count for _, count in values} or len({(id(tensor), count) for tensor, count in values}) > VALUES

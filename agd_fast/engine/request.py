@@ -25,12 +25,12 @@ _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
 
 @dataclass
 class Request:
-    """call: the denoiser's own. sample, time: the arguments x_t (a tensor, or a list of them) and t. attachment, guidance: where
-    there is an adapter, and where its ω changes from step to step.
+    """call: the denoiser's own call. sample, time: the arguments x_t (a tensor, or a list of them) and t. attachment: None if
+    there is no adapter. guidance: None unless ω or the adapter's factor changes from step to step.
 
-    inputs: the tensors of the call; before them, where the adapter is armed, ω and, where ω changes, the adapter's factor.
-    levels: of these, as far as the call tells. timestep: which of them is t. key: all that a program is made for. obstacle: why
-    there can be none, or empty.
+    inputs: the tensors of the call; before them, where the adapter is armed, ω and, where there is a guidance, the adapter's
+    factor. levels: those of the inputs, as far as the call tells. timestep: which input is t. key: all that a program is made
+    for. obstacle: why there can be no program, or empty.
     """
 
     call: Callable[..., Any]
@@ -59,7 +59,7 @@ class Request:
             self.obstacle = f"its timestep is a {type(self.time).__name__}; expected a tensor"
 
     def _take(self, leaf: Any) -> Any:
-        """Note one argument; what of it a program is made for."""
+        """Note one argument. Returns its part of the key."""
         if not isinstance(leaf, Tensor):
             if not isinstance(leaf, _PLAIN):
                 self.obstacle = f"it is called with a {type(leaf).__name__}, of which nobody can tell whether it changed"
@@ -68,21 +68,21 @@ class Request:
         if leaf is self.time:
             self.timestep = len(self.inputs)
             self.levels.append(Level.STEP)
-            leaf = leaf.to(self.samples[0].device)  # where rows are found by it
+            leaf = leaf.to(self.samples[0].device)  # there the rows of the table are found by it
         else:
             self.levels.append(Level.MOVING if any(leaf is one for one in self.samples) else Level.STATIC)
         self.inputs.append(leaf)
         return leaf.shape, leaf.stride(), leaf.dtype, leaf.device
 
     def has_several_times(self, own_times: bool) -> bool:
-        """Whether there are different t: of tokens or frames of a sample or, with `own_times`, of samples. Waits for the device
-        where there may be, and t is no expanded number."""
+        """Whether t differs between tokens or frames of a sample or, with `own_times`, between samples. Waits for the device
+        where it may differ, unless t is an expanded number."""
         time = self.time
         alone = 1 if own_times else len(self.sample)
         return time.numel() > alone and any(time.stride()) and bool((time != time.flatten()[0]).any())
 
     def function(self, *tensors: Tensor) -> list[Tensor]:
-        """The call as a function of `inputs`; its output's tensors."""
+        """The call as a function of `inputs`. Returns the tensors of its output."""
         own, given = tensors[: self.armed], iter(tensors[self.armed :])
         leaves = [next(given) if isinstance(leaf, Tensor) else leaf for leaf in self.leaves]
         args, kwargs = pytree.tree_unflatten(leaves, self.tree)
@@ -94,7 +94,7 @@ class Request:
             return pytree.tree_leaves(self.call(*args, **kwargs))
 
     def rows(self, timesteps: Tensor, spec: DenoiserSpec) -> Rows | None:
-        """All that a step can be; None where t is none of the scheduler's timesteps [T]. Waits for the device."""
+        """Rows for all t and numbers of a step; None where t is none of the scheduler's timesteps [T]. Waits for the device."""
         t, guidance = self.inputs[self.timestep], self.guidance
         ways = [way.tolist() for way in ways_to_pass(timesteps, spec, t)]
         if not ways:
@@ -107,7 +107,7 @@ class Request:
         return Rows(torch.tensor(times, dtype=t.dtype), torch.tensor(numbers), guidance is not None)
 
     def steps(self, rows: Rows) -> Mapping[int, Tensor]:
-        """Values [R, …] of the inputs that move with the step, by index."""
+        """Values [R, …] of the inputs that change with the step, by index."""
         t = self.inputs[self.timestep]
         found = {self.timestep: rows.times.to(t.device).view(-1, *[1] * t.ndim).expand(-1, *t.shape)}
         if self.guidance is not None:

@@ -1,7 +1,7 @@
-"""What depends on the step of the schedule alone, computed for all steps at once: a table with a row a step.
+"""What depends on the step of the schedule alone, computed for all steps at once: a table with one row per step.
 
-Row i holds every such tensor of step i, one after another. A step copies its row to one fixed place; what the forward reads
-are views of that place, made once. The row is found on the device, by the timestep: the host never waits.
+Row i holds every such tensor of step i, one after another. A step copies its row to one fixed place, and the forward reads
+views of that place, made once. The row is found on the device, by the timestep, so the host never waits.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ ALIGNMENT = 64  # bytes, of every tensor in a row: kernels may assume it
 
 @dataclass(frozen=True)
 class RowLayout:
-    """Where tensors lie in rows, one row for each dtype. shapes, dtypes, strides: of the tensors; None for contiguous ones."""
+    """Where tensors lie in rows, one row for each dtype. shapes, dtypes, strides: of the tensors; strides None: contiguous."""
 
     shapes: tuple[tuple[int, ...], ...]
     dtypes: tuple[torch.dtype, ...]
@@ -27,7 +27,7 @@ class RowLayout:
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor]) -> RowLayout:
-        """In the tensors' own strides, so far as they leave no gaps."""
+        """The layout of these tensors, with their own strides where these leave no gaps."""
         dense = [tensor if is_dense(tensor) else tensor.contiguous() for tensor in tensors]
         return cls(
             tuple(tuple(tensor.shape) for tensor in tensors),
@@ -51,7 +51,7 @@ class RowLayout:
         return sum(length * dtype.itemsize for dtype, length in self.offsets[1].items())
 
     def views(self, rows: dict[torch.dtype, Tensor]) -> list[Tensor]:
-        """The tensors in `rows`, [length] each."""
+        """The tensors as views of `rows`, [length] each."""
         starts, _ = self.offsets
         found = [
             rows[dtype][start : start + torch.Size(shape).numel()].view(shape)
@@ -69,7 +69,7 @@ class RowLayout:
         return rows
 
     def empty_rows(self, device: torch.device, count: int | None = None) -> dict[torch.dtype, Tensor]:
-        """One row for each dtype, [length], or `count` of them, [count, length]; 0 where nobody writes."""
+        """One row for each dtype, [length], or `count` of them, [count, length], filled with zeros."""
         return {
             dtype: torch.zeros(length if count is None else (count, length), dtype=dtype, device=device)
             for dtype, length in self.offsets[1].items()
@@ -78,8 +78,8 @@ class RowLayout:
 
 @dataclass(frozen=True)
 class Rows:
-    """What the rows of a table are for. times: t [R] as the denoiser is given it. numbers: of the step [R]. numbered: whether a
-    row is found by both; else by t alone."""
+    """What the rows of a table are for. times: t [R] as the denoiser is given it. numbers: step numbers [R]. numbered: whether a
+    row is found by both, rather than by t alone."""
 
     times: Tensor
     numbers: Tensor
@@ -88,9 +88,9 @@ class Rows:
 
 @dataclass(frozen=True)
 class Table:
-    """rows: [R + 1, length] by dtype; the last row answers for all steps that there is no other for: it is NaN.
+    """rows: [R + 1, length] by dtype; the last row is for all steps that have no other: it is NaN (0 in integers).
 
-    index: what finds a row, see `find`.
+    index: what `find` finds a row by.
     """
 
     rows: dict[torch.dtype, Tensor]
@@ -101,14 +101,14 @@ class Table:
         return sum(rows.nbytes for rows in self.rows.values())
 
     def copy_row(self, timestep: Tensor, number: Tensor | None, rows: dict[torch.dtype, Tensor]) -> None:
-        """Write the row of a timestep, [...] with one value, and of a step's number [1] to `rows`. No host sync."""
+        """Copy the row for a timestep ([...], all of one value) and a step's number [1] to `rows`. No host sync."""
         found = find(self.index, timestep, number)
         for dtype, table in self.rows.items():
             torch.index_select(table, 0, found, out=rows[dtype][None])
 
 
 def fill_rows(layout: RowLayout, columns: Sequence[Tensor]) -> dict[torch.dtype, Tensor]:
-    """The rows of a table from its columns [R, …], one a tensor of the layout."""
+    """The rows of a table from its columns [R, …], one for each tensor of the layout."""
     count = len(columns[0])
     filled = layout.empty_rows(columns[0].device, count + 1)
     starts, _ = layout.offsets
@@ -120,8 +120,8 @@ def fill_rows(layout: RowLayout, columns: Sequence[Tensor]) -> dict[torch.dtype,
 
 
 def index_of(rows: Rows, device: torch.device) -> tuple[Tensor, ...]:
-    """(a, b) [R + 1], and (c, d) where rows are numbered: |a + b·t| + |c + d·number| is 0 at the row of both. Of the last row it
-    is less than at any other, whatever t and number are."""
+    """(a, b) [R + 1], and (c, d) where rows are numbered: |a + b·t| + |c + d·number| is 0 at the row of both. At the last row
+    it is almost 0, whatever t and number are: less than at any other row, except one where it is 0."""
     times = rows.times.float()
     a = torch.cat([times, torch.tensor([torch.finfo(torch.float32).tiny])])
     b = torch.cat([-torch.ones_like(times), torch.zeros(1)])
@@ -130,7 +130,7 @@ def index_of(rows: Rows, device: torch.device) -> tuple[Tensor, ...]:
 
 
 def find(index: tuple[Tensor, ...], timestep: Tensor, number: Tensor | None = None) -> Tensor:
-    """[1], the row of a timestep, which all samples share, and, where rows are numbered, of a step's number [1]."""
+    """The index [1] of the row for a timestep, which all samples share, and for a step's number [1] where rows are numbered."""
     a, b, *numbered = index
     distance = torch.addcmul(a[:, None], b[:, None], timestep.reshape(1, -1).float()).abs()  # [R + 1, B]
     distance = distance.flatten() if timestep.numel() == 1 else distance.amax(dim=1)

@@ -10,7 +10,7 @@ from agd_fast.evaluation.evaluate import Evaluation
 
 @dataclass(frozen=True)
 class Bar:
-    """One measured value and its bar. limit: the most ("max") or the least ("min") it may be."""
+    """One measured value and its bar. limit: the most (kind "max") or the least (kind "min") that it may be."""
 
     name: str
     value: float
@@ -26,7 +26,7 @@ class Bar:
 
 
 def quality_bars(result: Evaluation) -> list[Bar]:
-    """What is true of the samples, whatever machine they were made on."""
+    """The bars that do not depend on the machine."""
     best = f"{result.guidance_scale:g}"
     arms = result.arms
     bars = [
@@ -52,7 +52,7 @@ def quality_bars(result: Evaluation) -> list[Bar]:
 
 
 def speed_bars(result: Evaluation) -> list[Bar]:
-    """CFG/AGD against CFG/unguided: how much of the halving arrives as time."""
+    """CFG/AGD relative to CFG/unguided: how much of the halving of passes shows in the time."""
     if not result.timing:
         return []
     timing = result.timing

@@ -1,4 +1,4 @@
-"""What a picture costs: evaluations counted, seconds by interleaved timing, peak memory of the card."""
+"""What a picture costs: evaluations counted, seconds by interleaved timing, peak GPU memory."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ def costs_of(
     device: torch.device,
     progress: bool = False,
 ) -> dict[str, Cost]:
-    """Of calls that make `batch` pictures each.
+    """The costs of calls that make `batch` pictures each.
 
-    denoisers: compiled where they are; sample: the name of their argument x_t. rounds: 0 leaves timing out.
+    denoisers: as compiled modules if compiled. sample: the name of their argument x_t. rounds: 0 leaves timing out.
     """
     cuda = device.type == "cuda"
     counted: dict[str, tuple[float, int | None]] = {}
@@ -70,7 +70,7 @@ def costs_of(
 
 @contextmanager
 def _counted(denoiser: nn.Module, sample: str) -> Iterator[list[int]]:
-    """The number of samples of every forward, in a way that the engine and torch.compile do not see."""
+    """Collects the number of samples of every forward, unseen by the engine and torch.compile."""
     found: list[int] = []
 
     def note(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

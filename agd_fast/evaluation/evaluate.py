@@ -1,4 +1,4 @@
-"""Unguided, CFG and AGD from the same noise: how like the real data, how like each other, at what cost."""
+"""Unguided, CFG and AGD from the same noise: how close to the real data, how close to each other, at what cost."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Reference:
 
 @dataclass
 class Arm:
-    """One way to sample, at one guidance scale. nfe: denoiser evaluations a sample, counted."""
+    """One way to sample, at one guidance scale. nfe: denoiser evaluations per sample, counted."""
 
     nfe: float
     frechet_distance: float
@@ -110,7 +110,7 @@ def evaluate(
     class_labels: classes, each sampled equally often. conditions: for a model of captions or the like, tensors by argument name,
         batch first, each row sampled equally often; class_labels are then the classes of the rows, for class accuracy alone.
     guidance_scales: ω in the standard convention.
-    timing_rounds: interleaved rounds at `timing_batch`, or all samples where these are fewer; 0 leaves speed out.
+    timing_rounds: interleaved rounds with `timing_batch` samples, or all if these are fewer; 0 leaves speed out.
     Raises: ValueError when no adapter is attached, or class_labels and conditions differ in length.
     """
     teacher = as_teacher(model)

@@ -26,7 +26,7 @@ class Explained:
     by_scale: ω → explained.
     by_time: t → explained, all scales together.
     strength: Σ⟨ĝ, g⟩ / Σ‖g‖², mean over scales: how strong the adapter's guidance is along CFG's. Below 1 it is weaker, as least
-        squares make it where g is not learnt wholly; a guidance scale of 1 + (ω − 1) / strength is then nearer to CFG's at ω.
+        squares makes it if g is not learnt fully; a guidance scale of 1 + (ω − 1) / strength is then nearer to CFG's at ω.
     strength_by_scale: ω → strength.
     strength_by_time: ω → t → strength.
     """
@@ -129,10 +129,10 @@ def _compare(
         guidance, of_student = _difference(target, cond), _difference(prediction, cond)
         error = _difference(prediction, target)
         sums.append(torch.stack([error.square().sum(), guidance.square().sum(), (of_student * guidance).sum()]))
-        times.append(state.timestep[0].amax())  # where tokens have a t of their own, those that are given have 0
+        times.append(state.timestep[0].amax())  # tokens may have their own t, which is 0 for given ones
         return prediction if states == "student" else target
 
-    with torch.no_grad():  # no inference mode: what is offloaded meanwhile could never be trained again
+    with torch.no_grad():  # no inference mode: weights offloaded meanwhile could never be trained again
         teacher.run(conditions, start, scale, steps, visit, generator=generator, noised=states == "data")
     return torch.stack(times).tolist(), torch.stack(sums)
 

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 class _Features(nn.Identity):
-    """Tells torchmetrics that what it is given are features already."""
+    """Tells torchmetrics that its input already consists of features."""
 
     def __init__(self, num_features: int) -> None:
         super().__init__()
@@ -20,7 +20,7 @@ def frechet_distance(real: Tensor, fake: Tensor) -> float:
     """
     if real.ndim != 2 or fake.ndim != 2 or real.shape[1] != fake.shape[1] or min(len(real), len(fake)) < 2:
         raise ValueError(f"expected features [M, D] and [N, D] with M, N ≥ 2, found {tuple(real.shape)}, {tuple(fake.shape)}")
-    from torchmetrics.image.fid import FrechetInceptionDistance  # with matplotlib and scipy behind it, for this alone
+    from torchmetrics.image.fid import FrechetInceptionDistance  # pulls in matplotlib and scipy, needed only here
 
     metric = FrechetInceptionDistance(feature=_Features(real.shape[1]), normalize=True)
     metric.update(real.double(), real=True)

@@ -1,4 +1,4 @@
-"""How like CFG's pictures others are from the same noise, and what each says on its own."""
+"""How similar an arm's pictures are to CFG's from the same noise, and how its pictures score on their own."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Scores:
 class Scorer:
     """Scores the pictures of `numbers`.
 
-    prompts: of the inputs, which the pictures take in turn; none where there is no CLIP. real: features of real pictures [M, D].
+    prompts: of the inputs, which the pictures take in turn; only CLIP needs them. real: features of real pictures [M, D].
     device: where the networks are.
     """
 
@@ -56,7 +56,7 @@ class Scorer:
 
     @torch.no_grad()
     def score(self, way: Way, target: Way) -> Scores:
-        """Of `way` against `target`, which is CFG."""
+        """The scores of `way` against `target`, which is CFG."""
         (clip, features), (_, others) = self._alone(way), self._alone(target)
         to_real = _distance(self.real, features)
         scores = Scores(clip=clip, frechet_to_real=to_real)
@@ -97,7 +97,7 @@ class Scorer:
 
 
 def black_in(pictures: Pictures, ways: Sequence[Way], count: int) -> dict[str, list[int]]:
-    """By way, the numbers of its pictures that are black all over: a safety checker's, or of values that are not finite."""
+    """By way, the numbers of its pictures that are black all over, from a safety checker or from values that are not finite."""
     found = {}
     for way in ways:
         maxima = torch.cat([part.amax(dim=(1, 2, 3)) for part in pictures.read(way, range(count))])
@@ -107,12 +107,12 @@ def black_in(pictures: Pictures, ways: Sequence[Way], count: int) -> dict[str, l
 
 @torch.no_grad()
 def features_of_folder(folder: Path, features: Features, size: tuple[int, int], device: torch.device) -> Tensor:
-    """[M, D] of all pictures in a folder and those in it, cut to the shape of `size` (width, height) and resized to it."""
+    """[M, D] of all pictures in a folder and its subfolders, cropped and resized to `size` (width, height)."""
     return torch.cat([features(part.to(device)).flatten(1).cpu() for part in _resized(pictures_in(folder), size)])
 
 
 def pictures_in(folder: Path) -> list[Path]:
-    """Of a folder and those in it. Raises: FileNotFoundError where there are not at least two."""
+    """The pictures in a folder and its subfolders. Raises: FileNotFoundError if there are fewer than two."""
     found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
     if len(found) < 2:
         raise FileNotFoundError(f"expected a folder with real pictures ({', '.join(SUFFIXES)}), found {len(found)} in {folder}")
@@ -126,7 +126,7 @@ def _resized(paths: Sequence[Path], size: tuple[int, int], batch_size: int = 32)
 
 
 def _distance(one: Tensor | None, other: Tensor | None) -> float | None:
-    """None where it has no value: of fewer than two pictures, once those that are black are left out."""
+    """None if it is not defined: for fewer than two pictures, once black ones are left out."""
     return None if one is None or other is None or min(len(one), len(other)) < 2 else frechet_distance(one, other)
 
 

@@ -25,7 +25,7 @@ INCEPTION = "https://github.com/toshas/torch-fidelity/releases, weights-inceptio
 
 @dataclass(frozen=True)
 class Networks:
-    """What was asked for; None else. names: by metric, which network it is, for the report."""
+    """The networks that were asked for; None for others. names: by metric, which network it is, for the report."""
 
     lpips: Lpips | None = None
     clip: Clip | None = None
@@ -40,7 +40,7 @@ def load_networks(asked: Asked) -> Networks:
         the folder or Hub id of a CLIP; "inception", or the file with its weights; or any function in its place (`Lpips`, `Clip`,
         `Features` above).
 
-    Raises: ValueError for another name; ImportError naming a missing package; OSError naming weights that cannot be had.
+    Raises: ValueError for another name; ImportError naming a missing package; OSError naming weights that cannot be obtained.
     """
     which = dict(asked) if isinstance(asked, Mapping) else {name: DEFAULTS.get(name, "") for name in asked}
     require_known(which)
@@ -51,7 +51,7 @@ def load_networks(asked: Asked) -> Networks:
 
 
 def require_known(metrics: Iterable[str]) -> None:
-    """Raises: ValueError for a name that is no metric's."""
+    """Raises: ValueError for a name that is not a metric."""
     if unknown := sorted(set(metrics) - DEFAULTS.keys()):
         raise ValueError(f"expected metrics of {', '.join(DEFAULTS)}; found {', '.join(unknown)}")
 
@@ -91,7 +91,7 @@ def _clip(name: str) -> Clip:
 
 
 def _inception(weights: str) -> Features:
-    """The 2048 features that FID is measured in. weights: "inception" downloads them, else they are read from this file."""
+    """The 2048 features that FID is measured in. weights: "inception" downloads them; else the file to read them from."""
     _require("fid", "torch_fidelity", "torch-fidelity")
     from torchmetrics.image.fid import NoTrainInceptionV3
 
@@ -117,7 +117,7 @@ def _require(metric: str, module: str, package: str | None = None) -> None:
 def _made(expected: str, make: Callable[..., Any], *args: Any, **options: Any) -> Any:
     try:
         return make(*args, **options)
-    except OSError as error:  # of urllib and huggingface_hub as well
+    except OSError as error:  # urllib's and huggingface_hub's as well
         raise OSError(f"{expected}, which could not be had: {error}") from error
 
 

@@ -1,4 +1,4 @@
-"""Pictures of the three arms from the same noise, as PNG files: what is there is not made again."""
+"""Pictures of the three arms from the same noise, as PNG files: those that exist are not made again."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PLAN_NAME, FOLDER = "plan.json", "pictures"
 
 @dataclass(frozen=True)
 class Way:
-    """An arm at a guidance scale, in the family's own convention; that of the unguided arm has no effect."""
+    """An arm at a guidance scale, in the family's own convention; the unguided arm's scale has no effect."""
 
     arm: Arm
     scale: float = 1.0
@@ -34,7 +34,8 @@ class Way:
 
 @dataclass(frozen=True)
 class Pictures:
-    """The pictures of one evaluation in `directory`, by way and number: n is of input n, in turn, with the seed `seed` + n."""
+    """The pictures of one evaluation in `directory`, by way and number. Number n is of input n (starting over after the last),
+    with the seed `seed` + n."""
 
     directory: Path
     teacher: PipelineTeacher
@@ -45,9 +46,9 @@ class Pictures:
         return self.directory / FOLDER / way.name / f"{number:05d}.png"
 
     def open(self, plan: dict[str, Any], resume: bool) -> None:
-        """Go on with what is there, or start anew.
+        """Go on with the pictures that exist, or start anew.
 
-        plan: what decides the pictures, but for ways and numbers. Raises: ValueError when those that are there are of another.
+        plan: what determines the pictures except ways and numbers. Raises: ValueError when existing ones are of another plan.
         """
         folder, path = self.directory / FOLDER, self.directory / PLAN_NAME
         if not resume:
@@ -64,7 +65,7 @@ class Pictures:
         write_json(path, plan)
 
     def make(self, ways: Sequence[Way], count: int, batch_size: int, progress: bool = False) -> None:
-        """All of `count` pictures a way that are not there yet, batch_size at once.
+        """Make those of `count` pictures per way that do not exist yet, batch_size at once.
 
         Raises: ValueError when the pipeline makes no pictures.
         """
@@ -89,13 +90,13 @@ class Pictures:
         return found
 
     def describe(self, number: int) -> str:
-        """What its picture is of."""
+        """What the picture with this number is of."""
         inputs, row = self.teacher.inputs, number % len(self.teacher)
         value = inputs.get("prompt", next(iter(inputs.values())))[row]
         return str(value) if isinstance(value, str | int) else f"input {row}"
 
     def read(self, way: Way, numbers: Sequence[int], batch_size: int = 8) -> Iterator[Tensor]:
-        """[N, 3, H, W] in [0, 1], up to batch_size of one size at once."""
+        """Batches [N, 3, H, W] in [0, 1], up to batch_size pictures of one size each."""
         part: list[Tensor] = []
         for number in numbers:
             picture = to_tensor(Image.open(self.path(way, number)))

@@ -1,4 +1,4 @@
-"""Timing several ways to do one thing fairly: warmed up, interleaved, the order turned every round."""
+"""Timing several ways to do one thing fairly: warmed up, interleaved, in an order that rotates every round."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one call: median and the 20th and 80th percentile over `rounds`, and of every round."""
+    """Seconds of one call: median and the 20th and 80th percentile over `rounds`, and those of every round."""
 
     median: float
     p20: float
@@ -26,7 +26,7 @@ class Timing:
         return cls(median, p20, p80, len(seconds), tuple(seconds))
 
     def over(self, other: Timing) -> Timing:
-        """The quotient to `other`, round by round: what slows a whole round leaves it as it is."""
+        """The ratio to `other`, round by round: what slows a whole round does not change it."""
         return Timing.of([mine / theirs for mine, theirs in zip(self.seconds, other.seconds, strict=True)])
 
 
@@ -38,14 +38,14 @@ def time_interleaved(
     device: torch.device | str = "cpu",
     progress: bool = False,
 ) -> dict[str, Timing]:
-    """Time every arm once a round, so that a machine that drifts drifts for all."""
+    """Time every arm once per round, so that a drift of the machine affects all alike."""
     return [*interleaved_rounds(arms, rounds=rounds, warmup=warmup, device=device, progress=progress)][-1]
 
 
 def interleaved_rounds(
     arms: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int, device: torch.device | str, progress: bool
 ) -> Iterator[dict[str, Timing]]:
-    """As `time_interleaved`: after every round, over those so far."""
+    """As `time_interleaved`, but yields after every round the timings of the rounds so far."""
     names = list(arms)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for turn in tqdm(range(-warmup, rounds), desc="timing", disable=not progress, leave=False):

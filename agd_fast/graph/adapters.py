@@ -1,4 +1,4 @@
-"""What adapters do at a site, merged into the projections and norms of the block that it is at."""
+"""What adapters do at a site, fused with the projections and norms of the block around it."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ def fuse_adapters(fusing: Fusing) -> None:
 
 
 def _fuse_attention(fusing: Fusing, node: fx.Node) -> None:
-    """The scores beside the norm of the block's input, or beside its projection; the mix beside the block's output."""
+    """Compute the scores with the norm of the block's input, or with its projection, and the mix with the block's output."""
     site = _Site(fusing, node)
     if not site.beside_norm() and not site.beside_projections() and not site.asked:
         fusing.left["projection_scores", "no plain projection at the block's input or output"] += 1
 
 
 class _Site:
-    """An absorbed attention in its block. end: the last operation that the mix can take with it; residual: what is added there;
-    gate: [B or 1, C] or None. asked: whether a kernel could have taken it."""
+    """An absorbed attention in its block. end: the last operation that the mix can include; residual: what is added there; gate:
+    [B or 1, C] or None. asked: whether there are projections that a kernel could take it with."""
 
     def __init__(self, fusing: Fusing, node: fx.Node) -> None:
         self.fusing, self.node, self.asked = fusing, node, False
@@ -43,7 +43,7 @@ class _Site:
         self.end, self.residual, self.gate = _ending(fusing, node)
 
     def beside_norm(self) -> bool:
-        """Few scores need no product of their own, where the block begins with a norm and ends with a sum."""
+        """Fuse it with the norm that begins the block and the sum that ends it: few scores need no product of their own."""
         norm, few = self.hidden, value_of(self.A).shape[1] <= MAX_SCORES["norm_scores"]
         if not few or not is_layer_norm(norm) or self.residual is None or not self._is_clear(norm):
             return False
@@ -67,17 +67,17 @@ class _Site:
         return self._mixes(ops.projection_mix, mixed_by, projection, q)
 
     def _is_projection(self, user: fx.Node) -> bool:
-        """Whether it is one of the block's input, in front of the mix."""
+        """Whether it is a projection of the block's input, before the mix."""
         own = is_plain_linear(user) and user.args[0] is self.hidden and user is not self.output
         return own and user < self.end and self._is_clear(user)
 
     def _is_clear(self, beside: fx.Node) -> bool:
-        """Whether the scores can be made there, and neither is written in place: others would read what takes its place."""
+        """Whether the scores can be computed there, and neither that nor the end is written in place, as others may read that."""
         made = all(one < beside for one in (self.A, self.score_bias) if one is not None)
         return made and self.fusing.written.isdisjoint([beside, self.end])
 
     def _mixes(self, op: ops.Op, args: tuple[Any, ...], beside: fx.Node, result: fx.Node) -> bool:
-        """Put the mix at the end, and `result` in place of what the scores stand beside; what is not used goes."""
+        """Put the mix in place of the end, and `result` in place of `beside`; what is then unused is removed later."""
         if not self.fusing.takes(op, *args):
             return False
         self.end.replace_all_uses_with(self.fusing.put(op, *args, before=self.end)[0])
@@ -86,7 +86,7 @@ class _Site:
 
 
 def _ending(fusing: Fusing, node: fx.Node) -> tuple[fx.Node, fx.Node | None, Any]:
-    """The last operation that the mix can take with it, the residual that is added there, and the gate [B or 1, C]."""
+    """The last operation that the mix can include, the residual that is added there, and the gate [B or 1, C]."""
     user = only_user(node)
     gated = None if user is None else row_and_rest(user)
     end = only_user(user) if user is not None and gated is not None and gated[1] is node else user

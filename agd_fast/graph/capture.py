@@ -1,7 +1,7 @@
 """One forward of a denoiser as a graph of its operations, a pure function of tensors.
 
 The operations are recorded from a forward on fake tensors, with the adapter's hooks inside; nothing is computed. Everything
-that is no tensor (shapes, flags, LoRA scales) is a constant of the graph: `agd_fast.engine.fingerprint` tells when it changed.
+other than tensors (shapes, flags, LoRA scales) is a constant of the graph: `agd_fast.engine.fingerprint` notices its changes.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from torch.utils import _pytree as pytree
 
 from agd_fast.warning import described
 
-_RECORDING = threading.RLock()  # make_fx has the process's modes to itself, and changes nn.Module for all threads
-_MODES = ("_set_grad_enabled", "_enter_autocast", "_exit_autocast")  # how code switches what is off here anyway
+_RECORDING = threading.RLock()  # make_fx needs the process's modes to itself, and patches nn.Module for all threads
+_MODES = ("_set_grad_enabled", "_enter_autocast", "_exit_autocast")  # calls that switch what is off here anyway
 
 
 class NotCapturableError(Exception):
@@ -32,7 +32,7 @@ class NotCapturableError(Exception):
 
 @dataclass(frozen=True)
 class Captured:
-    """graph: placeholders for the inputs, in their order, then for the constants: what it reads of the model, by placeholder."""
+    """graph: has placeholders for inputs, in order, then for constants. constants: what it reads of the model, by placeholder."""
 
     graph: fx.Graph
     inputs: tuple[fx.Node, ...]
@@ -42,7 +42,7 @@ class Captured:
 def capture(function: Callable[..., list[Tensor]], inputs: Iterable[Tensor]) -> Captured:
     """The graph of `function(*inputs)`, which returns a list of tensors.
 
-    Raises: NotCapturableError, as for code that asks for the values of tensors.
+    Raises: NotCapturableError, for example for code that asks for the values of tensors.
     """
     inputs = list(inputs)
     try:
@@ -55,25 +55,25 @@ def capture(function: Callable[..., list[Tensor]], inputs: Iterable[Tensor]) -> 
     _cast_by_dtype(graph)
     constants = _constants_as_inputs(graph, module)
     _require_nothing_hidden(graph)
-    graph.owning_module = None  # which would keep them for as long as there is the graph
+    graph.owning_module = None  # it would keep the constants for as long as the graph
     graph.eliminate_dead_code()
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     return Captured(graph, tuple(placeholders[: len(inputs)]), constants)
 
 
 def schema_name(node: fx.Node) -> str:
-    """ "aten::add" of a call of an operator; empty otherwise."""
+    """The name of the operator that a node calls, such as "aten::add"; empty for other nodes."""
     schema = getattr(node.target, "_schema", None)
     return "" if schema is None else schema.name
 
 
 def value_of(node: fx.Node) -> Any:
-    """The fake tensor, or what else the node stands for."""
+    """The fake tensor, or other value, that the node stands for."""
     return node.meta.get("val")
 
 
 def arguments_of(node: fx.Node, *defaults: Any) -> list[Any]:
-    """Its positional arguments, and for those that it leaves out `defaults`, which has one for each place."""
+    """Its positional arguments, completed from `defaults`, which has one for each position."""
     return [*node.args, *defaults[len(node.args) :]]
 
 
@@ -87,7 +87,7 @@ def kind_of_value(value: Any) -> Any:
 
 
 def add_call(graph: fx.Graph, target: Any, *args: Any, **flags: Any) -> fx.Node:
-    """A further call of an operator at the graph's insertion point; lists of nodes may be among `args`, none among `flags`."""
+    """Add a call of an operator at the graph's insertion point. `args` may contain nodes and lists of nodes, `flags` none."""
     node = graph.call_function(target, args, flags)
     values = fx.node.map_arg(args, value_of)
     with fake_mode_of(values):
@@ -96,12 +96,12 @@ def add_call(graph: fx.Graph, target: Any, *args: Any, **flags: Any) -> fx.Node:
 
 
 def fake_mode_of(values: Any) -> AbstractContextManager[Any]:
-    """Where operations on these fake tensors give fake tensors."""
+    """A context in which operations on these fake tensors give fake tensors."""
     return next((one.fake_mode for one in pytree.tree_leaves(values) if isinstance(one, FakeTensor)), nullcontext())
 
 
 def sort(graph: fx.Graph) -> None:
-    """Move nodes that are used before they are there behind what they need; all others stay in their order."""
+    """Move each node that stands before one of its inputs behind them; all others keep their order."""
     there: set[fx.Node] = set()
     waiting: list[fx.Node] = []
     previous = next(iter(graph.nodes))
@@ -117,9 +117,9 @@ def sort(graph: fx.Graph) -> None:
 
 
 def _require_nothing_hidden(graph: fx.Graph) -> None:
-    """Raises: NotCapturableError for what writes to memory where no schema says so."""
+    """Raises: NotCapturableError for what writes to memory without a schema that says so."""
     for node in graph.nodes:
-        if isinstance(node.target, HigherOrderOperator):  # a Triton kernel of the model's own
+        if isinstance(node.target, HigherOrderOperator):  # such as a Triton kernel of the model's own
             raise NotCapturableError(f"its forward calls {node.target}, which does not say what it writes to")
         if schema_name(node) in ("aten::batch_norm", "aten::instance_norm") and node.args[3] is not None and node.args[5]:
             raise NotCapturableError("its forward updates the statistics of a norm")
@@ -136,7 +136,7 @@ def _drop_modes(graph: fx.Graph) -> None:
 
 
 def _cast_by_dtype(graph: fx.Graph) -> None:
-    """x.type_as(y) needs no y, which may move where x does not."""
+    """Make x.type_as(y) a cast to y's dtype, which does not need y: y may change with x_t where x does not."""
     for node in graph.find_nodes(op="call_function", target=torch.ops.aten.type_as.default):
         x, y = map(value_of, node.all_input_nodes) if len(node.all_input_nodes) == 2 else (None, None)
         if isinstance(x, Tensor) and isinstance(y, Tensor) and x.device == y.device:

@@ -1,8 +1,8 @@
 """Where a graph may be cut into pieces that are compiled one by one.
 
-Only in front of or behind what compilers leave to libraries (products, attention, kernels of ours): what goes in and comes out
-of these lies in memory anyway, and nothing is fused across them. Convolutions are none of these: compilers choose how images
-lie for them, and a cut turns them back.
+Only directly before or after what compilers leave to libraries (products, attention, our kernels): what goes in and comes out
+of these is in memory anyway, and nothing is fused across them. Convolutions do not count: compilers choose the memory layout of
+their images, which a cut would undo.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ _OURS = "agd_fast_kernels::"
 
 
 def cuts_of(nodes: Sequence[fx.Node], owners: Mapping[fx.Node, fx.Node]) -> list[int]:
-    """Places, each in front of the node of that number. owners: the node whose memory each is a view of."""
+    """Where to cut: indices of nodes, each for the place before that node. owners: the node whose memory each is a view of."""
     closed = [0] * (len(nodes) + 1)
     for first, last in _spans(nodes, owners):
         closed[first + 1] += 1
         closed[last + 1] -= 1
-    spans = list(accumulate(closed))  # that each place lies in
+    spans = list(accumulate(closed))  # the number of them that each place lies in
     beside = [any(map(_is_left_to_library, nodes[max(index - 1, 0) : index + 1])) for index in range(len(nodes))]
     return [index for index in range(1, len(nodes)) if beside[index] and not spans[index]]
 
 
 def _spans(nodes: Sequence[fx.Node], owners: Mapping[fx.Node, fx.Node]) -> Iterator[tuple[int, int]]:
-    """First and last nodes of what stays together: all that reads memory that is written to; lists and numbers with all that
-    takes them."""
+    """First and last nodes of what must stay together: all that uses memory that is written to; lists and numbers with all that
+    uses them."""
     place = {node: index for index, node in enumerate(nodes)}
     written = {owners[node] for node in nodes if writes(node)}
     together: dict[fx.Node, list[int]] = defaultdict(list)

@@ -1,4 +1,4 @@
-"""Projections with an activation behind them."""
+"""Projections followed by an activation."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _GELUS = {"none": "gelu", "tanh": "gelu_tanh"}
 
 
 def fuse_feed_forward(fusing: Fusing) -> None:
-    """A projection and its gelu, or a·gelu(g) of its two halves, in one product."""
+    """Fuse a projection and its gelu, or a·gelu(g) of its two halves, into one product."""
     for node in fusing.nodes:
         found = _geglu(node) or _gelu(node)
         if found is None:
@@ -29,7 +29,7 @@ def fuse_feed_forward(fusing: Fusing) -> None:
 
 
 def end_products_with_gelu(fusing: Fusing, policy: ops.Kernels) -> int:
-    """A projection and its gelu as the one product of libraries that ends with it; how many."""
+    """Replace projections and their gelu by the product of a library that ends with it. Returns how many."""
     count = 0
     for node in fusing.nodes:
         found = _gelu(node)
@@ -39,7 +39,7 @@ def end_products_with_gelu(fusing: Fusing, policy: ops.Kernels) -> int:
 
 
 def _is_read_as_it_is(fusing: Fusing, linear: fx.Node) -> bool:
-    """Whether nothing is written to between the projection and the gelu."""
+    """Whether the projection may move to its gelu: nothing that it reads or gives is written in place."""
     return fusing.written.isdisjoint([linear, *linear.all_input_nodes])
 
 
@@ -57,7 +57,7 @@ def _ends_with_gelu(fusing: Fusing, node: fx.Node, linear: fx.Node, policy: ops.
         columns = add_call(graph, aten.t.default, weight)
         product = add_call(graph, aten._addmm_activation.default, bias, rows, columns, use_gelu=True)
         result = add_call(graph, aten.view.default, product, list(value_of(node).shape))
-    if kind_of(result) != kind_of(node):  # what follows may be a view of that layout
+    if kind_of(result) != kind_of(node):  # what follows may be a view that needs that layout
         return False
     node.replace_all_uses_with(result)
     return True
@@ -90,7 +90,7 @@ def _geglu(node: fx.Node) -> tuple[fx.Node, str] | None:
 
 
 def _half(node: fx.Node, index: int) -> fx.Node | None:
-    """The `chunk` in two along the last dimension that this is the first or second of."""
+    """The `chunk` into two along the last dimension of which this is the half at `index`; None if it is not."""
     if node.target is not operator.getitem or node.args[1] != index:
         return None
     chunk = node.args[0]

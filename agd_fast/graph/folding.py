@@ -1,8 +1,9 @@
 """Operations that need not run: those that change nothing, those that run twice, and rows that a norm can take as its own.
 
 A norm followed by a scale and a shift that do not depend on x_t (adaLN, and modulation adapters on norms) is a norm with
-another γ and β. PyTorch's layer norms have one γ for all samples of a batch, so theirs are folded where the batch is one sample;
-group norms where all channels of all samples lie one after another. Norms of ours have one γ a sample, and take the SiLU too.
+another γ and β. PyTorch's layer norms have one γ for all samples, so rows are folded into them if they are the same for all
+samples, as in a batch of one; into group norms if the input is one sample or contiguous. Our own norms have one γ per sample,
+and can include the SiLU.
 """
 
 from __future__ import annotations
@@ -27,18 +28,18 @@ _NEUTRAL = {"aten::div": 1, "aten::mul": 1, "aten::add": 0, "aten::sub": 0}
 
 
 def drop_needless(graph: fx.Graph) -> None:
-    """Operations that change nothing, and those that run twice."""
+    """Remove operations that change nothing, and those that run twice."""
     written, seen = in_place_groups(graph), _Seen(graph)
     _drop_identities(graph, written, seen)
     _share_equals(graph, written, seen)
 
 
 def _drop_identities(graph: fx.Graph, written: set[fx.Node], seen: _Seen) -> None:
-    """x / 1, x · 1, x + 0, x − 0, and casts and dropout that do nothing, in the same dtype and layout, are x."""
+    """Replace x / 1, x · 1, x + 0, x − 0, and casts and dropout that do nothing by x, if dtype and layout are the same."""
     for node in list(graph.nodes):
         if not (_is_neutral(node) or schema_name(node) in _CASTS) or not node.args or not isinstance(node.args[0], fx.Node):
             continue
-        x = node.args[0]  # where it is written to, or this is, it may be kept as it was by a copy
+        x = node.args[0]  # if x or the node is written in place, the node may be a copy that is needed
         if written.isdisjoint([node, x]) and kind_of(x) == kind_of(node) and not is_random(node):
             seen.replace(node, x)
 
@@ -51,26 +52,26 @@ def _is_neutral(node: fx.Node) -> bool:
 
 
 def _share_equals(graph: fx.Graph, written: set[fx.Node], seen: _Seen) -> None:
-    """Operations on the same arguments are one: DiT's blocks take the sines of t each for itself."""
+    """Merge equal operations on the same arguments: each of DiT's blocks, for example, computes the sines of t itself."""
     found: dict[Any, fx.Node] = {}
     for node in list(graph.nodes):
         if node.op != "call_function" or is_random(node) or not written.isdisjoint([node, *node.all_input_nodes]):
-            continue  # what is read before and after it is written is not the same
+            continue  # reads before and after a write are not the same
         key = (node.target, _hashable(node.args), _hashable(node.kwargs))
         if found.setdefault(key, node) is not node:
             seen.replace(node, found[key])
 
 
 class _Seen:
-    """Memory that a caller sees: of what it gives, and of what it gets. It may write to either, so no two of these become one."""
+    """Memory that a caller sees: of its arguments and of the results. It may write to any of these, so no two may become one."""
 
     def __init__(self, graph: fx.Graph) -> None:
         nodes = [node for node in graph.nodes if node.op == "placeholder"] + graph.output_node().all_input_nodes
         self.memories = set[int]().union(*map(memories_of, nodes))
-        self.became: dict[int, set[int]] = {}  # by memory, all that is one with it now
+        self.became: dict[int, set[int]] = {}  # by memory, all memory that is one with it now
 
     def replace(self, node: fx.Node, other: fx.Node) -> None:
-        """Put another node in the place of one, but where a caller would see it."""
+        """Put `other` in the place of a node, unless a caller would notice."""
         own, its = self._of(node), self._of(other)
         if own != its and own & self.memories and its & self.memories:
             return
@@ -83,7 +84,7 @@ class _Seen:
 
 
 def _hashable(value: Any) -> Any:
-    """With the type of what is no tensor: 1, 1.0 and True are not the same argument."""
+    """A hashable form. Constants come with their types: 1, 1.0 and True are not the same argument."""
     if isinstance(value, Mapping):
         return tuple((name, _hashable(inner)) for name, inner in value.items())
     if isinstance(value, (list, tuple)):
@@ -92,7 +93,7 @@ def _hashable(value: Any) -> Any:
 
 
 def fold_into_norms(graph: fx.Graph, level: Mapping[fx.Node, Level], fusing: Fusing | None = None) -> None:
-    """level: of the nodes. fusing: where norms may be put on kernels."""
+    """level: that of each node. fusing: given where norms may be put on kernels."""
     written = in_place_groups(graph)
     for node in list(graph.nodes):
         if schema_name(node) in _NORMS and level[node] == Level.MOVING and not written.intersection(node.all_input_nodes):
@@ -100,22 +101,22 @@ def fold_into_norms(graph: fx.Graph, level: Mapping[fx.Node, Level], fusing: Fus
 
 
 class _Norm:
-    """A norm, and the operations behind it that scale and shift it by rows: ("scale", γ), ("one_plus", δ) or ("shift", β).
+    """A norm, and the operations after it that scale and shift it by rows: ("scale", γ), ("one_plus", δ) or ("shift", β).
 
-    As each of these is all that takes the one before, no row can come of the norm.
+    Nothing else uses the norm or the results between these operations, so no row can depend on the norm.
     """
 
     def __init__(self, graph: fx.Graph, node: fx.Node, fusing: Fusing | None, written: set[fx.Node]) -> None:
         self.graph, self.node, self.fusing, self.written = graph, node, fusing, written
         self.value: Tensor = value_of(node)
         self.grouped = schema_name(node) == "aten::group_norm"
-        self.end = node  # of what is folded
+        self.end = node  # the last operation that is folded
         self.operations: list[tuple[str, fx.Node]] = []
 
     def fold(self) -> None:
         while self._takes(list(self.end.users)):
             pass
-        if self.end in self.written:  # what takes its place would be, too
+        if self.end in self.written:  # and so would be what takes its place
             return
         if self._on_kernel():
             return
@@ -125,7 +126,7 @@ class _Norm:
     def _in_torch(self) -> bool:
         """Whether PyTorch's own norm can take the rows."""
         own = [value_of(one) for one in self.node.args[2:4] if isinstance(one, fx.Node)]
-        if any(one.dtype != self.value.dtype for one in own):  # γ and β are to be of one
+        if any(one.dtype != self.value.dtype for one in own):  # γ and β must have one dtype
             return False
         if not self.grouped:
             return not self.batched
@@ -142,7 +143,7 @@ class _Norm:
         return any(value_of(row).numel() > math.prod(self.channels) for _, row in self.operations)
 
     def _on_kernel(self) -> bool:
-        """Whether a norm of ours takes its place: a group norm with the SiLU behind it, a layer norm with rows a sample."""
+        """Whether one of our norms takes its place: a group norm with a SiLU after it, a layer norm with rows per sample."""
         after = only_user(self.end)
         silu = self.grouped and after is not None and schema_name(after) == "aten::silu" and after not in self.written
         if self.fusing is None or not (silu or (not self.grouped and self.batched and len(self.channels) == 1)):
@@ -163,8 +164,8 @@ class _Norm:
         return None if row is None else self._call(aten.view.default, row, [-1, self.channels[-1]])
 
     def _is_row(self, node: Any) -> bool:
-        """Whether it has one number a channel of the norm, and one alone: it is broadcast over everything else."""
-        if not isinstance(node, fx.Node) or node in self.written:  # it is read later than before
+        """Whether it has exactly one number per channel of the norm, and is broadcast over everything else."""
+        if not isinstance(node, fx.Node) or node in self.written:  # it would be read later than now
             return False
         value = value_of(node)
         if not isinstance(value, Tensor) or value.dtype != self.value.dtype or value.ndim > self.value.ndim:
@@ -172,11 +173,11 @@ class _Norm:
         ones = (1,) * (self.value.ndim - len(self.channels))
         expected = (*self.channels, *ones) if self.grouped else (*ones, *self.channels)
         shape = (1,) * (self.value.ndim - value.ndim) + tuple(value.shape)
-        batched = (self.value.shape[0], *expected[1:])  # a row for each sample, which is for kernels of ours
+        batched = (self.value.shape[0], *expected[1:])  # a row for each sample, which only our kernels take
         return shape == expected or (not self.grouped and self.fusing is not None and len(ones) > 0 and shape == batched)
 
     def _takes(self, users: list[fx.Node]) -> bool:
-        """Whether what follows is folded too."""
+        """Whether what follows can be folded too; if so, it is."""
         if any(user.kwargs for user in users):
             return False
         names = sorted(schema_name(user) for user in users)
@@ -198,7 +199,7 @@ class _Norm:
         return True
 
     def _takes_affine(self, outer: fx.Node, inner: fx.Node) -> bool:
-        """n + addcmul(β, n, γ)."""
+        """The same for n + addcmul(β, n, γ)."""
         beta, n, gamma = inner.args
         if n is not self.end or outer.args != (n, inner) or len(inner.users) != 1:
             return False
@@ -221,12 +222,12 @@ class _Norm:
             norm = self._call(self.node.target, x, arguments[1], weight, bias, *arguments[4:])
             if self.grouped:
                 norm = self._call(aten.view.default, norm, list(self.value.shape))
-        if kind_of(norm) != kind_of(self.end):  # what follows may be a view of that layout
+        if kind_of(norm) != kind_of(self.end):  # what follows may be a view that needs that layout
             return
         self.end.replace_all_uses_with(norm)
 
     def _folded(self, weight: Any, bias: Any) -> tuple[Any, Any]:
-        """The norm's own weight and bias after all operations."""
+        """The norm's weight and bias with all operations folded into them."""
         w, b = weight, bias
         for kind, row in self.operations:
             row = self._call(aten.view.default, row, [-1, *self.channels[-1:]] if self.batched else list(self.channels))

@@ -1,4 +1,4 @@
-"""Pieces of a graph put on kernels of ours: what a pattern finds is offered to `agd_fast.ops`, which takes it or says why not."""
+"""Pieces of a graph put on our kernels: what a pattern finds is offered to `agd_fast.ops`, which takes it or says why not."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ ELSEWHERE = "its channels do not lie in memory as the kernel expects"
 
 
 class Fusing:
-    """What is done to one graph. level: of its nodes; only what moves with x_t is put on kernels. left: how often an op's kernel
-    did not take a piece, by op and reason."""
+    """What is done to one graph. level: that of each node; only what depends on x_t is put on kernels. left: how often an op's
+    kernel did not take a piece, by op and reason."""
 
     def __init__(self, graph: fx.Graph, level: Mapping[fx.Node, Level], policy: Kernels) -> None:
         self.graph, self.level, self.policy = graph, level, policy
-        self.written = in_place_groups(graph)  # what is read of these depends on when
+        self.written = in_place_groups(graph)  # what is read from these depends on when it is read
         self.left: Counter[tuple[str, str]] = Counter()
 
     @property
     def nodes(self) -> list[fx.Node]:
-        """What may be replaced: not what is written in place, as others read what takes its place."""
+        """Nodes that may be replaced: none that shares memory with what is written in place, because others may read that."""
         moving = (node for node in self.graph.nodes if self.level.get(node, Level.MOVING) == Level.MOVING)
         return [node for node in moving if node not in self.written]
 
@@ -46,7 +46,7 @@ class Fusing:
         return not reason
 
     def put(self, op: Op, *args: Any, before: fx.Node) -> tuple[fx.Node, ...]:
-        """The op's outputs. All that it takes must stand before `before`."""
+        """Add a call of the op, and return its outputs. All its arguments must stand before `before`."""
         with self.graph.inserting_before(before):
             node = add_call(self.graph, op.overload, *args)
             found = value_of(node)
@@ -55,7 +55,7 @@ class Fusing:
             return tuple(add_call(self.graph, operator.getitem, node, index) for index in range(len(found)))
 
     def replaces(self, op: Op, node: fx.Node, found: fx.Node) -> bool:
-        """Whether an op's output takes the place of a node: where it lies as that did, or all that take it do not mind."""
+        """Whether an op's output takes the place of a node: if it has the same layout, or if no user of the node minds."""
         fits = kind_of(found) == kind_of(node) or all(_gives_the_same(user, node, found) for user in node.users)
         if fits:
             node.replace_all_uses_with(found)
@@ -74,14 +74,14 @@ class Fusing:
             return add_call(self.graph, torch.ops.aten.view.default, node, shape)
 
     def info(self) -> dict[str, dict[str, int]]:
-        """For a reader. kernels: how many stand in the graph, by op. not_on_kernels: how many do not, by op and reason."""
+        """For display. kernels: number of pieces on kernels, by op. not_on_kernels: number of others, by op and reason."""
         names = {op.overload: op.name for op in OPS.values()}
         found = Counter(names[node.target] for node in self.graph.nodes if node.target in names)
         return {"kernels": dict(found), "not_on_kernels": {f"{name}: {reason}": n for (name, reason), n in self.left.items()}}
 
 
 def unfit(op: Op, values: tuple[Any, ...]) -> str:
-    """Why arguments are none for this op at all, as with γ in another dtype than x; empty where they are."""
+    """Why the op does not accept these arguments at all, for example γ in another dtype than x; empty where it does."""
     try:
         with fake_mode_of(values):
             op.reference(*values)
@@ -91,24 +91,24 @@ def unfit(op: Op, values: tuple[Any, ...]) -> str:
 
 
 def _gives_the_same(user: fx.Node, node: fx.Node, found: fx.Node) -> bool:
-    """Whether what a user makes of a node lies as before when it is made of what is found in its place."""
+    """Whether the result of a node's user keeps its layout when `found` takes the node's place."""
     if user.op != "call_function":
         return False
     args, kwargs = fx.node.map_arg((user.args, user.kwargs), lambda one: value_of(found if one is node else one))
     try:
         with fake_mode_of((args, kwargs)):
             return bool(kind_of_value(user.target(*args, **kwargs)) == kind_of(user))  # type: ignore[operator]
-    except (RuntimeError, ValueError):  # a view that there is none of
+    except (RuntimeError, ValueError):  # a view that this layout does not allow
         return False
 
 
 def only_user(node: fx.Node) -> fx.Node | None:
-    """The one operation that takes it; None where there is none, or several."""
+    """The one operation that uses it; None where there is none, or several."""
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 
 def is_row(node: Any, like: Tensor) -> bool:
-    """Whether it has one number a channel of `like` [B, ..., C], for all samples or each, and is broadcast over the rest."""
+    """Whether it has one number per channel of `like` [B, ..., C], for all samples or each, and is broadcast over the rest."""
     value = value_of(node) if isinstance(node, fx.Node) else None
     if (
         not isinstance(value, Tensor)

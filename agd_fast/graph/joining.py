@@ -1,6 +1,7 @@
-"""Rows of tokens of which only a few move with the step, as keys and values of (ω, t, c): all that are alike joined at once.
+"""Sets of tokens of which only a few change with the step, such as keys and values of (ω, t, c): all of the same shapes are
+joined at once.
 
-Put into tables whole, they would be as many as there are steps; joined one by one, each costs a launch a step.
+Stored whole in tables, all their tokens would be repeated for every step; joined one by one, each set costs a launch per step.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ aten = torch.ops.aten
 def join_equal_cats(graph: fx.Graph, level: Mapping[fx.Node, Level]) -> frozenset[fx.Node]:
     """Replace `cat`s that mix static tensors with smaller ones of the step by one `cat` for all of the same shapes.
 
-    Returns the nodes that belong into the step itself. A graph that writes in place is left as it is: the order counts there.
+    Returns the nodes that belong in the step itself. A graph that writes in place is left as it is, because order matters there.
     """
     if in_place_groups(graph):
         return frozenset()
@@ -54,10 +55,10 @@ def _dim(node: fx.Node) -> int:
 
 
 def _joined(graph: fx.Graph, nodes: list[fx.Node]) -> list[fx.Node]:
-    """`nodes`, or one `cat` [n, …] of the pieces of all of them stacked, in place of theirs."""
+    """`nodes`, or the one `cat` [n, …] that replaces them, of the stacked pieces of all."""
     if len(nodes) == 1 or _depend_on_one_another(nodes):
         return nodes
-    last = nodes[-1]  # where the pieces of all are there
+    last = nodes[-1]  # the pieces of all stand before it
     stacks = []
     with graph.inserting_before(last):
         for pieces in zip(*map(_pieces, nodes), strict=True):

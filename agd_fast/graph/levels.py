@@ -12,12 +12,12 @@ from torch.utils import _pytree as pytree
 
 from agd_fast.graph.capture import arguments_of, schema_name, value_of
 
-# views if the layout allows it, or the arguments
+# they give views, or the argument itself, where that is possible, else copies
 _MAYBE_COPIES = ("reshape", "reshape_as", "flatten", "ravel", "contiguous", "to", "type_as", "dropout")
 
 
 class Level(IntEnum):
-    """STATIC: the same for a whole run; once is enough. STEP: by the step alone; once for a whole schedule. MOVING: the rest."""
+    """STATIC: the same for a whole run, computed once. STEP: depends on the step alone, once for a schedule. MOVING: the rest."""
 
     STATIC = 0
     STEP = 1
@@ -25,10 +25,10 @@ class Level(IntEnum):
 
 
 def levels_of(graph: fx.Graph, placeholders: Mapping[fx.Node, Level]) -> dict[fx.Node, Level]:
-    """The level of every node. placeholders: those of the inputs; all others are constants.
+    """The level of every node. placeholders: the levels of the inputs; all other placeholders are constants.
 
-    Tensors that are written in place, and all views of them, have one level: that of all that is written, and of all that reads
-    them before the last write.
+    Tensors that are written in place, and all views of them, share one level: the highest of all that is written to them, and of
+    all that reads them before the last write.
     """
     owners = owners_of(graph)
     last = {owners[node]: index for index, node in enumerate(graph.nodes) if writes(node)}
@@ -54,7 +54,7 @@ def levels_of(graph: fx.Graph, placeholders: Mapping[fx.Node, Level]) -> dict[fx
 
 
 def is_view(node: fx.Node) -> bool:
-    """Whether the node is another view of its first argument, whatever its layout: nothing is computed."""
+    """Whether the node is a view of its first argument, whatever the layout of that: nothing is computed."""
     schema = getattr(node.target, "_schema", None)
     if schema is None or not node.all_input_nodes or _maybe_copies(node):
         return _is_item(node) and is_view(_first(node))
@@ -71,7 +71,7 @@ def in_place_groups(graph: fx.Graph) -> set[fx.Node]:
 
 
 def leading_to(nodes: Sequence[fx.Node]) -> list[fx.Node]:
-    """These, one at least, and all that they are made of, in the order of their graph."""
+    """These nodes, at least one, and all that they are computed from, in the order of their graph."""
     found, waiting = set(nodes), list(nodes)
     while waiting:
         new = set(waiting.pop().all_input_nodes) - found
@@ -86,7 +86,7 @@ def elements(node: fx.Node) -> int:
 
 
 def owners_of(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
-    """The node whose memory each node is a view of; one for all memory that a single operation writes to, or gives views of."""
+    """The node whose memory each node is a view of; one for all memory that a single operation writes to or gives views of."""
     owners: dict[fx.Node, fx.Node] = {}
     first_in: dict[int, fx.Node] = {}  # by memory
     for node in graph.nodes:
@@ -102,13 +102,13 @@ def owners_of(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
 
 
 def memories_of(node: fx.Node) -> set[int]:
-    """Where its tensors lie: those of several nodes have one in common where one is a view of the other."""
+    """The storages of its tensors: two nodes have one in common where one is a view of the other."""
     values = [one for one in pytree.tree_leaves(value_of(node)) if isinstance(one, Tensor) and one.layout == torch.strided]
     return {value.untyped_storage()._cdata for value in values}
 
 
 def _sharing(node: fx.Node) -> list[fx.Node]:
-    """What it writes to, or may be another view of."""
+    """The nodes that it writes to, or may be a view of."""
     if writes(node):
         return _written(node)
     shares = node.op == "call_function" and node.all_input_nodes and (is_view(node) or _maybe_copies(node) or _is_item(node))

@@ -1,5 +1,5 @@
-"""Low-rank terms beside a convolution that are the same for all samples, as part of its weight: what sees one place alone adds to
-the weight's centre, and no term passes over the image."""
+"""Low-rank terms beside a convolution that are the same for all samples, made part of its weight: a term that sees one position
+at a time adds to the weight's centre, so it needs no pass over the image."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ CENTRED = torch.ops.agd_fast.centred.default
 
 
 def merge_low_rank(fusing: Fusing) -> int:
-    """How many were merged: where the weight and the term do not move with x_t, and their product is the smaller one."""
+    """Merge terms where neither they nor the weight depend on x_t, and where up·down takes fewer products. Returns how many."""
     merged = sum(_merge(fusing, node) for node in fusing.nodes if node.target is torch.ops.agd_fast.gated_lora.default)
     if merged:
-        sort(fusing.graph)  # what a weight takes may be made behind its convolution
+        sort(fusing.graph)  # what a weight needs may be computed after its convolution
     return merged
 
 
@@ -45,7 +45,7 @@ def _merge(fusing: Fusing, node: fx.Node) -> bool:
 
 
 def _is_beside(node: fx.Node, hidden: fx.Node, convolution: fx.Node) -> bool:
-    """Whether the term meets at every place what the centre of the convolution's weight meets there."""
+    """Whether the term sees at every position what the centre of the convolution's weight sees there."""
     if schema_name(convolution) != "aten::conv2d" or convolution.kwargs or convolution.args[0] is not hidden:
         return False
     if only_user(convolution) is not node or kind_of(convolution) != kind_of(node):
@@ -62,7 +62,7 @@ def _pair(value: int | Sequence[int]) -> list[int]:
 
 
 def _pays(convolution: fx.Node) -> bool:
-    """Whether up·down has fewer products than down and up at every place have."""
+    """Whether up·down takes fewer products than applying down and up at every position."""
     image, weight = map(value_of, convolution.args[:2])  # type: ignore[arg-type]
     channels, inputs = weight.shape[:2]
     return channels * inputs < len(image) * math.prod(image.shape[2:]) * (channels + inputs)

@@ -30,8 +30,8 @@ class Part:
 
 @dataclass(frozen=True)
 class Parts:
-    """once: of what does not move. step: of the step alone. views: of the results of `step`, other views of their memory.
-    body: the forward from all of these."""
+    """once: computes what does not change. step: what depends on the step alone. views: further views of the memory of `step`'s
+    results. body: the rest of the forward, from all of these."""
 
     once: Part
     step: Part
@@ -46,11 +46,11 @@ def partition(
     elsewhere: frozenset[fx.Node] = frozenset(),
 ) -> Parts:
     """placeholders: the levels of the inputs. kept: nodes that stay in the body, whatever they depend on. elsewhere: those that
-    no part computes; the body takes them, and what they are made of is among the results of the other parts."""
+    no part computes; the body takes them, and what they are computed from is among the results of the other parts."""
     level = levels_of(graph, placeholders)
     for node in kept | elsewhere:
         level[node] = Level.MOVING
-    for node in graph.nodes:  # and what comes of them
+    for node in graph.nodes:  # and what is computed from them
         level[node] = max([level[node], *(level[one] for one in node.all_input_nodes)])
     nodes = [node for node in graph.nodes if node.op == "call_function"]
     written = in_place_groups(graph)
@@ -77,25 +77,25 @@ def partition(
 
 
 def _tensors(nodes: Iterable[fx.Node]) -> list[fx.Node]:
-    """Those that are tensors, once each; what is taken out of a list of them is a node of its own."""
+    """The nodes that are tensors, once each; those that are lists are left out, as their items are nodes of their own."""
     return [node for node in dict.fromkeys(nodes) if isinstance(node.meta.get("val"), Tensor)]
 
 
 def _owner(node: fx.Node) -> fx.Node:
-    """What a node is a view of, or the node."""
+    """What a node is a view of, or the node itself."""
     while is_view(node):
         node = node.all_input_nodes[0]
     return node
 
 
 def _can_be_a_row(node: fx.Node) -> bool:
-    """Whether views of it are views of its copy in a row too: there it lies contiguously."""
+    """Whether views of it can be views of its copy in a row too, which is contiguous."""
     value = node.meta.get("val")
     return node.op != "placeholder" and isinstance(value, Tensor) and value.is_contiguous()
 
 
 def _view_chain(aliases: list[fx.Node]) -> list[fx.Node]:
-    """The views from what they are views of to `aliases`, in the order of the graph."""
+    """All views on the way from their owners to `aliases`, in the order of the graph."""
     chain: set[fx.Node] = set()
     for node in aliases:
         while is_view(node):

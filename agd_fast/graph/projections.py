@@ -1,5 +1,5 @@
-"""Projections of the same tokens, as of queries, keys and values, as one product. Thin ones, as adapters have them, ride along
-with a wider one."""
+"""Projections of the same tokens, such as queries, keys and values, joined into one product. Thin ones, such as those of
+adapters, are joined to a wider one."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ aten = torch.ops.aten
 
 ALIGNMENT = 16  # bytes
 TILE = 128 * 128  # elements of a product that one multiprocessor works on at a time
-# How often it does: a choice. Three products of w times each take ⌈w⌉ of them, as one ⌈3w⌉ / 3: the larger w, the less is won for
-# copies of weights that are as large as ever.
+# How often each of them does so, a choice. Three products of w waves take ⌈w⌉ each, as one product ⌈3w⌉ / 3 each: the larger w,
+# the less is gained, while the copies of the weights are as large as ever.
 WAVES = 2
 
-# weights, and zeros of a length, joined along their first dimension, once; None where that cannot be
+# joins weights, and numbers of zeros, along their first dimension, once; gives None where that cannot be done
 Concatenate = Callable[[Sequence[fx.Node | int]], fx.Node | None]
 Wanted = Callable[[Tensor, int], bool]  # tokens [..., K], rows of the widest weight → whether projections of them are joined
 
 
 def leaves_card_idle(x: Tensor, rows: int) -> bool:
-    """Whether a product of tokens [..., K] with so many rows has parts for few rounds of all multiprocessors: then one that is
-    several times as large takes hardly longer."""
+    """Whether a product of tokens [..., K] with a weight of so many rows takes less than `WAVES` on all multiprocessors: then one
+    that is several times as large takes hardly longer."""
     if x.device.type != "cuda":
         return False
     count = torch.cuda.get_device_properties(x.device).multi_processor_count
@@ -37,7 +37,7 @@ def leaves_card_idle(x: Tensor, rows: int) -> bool:
 
 
 def join_projections(fusing: Fusing, concatenate: Concatenate, wanted: Wanted) -> int:
-    """How many products became parts of another."""
+    """Join projections of the same tokens. Returns how many became parts of another."""
     count = 0
     for x in fusing.nodes:
         linears = sorted(user for user in x.users if _is_joinable(fusing, user, x))
@@ -48,7 +48,7 @@ def join_projections(fusing: Fusing, concatenate: Concatenate, wanted: Wanted) -
 
 
 def join_thin_projections(fusing: Fusing, concatenate: Concatenate) -> int:
-    """How many were joined. A projection is thin where it has at most half of the rows of its partner."""
+    """Join thin projections, with at most half the rows of a wider one, to that one. Returns how many."""
     count = 0
     for x in fusing.nodes:
         linears = [user for user in x.users if _is_joinable(fusing, user, x)]
@@ -61,7 +61,7 @@ def join_thin_projections(fusing: Fusing, concatenate: Concatenate) -> int:
 
 
 def _is_aligned(x: Tensor, wide: fx.Node, thin: fx.Node) -> bool:
-    """Whether every row of either begins where kernels of attention may read it."""
+    """Whether every row of both results begins at an address from which attention kernels can read."""
     return all(rows * x.itemsize % ALIGNMENT == 0 for rows in (_rows(wide), _rows(wide) + _rows(thin)))
 
 
@@ -78,7 +78,7 @@ def _rows(linear: fx.Node) -> int:
 
 
 def _is_joinable(fusing: Fusing, node: fx.Node, x: fx.Node) -> bool:
-    """With a weight that does not move, and taken by what splits its channels at most."""
+    """Whether it is a projection of x with static parameters, whose users accept channels that are a slice of wider rows."""
     if not is_plain_linear(node) or node.args[0] is not x:
         return False
     parameters = [one for one in linear_arguments(node)[1:] if one is not None]
@@ -87,7 +87,7 @@ def _is_joinable(fusing: Fusing, node: fx.Node, x: fx.Node) -> bool:
 
 
 def _takes_strides(user: fx.Node) -> bool:
-    """Whether an operation takes tokens whose channels lie within wider rows."""
+    """Whether an operation accepts tokens whose channels are a slice of wider rows."""
     if _is_viewed(user):
         return False
     if user.target is aten.view.default:
@@ -98,7 +98,7 @@ def _takes_strides(user: fx.Node) -> bool:
 
 
 def _is_viewed(node: fx.Node) -> bool:
-    """Whether it is a view of which a further `view` may need the layout as it is."""
+    """Whether it is a view whose layout a further `view` may depend on."""
     return is_view(node) and any(user.target is aten.view.default or _is_viewed(user) for user in node.users)
 
 

@@ -1,6 +1,6 @@
-"""Where the same piece of a graph stands again and again with other weights, as the blocks of a transformer do.
+"""Pieces of a graph that repeat with other weights, as the blocks of a transformer do.
 
-A captured forward has no modules any more: pieces are found by what they compute.
+A captured forward no longer has modules, so pieces are found by what they compute.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from agd_fast.graph.cuts import cuts_of
 from agd_fast.graph.levels import is_random, is_view, owners_of, writes
 from agd_fast.graph.partition import part_of
 
-LONGEST = 256  # operations of a piece that is looked for
+LONGEST = 256  # operations of the largest pieces that are looked for
 LEAST = 32  # operations that a piece must save: about what compiling one costs, however small
-NEARLY = 0.9  # of the best piece: among such the one that passes on the fewest bytes is taken
+NEARLY = 0.9  # of the best piece's worth: among pieces worth that much, the one with the fewest bytes in and out is taken
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class Call:
 
 
 def calls_of(graph: fx.Graph) -> list[Call]:
-    """The graph as calls of pieces, one after another. Those that compute the same of other arguments are of the same piece; a
-    graph without such is one call."""
+    """The graph as calls of pieces, one after another. Calls that compute the same from other arguments share a piece; a graph
+    without such calls is one call."""
     repeats = _Repeats(graph)
     known: dict[Hashable, fx.GraphModule] = {}
     calls = []
@@ -46,13 +46,13 @@ def calls_of(graph: fx.Graph) -> list[Call]:
 
 
 def operations(graph: fx.Graph) -> int:
-    """How many there are to compile."""
+    """The number of operations to compile."""
     return sum(map(_weight, graph.nodes))
 
 
 @dataclass(frozen=True)
 class _Form:
-    """What a run of nodes computes. key: the same for those that compute the same of other arguments. passed: bytes that it takes
+    """What a run of nodes computes. key: equal for runs that compute the same from other arguments. passed: bytes that it takes
     from other nodes and gives to them."""
 
     key: Hashable
@@ -62,8 +62,8 @@ class _Form:
 
 @dataclass
 class _Candidate:
-    """A run that occurs more than once. length: in atoms. weight: in operations. starts: atoms; the runs may overlap.
-    proven: whether all have the same form; else they only look so."""
+    """A run of atoms that occurs more than once. length: in atoms. weight: in operations. starts: first atoms of the
+    occurrences, which may overlap. proven: whether all have the same form; else they only look so."""
 
     length: int
     weight: int
@@ -71,7 +71,7 @@ class _Candidate:
     proven: bool = False
 
     def free(self, taken: Sequence[int]) -> list[int]:
-        """The starts of runs that are apart from each other and from all that is taken. taken: how many atoms before each."""
+        """The starts of occurrences that overlap neither each other nor taken atoms. taken: number of those before each atom."""
         found: list[int] = []
         for start in self.starts:
             if taken[start + self.length] == taken[start] and (not found or start >= found[-1] + self.length):
@@ -81,39 +81,40 @@ class _Candidate:
 
 @dataclass(frozen=True)
 class _Choice:
-    """A candidate, and the starts of those of its runs that can be cut out."""
+    """A candidate, and the starts of those of its occurrences that can be cut out."""
 
     candidate: _Candidate
     starts: list[int]
 
     @property
     def saves(self) -> int:
-        """Operations, less one for each call that it makes of the graph."""
+        """The number of operations saved, less one for each call into which the graph is cut for it."""
         gaps = sum(stop - start > self.candidate.length for start, stop in pairwise(self.starts))
         return (len(self.starts) - 1) * self.candidate.weight - len(self.starts) - gaps
 
     @property
     def worth(self) -> float:
-        """More for a short one that repeats often than for a long one that saves as much: inside of the long one it would repeat
-        as well."""
+        """Higher for a short piece that repeats often than for a long one that saves as much: inside the long one, the short
+        one would repeat as well."""
         return self.saves * (1 - 1 / len(self.starts)) ** 3
 
 
 class _Repeats:
-    """Nodes between two places where the graph may be cut, and not between these, are an atom; pieces are runs of atoms."""
+    """Finds the pieces of a graph. The nodes between two neighbouring places where it may be cut are an atom; pieces are runs of
+    atoms."""
 
     def __init__(self, graph: fx.Graph) -> None:
         self.nodes = [node for node in graph.nodes if node.op == "call_function"]
         owners = owners_of(graph)
         written = {owners[node] for node in self.nodes if writes(node)}
-        self.alone = {  # like no others: what is random, and what writes to arguments
+        self.alone = {  # equal to no others: what is random, and what writes to arguments
             node for node in self.nodes if is_random(node) or (owners[node] in written and owners[node].op == "placeholder")
         }
         self.cuts = [0, *cuts_of(self.nodes, owners), len(self.nodes)]
         self.taken = [False] * (len(self.cuts) - 1)  # by atom
 
     def bounds(self) -> list[int]:
-        """Where to cut, with both ends."""
+        """Where to cut, including both ends."""
         found = {0, len(self.nodes)}
         candidates = self._candidates()
         while (best := self._best(candidates)) is not None:
@@ -124,7 +125,7 @@ class _Repeats:
         return sorted(found)
 
     def form(self, start: int, stop: int) -> _Form:
-        """Of the nodes from `start` to `stop`."""
+        """The form of the nodes from `start` to `stop`."""
         nodes = self.nodes[start:stop]
         own, given = {node: index for index, node in enumerate(nodes)}, dict[fx.Node, int]()
 
@@ -137,7 +138,7 @@ class _Repeats:
         return _Form((looks, tuple(own[node] for node in results)), results, sum(value_of(node).nbytes for node in passed))
 
     def _candidates(self) -> list[_Candidate]:
-        """All runs that look the same at least twice."""
+        """All runs of atoms that look the same as at least one other."""
         numbers: dict[Hashable, int] = {}
 
         def number(one: Hashable) -> int:
@@ -175,7 +176,7 @@ class _Repeats:
                 candidates += self._proven(candidate)
 
     def _proven(self, candidate: _Candidate) -> list[_Candidate]:
-        """A candidate for each form that its runs have."""
+        """A candidate for each form that its occurrences have."""
         forms: dict[Hashable, list[int]] = defaultdict(list)
         for start in candidate.starts:
             forms[self._form(candidate, start).key].append(start)
@@ -190,7 +191,7 @@ def _weight(node: fx.Node) -> int:
 
 
 def _kind(node: fx.Node) -> Any:
-    """dtype, device, shape and strides, of a list those of each; the type of a number."""
+    """dtype, device, shape and strides of a tensor, or of each in a list; the type of a number."""
     value = value_of(node)
     if isinstance(value, (list, tuple)):
         return tuple((one.dtype, one.device, one.shape, one.stride()) if isinstance(one, Tensor) else type(one) for one in value)
@@ -198,7 +199,7 @@ def _kind(node: fx.Node) -> Any:
 
 
 def _look(node: fx.Node, name: Any = _kind) -> Hashable:
-    """What a node does to what it takes, each of which goes by `name`."""
+    """What a node does to its inputs, each of which is identified by `name`."""
 
     def plain(value: Any) -> Hashable:
         if isinstance(value, fx.Node):

@@ -1,4 +1,4 @@
-"""Sums of a block's output and its input, with their gates, and the norms behind them."""
+"""Sums of a block's output and its input, with their gates, and the norms after them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from agd_fast.graph.fusing import Fusing, row_and_rest
 
 
 def fuse_residuals(fusing: Fusing) -> None:
-    """residual + gate·y and the layer norm of it, where that is the first to take it, in one pass; else where there is a gate."""
+    """Fuse residual + gate·y with its layer norm, where that is the first to use the sum; else the sum alone, if it is gated."""
     for node in fusing.nodes:
         if (found := sum_of(node)) is not None:
             residual, y, gate = found
@@ -62,7 +62,7 @@ def _is_like(value: Any, like: Tensor) -> bool:
 
 
 def is_layer_norm(node: fx.Node) -> bool:
-    """Of the last dimension, plain or with rows a sample."""
+    """Whether it is a layer norm of the last dimension, plain or with rows per sample."""
     if node.target is ops.ada_layer_norm.overload:
         return True
     return schema_name(node) == "aten::layer_norm" and not node.kwargs and len(node.args[1]) == 1  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""All that is done to a graph before it is cut, in its order."""
+"""All that is done to a graph before it is cut, in order."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ from agd_fast.ops import Kernels
 
 @dataclass(frozen=True)
 class Rewritten:
-    """kept: nodes that belong into the step, whatever they depend on. joined: how many projections became parts of others.
-    merged: low-rank terms that became parts of weights. gelu_epilogues: how many end with their gelu. kernels: for a reader."""
+    """kept: nodes that belong in the step, whatever they depend on. joined: number of projections that became parts of others.
+    merged: number of low-rank terms that became parts of weights. gelu_epilogues: number of products that end with their gelu.
+    kernels: see `Fusing.info`."""
 
     kept: frozenset[fx.Node] = frozenset()
     joined: int = 0
@@ -43,9 +44,9 @@ def rewrite(
     join: Wanted | None = None,
     gelu_epilogue: Kernels = "never",
 ) -> Rewritten:
-    """placeholders: the levels of the inputs. concatenate: what joins weights; without it no projections are joined. fold: leave
-    out what changes nothing, and let norms take rows. merge: low-rank terms into weights. join: where projections of the same
-    tokens become one, but for thin ones; None for nowhere. gelu_epilogue: where products end with their gelu."""
+    """placeholders: the levels of the inputs. concatenate: joins weights; without it no projections are joined. fold: leave out
+    what changes nothing, and let norms take rows. merge: put low-rank terms into weights. join: where projections of the same
+    tokens become one, apart from thin ones; None for nowhere. gelu_epilogue: where products end with their gelu."""
     fusing, joined = Fusing(graph, {}, policy), 0
     if fold:
         drop_needless(graph)

@@ -14,7 +14,7 @@ _APART_AT_ONE = ("zero_init_steps", "adaptive_projected_guidance_scale")
 
 
 def require_teachable(guider: Any) -> None:
-    """Raises: TypeError for what is no guider; ValueError for a guider whose prediction is no function of (x_t, t, c, ω)."""
+    """Raises: TypeError if it is not a guider; ValueError if its prediction is not a function of (x_t, t, c, ω)."""
     if not isinstance(guider, BaseGuidance):
         raise TypeError(f"expected a guider of diffusers.guiders as the teacher, found {type(guider).__name__}")
     name = type(guider).__name__
@@ -55,8 +55,9 @@ def name_of_guider(guider: BaseGuidance) -> str:
 def gives_cond_at_one(guider: BaseGuidance) -> bool:
     """Whether the rule goes to ε(c) as ω goes to 1.
 
-    Not where a further branch has a scale of its own, the first steps give zero, or the difference of both branches that is added
-    to ε(∅) is clipped or projected, as in APG; its original formulation adds g·Δ to ε(c), and g goes to 0.
+    It does not if a further branch has a scale of its own, if the first steps give zero, or if the difference Δ of both branches
+    is clipped or projected before it is added to ε(∅), as in APG. In that case, the original formulation does: it adds
+    g·Δ to ε(c), and g goes to 0.
     """
     if len(guider._input_predictions or ()) > 2 or any(getattr(guider, setting, 0) for setting in _APART_AT_ONE):
         return False
@@ -80,10 +81,10 @@ def guided_by(
     steps: int,
     timestep: Tensor,
 ) -> Tensor:
-    """What the guider makes of the denoiser at one step.
+    """The guider's prediction at one step.
 
     predict: one forward with the arguments of `calls`, which holds those of the conditional ("cond") and of the unconditional
-    call ("uncond"). The guider is left as it was found, but for its state of the step.
+    call ("uncond"). The guider is left as it was, except for its state of the step.
     """
     previous, guider.guidance_scale = guider.guidance_scale, scale_for(guider, omega)
     try:

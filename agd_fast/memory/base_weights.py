@@ -1,6 +1,6 @@
-"""Frozen weights kept as 8- or 4-bit codes while an adapter is trained, and given back bit for bit.
+"""Frozen weights kept as 8- or 4-bit codes while an adapter is trained; afterwards the originals are restored bit for bit.
 
-A weight is unpacked for the one product that reads it: forward and the input's gradient each unpack it anew.
+A weight is unpacked only for the product that reads it: the forward pass and the input's gradient each unpack it anew.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class PackedWeight(Tensor):
-    """A weight as codes and scales; to all that asks, a tensor of its own shape and dtype.
+    """A weight as codes and scales; to the code that uses it, a tensor with the weight's shape and dtype.
 
-    kind: "int8", one scale an output channel: w ≈ codes · scales; "nf4", one a block of 64 in memory order (QLoRA,
-    arXiv 2305.14314). F.linear and F.conv1d … F.conv3d unpack it twice and keep it packed for backward; everything else gets it
-    unpacked.
+    kind: "int8" has one scale per output channel: w ≈ codes · scales; "nf4" has one per block of 64 in memory order (QLoRA,
+    arXiv 2305.14314). F.linear and F.conv1d … F.conv3d keep it packed for backward and unpack it once in forward and once in
+    backward; everything else gets it unpacked.
     """
 
     codes: Tensor
@@ -100,7 +100,7 @@ def _require_unwritten(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 @dataclass(frozen=True)
 class _Product:
-    """A call of F.linear or of a convolution. settings: stride, padding, dilation and groups; None of a linear."""
+    """A call of F.linear or of a convolution. settings: stride, padding, dilation and groups; None for a linear."""
 
     function: Callable[..., Tensor]
     input: Tensor
@@ -138,7 +138,7 @@ _PRODUCTS: dict[Any, Callable[..., _Product]] = {
 
 
 def _product(call: _Product) -> Tensor:
-    """In autocast's dtype where there is one, as F.linear and F.conv are."""
+    """Computed in autocast's dtype if autocast is on, as F.linear and F.conv are."""
     weight, kind = call.weight, call.input.device.type
     assert isinstance(weight, PackedWeight)
     autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
@@ -155,8 +155,8 @@ def _product(call: _Product) -> Tensor:
 
 
 class _PackedProduct(torch.autograd.Function):
-    """Linear or convolution by a frozen packed weight: of x [..., in] or [B, C, ...] only the gradient is wanted, so that
-    codes and scales are all that is kept."""
+    """Linear or convolution with a frozen packed weight: only the gradient of x, [..., in] or [B, C, ...], is wanted, so only
+    codes and scales are kept."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, codes: Tensor, scales: Tensor, meta: Any) -> Tensor:
@@ -193,7 +193,7 @@ class PackedBase:
             )
 
     def pack(self) -> None:
-        """Weight after weight, so that there is room for one more at most. On an error all is as before."""
+        """Pack one weight after another, which needs room for at most one more. On an error, everything is as before."""
         try:
             for original, children in self._places.items():
                 here = original.data.to(self.device or original.device)
@@ -201,7 +201,7 @@ class PackedBase:
                 self._devices[original] = original.device
                 for child in children:
                     child._parameters["weight"] = packed
-                original.data = original.data.cpu()  # the same tensor where it is there
+                original.data = original.data.cpu()  # no copy if it is there already
             if self.device is not None:
                 self.module.to(self.device)  # what is not packed
         except BaseException:
@@ -209,8 +209,11 @@ class PackedBase:
             raise
 
     def restore(self) -> None:
-        """Warns: where the device is full by now, which is left to its owner: the weights are right, but in host memory."""
-        for original in self._devices:  # all codes go before a weight comes
+        """Put the originals back.
+
+        Warns: if the device is full by now: the weights are right, but some stay in host memory, for the owner to move.
+        """
+        for original in self._devices:  # free all codes before any weight comes back
             for child in self._places[original]:
                 child._parameters["weight"] = original
         if self._home is not None:
@@ -224,7 +227,7 @@ class PackedBase:
 
     @contextmanager
     def restored(self) -> Iterator[None]:
-        """Inside, the weights are those that were given."""
+        """Inside, the module has its original weights."""
         self.restore()
         try:
             yield
@@ -244,7 +247,7 @@ def _serves(child: nn.Module) -> bool:
         return False
     weight = child._parameters.get("weight")
     if type(weight) is not nn.Parameter or weight.requires_grad or weight.device.type == "meta":
-        return False  # another library's way of keeping it, or trained, or offloaded
+        return False  # kept in another library's format, or trained, or offloaded
     return weight.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64) and weight[0].numel() >= _SMALLEST_FAN_IN
 
 
@@ -253,12 +256,12 @@ def packed_base(module: nn.Module, kind: Kind, device: torch.device | None = Non
     """Inside, the frozen linears and convolutions of `module` keep their weights as codes; afterwards the weights are the same
     parameters with the same bits on the same device, whatever happened inside.
 
-    kind: "int8" symmetric, one scale an output channel; "nf4" for linears, with convolutions in int8. What is
-        quantised already, not frozen, on "meta" or narrower than 32 inputs a channel is left alone. The originals lie in host
-        memory meanwhile, as much as these weights take.
-    device: where the module is inside, if not where it was: its codes are made there, one weight after another, so that it never
-        has to hold all of them as they are.
-    Raises: ValueError for an unknown kind, or where there is nothing to pack.
+    kind: "int8" is symmetric, with one scale per output channel; "nf4" is for linears, with convolutions in int8. Weights that
+        are quantised already, not frozen, on "meta" or with fewer than 32 inputs per channel are left alone. Meanwhile the
+        originals are in host memory, in their full size.
+    device: where the module is inside the context, if not where it was. Codes are made there one weight after another, so the
+        device never has to hold all weights unpacked.
+    Raises: ValueError for an unknown kind, or if there is nothing to pack.
     """
     if kind not in get_args(Kind):
         raise ValueError(f"base_weights must be one of {get_args(Kind)} or None, found {kind!r}")

@@ -1,4 +1,4 @@
-"""Blocks that run again in backward: diffusers' gradient checkpointing, for as long as it is wanted."""
+"""Blocks that run again in backward: diffusers' gradient checkpointing, for the duration of a context."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from torch.utils.checkpoint import checkpoint
 
 from agd_fast.freezing import restoring
 
-_SET = ("gradient_checkpointing", "_gradient_checkpointing_func")  # on every module that can
+_SET = ("gradient_checkpointing", "_gradient_checkpointing_func")  # on every module that supports it
 
 
 def has_blocks(denoiser: nn.Module) -> bool:
-    """Whether it is a model whose blocks can run again."""
+    """Whether the model's blocks can run again in backward."""
     return bool(getattr(denoiser, "_supports_gradient_checkpointing", False))
 
 
 @contextmanager
 def checkpointing(denoiser: nn.Module) -> Iterator[None]:
-    """Inside, a block keeps its input alone, and runs again in backward. What was set before is set again afterwards.
+    """Inside, a block keeps only its input and runs again in backward. Afterwards the settings are as they were.
 
-    The state of random numbers is kept for it only where a module may draw some: looking at it waits for the device, and cannot
-    be part of a CUDA graph.
+    The state of the random generators is saved only if a module may draw random numbers: reading that state waits for the device
+    and cannot be part of a CUDA graph.
     """
     modules = [module for module in denoiser.modules() if hasattr(module, _SET[0])]
     draws = any(module.training for module in denoiser.modules())
@@ -35,15 +35,15 @@ def checkpointing(denoiser: nn.Module) -> Iterator[None]:
 
 
 def makes_all_again(function: Callable[..., Any]) -> bool:
-    """Whether a checkpointing function is ours, or one around it: others may keep a part of what they run."""
-    while (inner := getattr(function, "checkpoint", None)) is not None:  # an armed adapter's
+    """Whether a checkpointing function is ours, or wraps ours, and so recomputes everything; others may keep a part."""
+    while (inner := getattr(function, "checkpoint", None)) is not None:  # wrapped, for example by an armed adapter
         function = inner
     return isinstance(function, _Again)
 
 
 @dataclass(frozen=True)
 class _Again:
-    """What diffusers' own checkpointing function does. draws: whether random numbers are to be the same again."""
+    """Does what diffusers' own checkpointing function does. draws: whether a re-run must draw the same random numbers."""
 
     draws: bool
 

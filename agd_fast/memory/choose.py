@@ -1,4 +1,4 @@
-"""Which way of training fits a card: estimated before the first step, another one tried where that was wrong."""
+"""Which way of training fits a card: estimated before the first step; if the estimate was wrong, another one is tried."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from agd_fast.memory.weight_codes import Kind
 Memory = Literal["exact", "8bit", "4bit", "recompute", "blocks", "auto"]
 
 _GIB = 2**30
-LESS = 0.95  # of what a way takes that ran out of memory: what may fit in its place
-USABLE = 0.9  # of what is free: the rest is for the allocator's gaps and for the workspaces of cuBLAS and cuDNN
+LESS = 0.95  # when a way runs out of memory, one that takes at most this fraction of what it took may fit
+USABLE = 0.9  # fraction of what is free: the rest is for gaps in the allocator and workspaces of cuBLAS and cuDNN
 
 
 @dataclass(frozen=True)
 class Way:
-    """One way to train. activations: of `frozen_backward`, None for plain autograd. base_weights: of `packed_base`.
-    micro_batch_size: states a forward; None for all of a batch. blocks: whether only the input of each block is kept, which runs
-    again in backward, with `activations` of one block at a time, but for its attention."""
+    """One way to train. activations: as in `frozen_backward`; None for plain autograd. base_weights: as in `packed_base`.
+    micro_batch_size: states per forward; None for the whole batch. blocks: whether only the input of each block is kept;
+    blocks then run again in backward, one at a time, and each keeps what `activations` says, except for its attention."""
 
     activations: Activations | None = None
     base_weights: Kind | None = None
@@ -32,12 +32,12 @@ class Way:
 
     @property
     def mode(self) -> str:
-        """Of `estimate_memory`."""
+        """Its mode in `estimate_memory`."""
         return BLOCKS if self.blocks else self.activations or OFF
 
     @property
     def kept(self) -> str | Mode | None:
-        """Of `frozen_backward`."""
+        """Its `activations` in `frozen_backward`."""
         return WITHIN_BLOCKS if self.blocks else self.activations
 
     def __str__(self) -> str:
@@ -52,10 +52,10 @@ class Way:
 def ways_of(
     memory: Memory | None, base_weights: Kind | None, micro_batch_size: int | None, blocks: bool = True
 ) -> tuple[Way, ...]:
-    """What `distill` may do, in the order in which it is tried: one way, or those of "auto". blocks: whether the denoiser has
-    blocks that can run again.
+    """The ways `distill` may use, in the order in which they are tried: one way, or those of "auto". blocks: whether the
+    denoiser has blocks that can run again.
 
-    Raises: ValueError for a name that is none, and for "blocks" without any.
+    Raises: ValueError for an unknown name, and for "blocks" if the denoiser has none.
     """
     for name, value, known in (("memory", memory, get_args(Memory)), ("base_weights", base_weights, get_args(Kind))):
         if value is not None and value not in known:
@@ -76,7 +76,7 @@ def ways_of(
 
 @dataclass(frozen=True)
 class Choice:
-    """The chosen way, with the one to go on with should it run out of memory, and why that."""
+    """The chosen way, followed by the one to go on with if it runs out of memory, and why it was chosen."""
 
     ways: tuple[Way, ...]
     reason: str
@@ -88,12 +88,12 @@ def choose(
     batch_size: int,
     estimate: Callable[[Way], MemoryRow],
 ) -> Choice:
-    """The first way of which one state a forward fits, with as many states a forward as fit, up to the batch and without a rest
-    where that takes no more than twice the forwards; behind it the next one that takes clearly less.
+    """The first way that fits, followed by the next one that takes clearly less.
 
+    A way takes as many states per forward as fit, up to the batch, unless it sets their number. A number that divides the batch
+    is preferred if it takes no more than twice the forwards. If nothing fits, the last way is chosen, with one state per forward.
     budget: bytes for weights, adapters, gradients, optimizer, activations and working memory. batch_size: of one process.
-    estimate: of a way at one state.
-    Where nothing fits, the last way with one state a forward.
+    estimate: gives a way's memory for one state.
     """
     usable = int(budget * USABLE)
     needs: list[str] = []
@@ -113,7 +113,7 @@ def choose(
 
 
 def _at(row: MemoryRow, states: int) -> int:
-    """What a row of one state takes with so many: activations and working memory grow with them."""
+    """What a row for one state takes with `states`: activations and working memory grow with their number."""
     return row.total + (states - 1) * (row.activations + row.working)
 
 
@@ -122,14 +122,14 @@ def _states_that_fit(row: MemoryRow, usable: int) -> int:
 
 
 def _evenly(batch: int, most: int) -> int:
-    """The largest size up to `most` that divides the batch, so that all forwards are of one shape; `most` where that is less than
-    half of it."""
+    """The largest size up to `most` that divides the batch, so that all forwards have one shape; `most` if that size is less
+    than half of it."""
     size = next((size for size in range(min(most, batch), 0, -1) if batch % size == 0), 0)
     return size if 2 * size >= min(most, batch) else most
 
 
 def estimator(model: Any, inputs: Mapping[str, Any], optimizer: str) -> Callable[[Way], MemoryRow]:
-    """Estimates by way, for arguments of the denoiser with one state; the modes of one kind of base together."""
+    """Estimates of ways, from arguments of the denoiser for one state; made once per mode and kind of base weights."""
     known: dict[tuple[str, str | None], MemoryRow] = {}
 
     def estimate(way: Way) -> MemoryRow:
@@ -143,13 +143,13 @@ def estimator(model: Any, inputs: Mapping[str, Any], optimizer: str) -> Callable
 
 
 def budget_on(device: torch.device, resident: int) -> int | None:
-    """Bytes of a CUDA device that a run may take: what is free, within the process's own limit where there is one, and the
-    `resident` that it has there already. None where there is no card to fit."""
+    """Bytes of a CUDA device that a run may take: what is free, within the process's own limit if there is one, plus the
+    `resident` bytes that it has there already. None if there is no card to fit."""
     if device.type != "cuda":
         return None
     free, total = torch.cuda.mem_get_info(device)
     allocated = torch.cuda.memory_allocated(device)
-    index = torch.cuda.current_device() if device.index is None else device.index  # of the fraction nothing else is taken
+    index = torch.cuda.current_device() if device.index is None else device.index  # the memory fraction is asked for by index
     limit = int(torch.cuda.get_per_process_memory_fraction(index) * total) - allocated
     return min(free + torch.cuda.memory_reserved(device) - allocated, limit) + resident
 

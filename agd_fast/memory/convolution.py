@@ -1,4 +1,4 @@
-"""What a convolution's backward makes without its input."""
+"""The part of a convolution's backward that does not need its input."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def input_gradient(
     transposed: bool = False,
     output_padding: Sequence[int] | None = None,
 ) -> Tensor:
-    """dx of `size`, [B, C, ...] or [C, ...]; as torch.nn.grad, which knows none without a batch and none that is transposed."""
+    """dx of shape `size`, [B, C, ...] or [C, ...]; like torch.nn.grad, but also unbatched and transposed."""
     alone = len(size) == len(stride) + 1
     dy = dy.unsqueeze(0) if alone else dy
     like = dy.new_empty(1).expand((1, *size) if alone else size)  # only its shape is read

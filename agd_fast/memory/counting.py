@@ -1,4 +1,4 @@
-"""What a forward keeps for its backward, and how much lives at once, in bytes: on any device, and on meta without computing."""
+"""Bytes that a forward keeps for its backward, and bytes alive at once: on any device, and on meta without computing."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ _CHECKPOINT = torch.utils.checkpoint.__file__
 
 
 class FusedAttention(TorchFunctionMode):
-    """On meta, attention is the kernel that CUDA runs for it; torch would take its definition apart there."""
+    """On meta, replaces attention by the fused kernel that CUDA runs for it; torch would decompose it there."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return (_attention if func in _ATTENTION else func)(*args, **(kwargs or {}))
 
 
 class _Names(TorchFunctionMode):
-    """Keeps the name of the outermost function of torch that runs, or of the class of torch.autograd.Function that is applied."""
+    """Tracks the name of the outermost torch function that is running, or of the torch.autograd.Function class being applied."""
 
     current = "other"
 
@@ -45,7 +45,7 @@ class _Names(TorchFunctionMode):
 
     @contextmanager
     def of_classes(self) -> Iterator[None]:
-        """No mode of torch sees these, and no frame from torch 2.15 on: inside, `Function.apply` says whose it is."""
+        """Neither modes of torch nor, from torch 2.15 on, stack frames show these: inside, `Function.apply` sets their names."""
         plain = Function.__dict__["apply"]
 
         def apply(cls: type[Function], *args: Any, **kwargs: Any) -> Any:
@@ -63,14 +63,14 @@ class _Names(TorchFunctionMode):
 
 
 class _Holder:
-    """What autograd holds in a tensor's place: it goes with the node that keeps it."""
+    """What autograd holds in place of a tensor; it is freed with the node that keeps it."""
 
     def __init__(self, tensor: Tensor, name: str) -> None:
         self.tensor, self.name = tensor, name
 
 
 class SavedBytes:
-    """What autograd keeps at the end of a forward: each storage once, by the op that kept it first; no parameters, no buffers.
+    """What autograd keeps at the end of a forward: each storage once, under the op that kept it first; no parameters or buffers.
 
     by_op: bytes by the name of a function of torch, or of a class of torch.autograd.Function.
     """
@@ -91,7 +91,7 @@ class SavedBytes:
         return holder
 
     def count(self) -> None:
-        """Of what has not been dropped."""
+        """Count what has not been freed."""
         seen = set(self._left_out)
         for holder in filter(None, (reference() for reference in self._holders)):
             for storage in _storages(holder.tensor):
@@ -106,9 +106,9 @@ class SavedBytes:
 
 @contextmanager
 def saving(*modules: nn.Module) -> Iterator[SavedBytes]:
-    """Counts what forwards inside keep for their backward, beside the parameters and buffers of `modules`; known when it ends.
+    """Counts what forwards inside keep for their backward, besides parameters and buffers of `modules`; complete when it ends.
 
-    Attention on meta is the fused kernel's.
+    On meta, attention counts as the fused kernel.
     """
     saved = SavedBytes(modules)
     with FusedAttention(), saved._names, saved._names.of_classes(), torch.autograd.graph.saved_tensors_hooks(saved.pack, _unpack):
@@ -121,13 +121,13 @@ def _unpack(holder: _Holder) -> Tensor:
 
 
 class Live(TorchDispatchMode):
-    """Follows the bytes of all storages that are made inside it, until they are freed."""
+    """Tracks the bytes of all storages that are created inside it, until they are freed."""
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         super().__init__()
         self._known: dict[int, int] = {}  # storage → its number
         self._left_out = {storage._cdata for storage in storages_of(modules)}
-        self._events: list[tuple[int, int]] = []  # number of a storage, bytes that come or go
+        self._events: list[tuple[int, int]] = []  # number of a storage, bytes allocated or (negative) freed
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
@@ -135,7 +135,7 @@ class Live(TorchDispatchMode):
         return output
 
     def add(self, tensors: Any) -> None:
-        """Count also those that were there before."""
+        """Count these tensors; they may have been created before."""
         for storage in (storage for leaf in tree_leaves(tensors) if isinstance(leaf, Tensor) for storage in _storages(leaf)):
             key = storage._cdata
             if key not in self._known and key not in self._left_out:
@@ -148,7 +148,7 @@ class Live(TorchDispatchMode):
         self._events.append((number, -nbytes))
 
     def peak(self, without: Iterable[Tensor] = ()) -> int:
-        """The most that lived at once, leaving out tensors that live still."""
+        """The most bytes alive at once, not counting the tensors `without`, which must still be alive."""
         left_out = {self._known.get(tensor.untyped_storage()._cdata) for tensor in without}
         now = most = 0
         for number, change in self._events:
@@ -159,8 +159,8 @@ class Live(TorchDispatchMode):
 
 
 def run_backward(output: Tensor) -> None:
-    """`output.backward(...)` of any gradient, with the modes of torch functions on, which `backward` would put off: what is
-    checkpointed runs again in it."""
+    """`output.backward(...)` with an arbitrary gradient, leaving torch function modes on, which `backward` would turn off:
+    checkpointed parts run again in it."""
     gradient = torch.empty_like(output) if output.is_meta else torch.ones_like(output)
     torch.autograd.graph._engine_run_backward(
         (output,), (gradient,), False, False, (), allow_unreachable=True, accumulate_grad=True
@@ -168,13 +168,13 @@ def run_backward(output: Tensor) -> None:
 
 
 def storages_of(modules: Iterable[nn.Module]) -> list[Any]:
-    """Those of parameters and buffers."""
+    """The storages of all parameters and buffers."""
     tensors = (tensor for module in modules for tensor in (*module.parameters(), *module.buffers()))
     return [storage for tensor in tensors for storage in _storages(tensor)]
 
 
 def _storages(tensor: Tensor) -> list[Any]:
-    """One, or those of the tensors that a subclass wraps."""
+    """The tensor's storage, or those of the tensors that a subclass wraps."""
     if is_traceable_wrapper_subclass(tensor):
         return [one for name in tensor.__tensor_flatten__()[0] for one in _storages(getattr(tensor, name))]
     return [tensor.untyped_storage()]

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 OFF, CHECKPOINTING, BLOCKS = "off", "checkpointing", "blocks"
 MODES = (OFF, CHECKPOINTING, "exact", "8bit", "4bit", "recompute", BLOCKS)
 STATES, STREAMED = "states", "streamed"
-OPTIMIZERS = {"adamw": 2, "host": 0}  # moments on the card, each as large as the parameters
+OPTIMIZERS = {"adamw": 2, "host": 0}  # number of moments on the card, each as large as the parameters
 TOP = 6  # ops that a table shows
 _UNITS = {"MiB": 2**20, "GiB": 2**30}
 
@@ -119,7 +119,7 @@ class MemoryEstimate:
         return f"{size / _UNITS[self._unit]:.3f}"
 
     def _top(self) -> list[str]:
-        """By the most that any mode keeps."""
+        """The ops that keep most, each by the most that it keeps in any mode."""
         most: dict[str, int] = {}
         for row in self.rows:
             for name, size in row.by_op.items():
@@ -130,7 +130,7 @@ class MemoryEstimate:
         from rich.console import Console
 
         table = self.rich()
-        table.title = None  # it would be broken to the table's width
+        table.title = None  # it would be wrapped to the table's width
         console = Console(file=io.StringIO(), width=140)
         console.print(table)
         return f"{self.title}\n{console.file.getvalue().rstrip()}"  # type: ignore[attr-defined]
@@ -196,9 +196,10 @@ def estimate_memory(
 def states_memory(
     twin: nn.Module, spec: DenoiserSpec, arguments: Mapping[str, Any], models: Iterable[nn.Module]
 ) -> tuple[MemoryRow, MemoryRow]:
-    """`states` and `streamed` of a MemoryEstimate: of an adapted denoiser on meta, and of all models that take turns with it.
+    """The rows `states` and `streamed` of a MemoryEstimate.
 
-    Raises: ValueError where the denoiser's forward does not run on meta.
+    twin: an adapted denoiser on meta. models: all that take turns on the card.
+    Raises: ValueError if the denoiser's forward does not run on meta.
     """
     adapters, working = _bytes(require_attachment(twin).adapter), count_forward(twin, spec, arguments)
     weights = [(_bytes(model), two_largest_layers(model) if streamable(model) else _bytes(model)) for model in models]
@@ -208,7 +209,7 @@ def states_memory(
 
 
 def chosen_modes(denoiser: nn.Module, modes: Sequence[str] | None) -> tuple[str, ...]:
-    """In the order of MODES. Raises: ValueError for an unknown mode, or one that the denoiser does not have."""
+    """The modes to estimate, in the order of MODES. Raises: ValueError for a mode that is unknown or that the denoiser lacks."""
     known = tuple(mode for mode in MODES if mode not in (CHECKPOINTING, BLOCKS) or has_blocks(denoiser))
     for mode in modes or ():
         if mode not in known:
@@ -217,7 +218,7 @@ def chosen_modes(denoiser: nn.Module, modes: Sequence[str] | None) -> tuple[str,
 
 
 def prepare_adapter(twin: nn.Module, adapter: AdapterConfig | None, spec: DenoiserSpec) -> None:
-    """Put the adapter on that is to be trained, unless it is there."""
+    """Attach the adapter that is to be trained; if None is given, an attached one stays."""
     if attachment_of(twin) is not None and adapter is not None:
         unload(twin)
     if attachment_of(twin) is None:
@@ -238,9 +239,9 @@ def _without_values(denoiser: nn.Module) -> Iterator[None]:
 
 
 def count_forward(denoiser: nn.Module, spec: DenoiserSpec, arguments: Mapping[str, Any]) -> int:
-    """Bytes that a forward of an adapted denoiser without gradients holds at most, its arguments among them.
+    """Peak bytes of a forward of an adapted denoiser without gradients, including its arguments.
 
-    Raises: ValueError where it does not run on meta.
+    Raises: ValueError if it does not run on meta.
     """
     attachment = require_attachment(denoiser)
     live = Live([denoiser, attachment.adapter])
@@ -258,10 +259,10 @@ def count(
     *,
     plans: bool = True,
 ) -> tuple[dict[str, int], int]:
-    """Bytes that a forward of an adapted, frozen denoiser keeps, by op, the largest first; and of working memory.
+    """Bytes that a forward of an adapted, frozen denoiser keeps, by op, largest first; and bytes of working memory.
 
-    scope: what holds meanwhile. plans: whether a first forward in it plans what later ones keep, so that the second counts.
-    Raises: ValueError where it does not run on meta.
+    scope: gives the context to run in. plans: whether the first forward in it plans what later ones keep; the second is counted.
+    Raises: ValueError if it does not run on meta.
     """
     attachment = require_attachment(denoiser)
     adapter = attachment.adapter
@@ -313,5 +314,5 @@ def _in_blocks(denoiser: nn.Module) -> Iterator[None]:
 
 
 def _bytes(module: nn.Module) -> int:
-    """Of parameters and buffers."""
+    """Bytes of parameters and buffers."""
     return sum({storage._cdata: storage.nbytes() for storage in storages_of([module])}.values())

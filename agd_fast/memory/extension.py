@@ -1,4 +1,4 @@
-"""The compiled extension `agd_fast._cuda`: loaded once, or why it is not; on which cards its kernels run."""
+"""The compiled extension `agd_fast._cuda`: how it is loaded, or why it is not, and on which cards its kernels run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 @functools.cache
 def _loaded() -> tuple[Any, str]:
-    """The module, or None and why."""
+    """The module and "", or None and the reason."""
     if torch.version.hip is not None:
         return None, "expected PyTorch with CUDA, found one with ROCm"
     try:
@@ -20,7 +20,7 @@ def _loaded() -> tuple[Any, str]:
         if error.name != "agd_fast._cuda":
             return None, f"agd_fast._cuda does not load: {error}"
         return None, "agd_fast._cuda was not built: there was no nvcc when agd_fast was installed, or AGD_FAST_BUILD_EXT was 0"
-    except ImportError as error:  # of another Python, or what it links to is not there
+    except ImportError as error:  # built for another Python, or a library that it links to is missing
         return None, f"agd_fast._cuda does not load: {error}"
 
 
@@ -32,7 +32,7 @@ def extension() -> Any:
 def extension_info() -> dict[str, Any]:
     """Whether the extension is loaded, the reason if it is not, its architectures and the CUDA version it was built with.
 
-    An architecture is "sm_90", or "compute_90" where the driver makes code for later cards. Asks for no GPU, never raises.
+    An architecture is "sm_90", or "compute_90" where the driver compiles for later cards. Needs no GPU, never raises.
     """
     module, reason = _loaded()
     if module is None:
@@ -42,7 +42,7 @@ def extension_info() -> dict[str, Any]:
 
 @functools.cache
 def extension_on(index: int) -> Any:
-    """The module where it has code for this CUDA device, else None: PyTorch stands in for it then."""
+    """The module if it has code for this CUDA device, else None; PyTorch is used instead then."""
     module = extension()
     if module is None or not covers(module.architectures.split(), torch.cuda.get_device_capability(index)):
         return None

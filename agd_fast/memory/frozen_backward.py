@@ -19,7 +19,7 @@ from agd_fast.memory.provenance import Plan
 
 _MARK = "_agd_frozen_backward"
 _CHECKPOINT = "_gradient_checkpointing_func"
-_COMPILED = "_compiled_call_impl"  # of modules that were compiled in place, which run their own forward inside
+_COMPILED = "_compiled_call_impl"  # on modules that were compiled in place; inside, they run their own forward
 _ABSENT = object()
 
 
@@ -75,7 +75,7 @@ def frozen_backward(model: nn.Module, activations: str | Mode = "4bit") -> Itera
 
 
 def _is_transformed() -> bool:
-    """Whether torch.func or forward-mode AD differentiates this."""
+    """Whether a transform of torch.func or forward-mode AD is active."""
     return torch._C._functorch.maybe_current_level() is not None or torch.autograd.forward_ad._current_level >= 0
 
 
@@ -93,7 +93,7 @@ def _require_frozen(model: nn.Module) -> None:
 
 @contextmanager
 def _set(attributes: Iterable[tuple[nn.Module, str, Any]]) -> Iterator[None]:
-    """Attributes of instances, which are as they were afterwards."""
+    """Sets attributes of instances; afterwards they are as they were."""
     before = []
     for module, name, value in attributes:
         own = vars(module)
@@ -110,7 +110,7 @@ def _set(attributes: Iterable[tuple[nn.Module, str, Any]]) -> Iterator[None]:
 
 
 class _Blocks:
-    """The modules of a model that may be run again in backward, which then happens as they ran in forward."""
+    """The modules of a model that checkpointing may run again in backward; re-runs are intercepted as their forward was."""
 
     def __init__(self, model: nn.Module) -> None:
         self.modules = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]

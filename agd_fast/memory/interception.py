@@ -1,4 +1,4 @@
-"""Standing between a model's forward and autograd: the functions of torch that it calls, and what is kept of them."""
+"""Intercepting the torch functions that a model's forward calls, to choose what is kept for their backward."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from agd_fast.memory.saved import PLAIN, Kept, Read, Saved, compiled
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
-Backward = Callable[..., Any]  # (gradient, which inputs need one, *values) → a gradient an input
+Backward = Callable[..., Any]  # (gradient, which inputs need one, *values) → one gradient per input
 
 
 class Run:
-    """One forward, or one re-run of a piece of it: what handlers of functions work with."""
+    """One forward, or one re-run of a piece of it: the state that the handlers of functions work with."""
 
     def __init__(self, mode: Mode, plan: Plan, first: tuple[int, int] = (0, 0)) -> None:
         self.mode, self.plan = mode, plan
         self.provenance = Provenance(mode, plan)
         self.norms, self.activations = first
-        self.saver: Any = None  # who is handed what autograd saves, in a piece that is run again
-        self.reads: set[Read] | None = None  # of what is kept when it is run again
+        self.saver: Any = None  # in a piece that is run again: the hook that receives what autograd saves
+        self.reads: set[Read] | None = None  # in a re-run: tensors of others that backward reads
 
     @property
     def numbers(self) -> tuple[int, int]:
-        """Of the norm and of the activation that come next."""
+        """The numbers of the next norm and of the next activation."""
         return self.norms, self.activations
 
     def next_norm(self) -> int:
@@ -45,11 +45,11 @@ class Run:
         return self.activations - 1
 
     def forget(self) -> None:
-        """Hold no activation any longer."""
+        """Let go of all activations."""
         self.provenance = Provenance(self.mode, self.plan)
 
     def replaces(self, tensor: Any, *frozen: Any) -> bool:
-        """Whether what is kept of a function of `tensor` is ours to choose: it needs a gradient, the `frozen` need none."""
+        """Whether we choose what is kept for a function of `tensor`: it needs a gradient, and the `frozen` need none."""
         for one in frozen:
             if isinstance(one, Tensor) and one.requires_grad:
                 return False
@@ -61,13 +61,13 @@ class Run:
         )
 
     def replaces_product(self, one: Tensor, other: Tensor) -> bool:
-        """As `replaces`, of a product of both: of real numbers that both need gradients, one of them large."""
+        """As `replaces`, for a product of the two: both are real and need gradients, and at least one is large."""
         both = one.requires_grad and other.requires_grad and not one.is_complex() and not other.is_complex()
         return both and (self.replaces(one) or self.replaces(other))
 
     def attach(self, name: str, output: Tensor, backward: Backward, kept: tuple[Kept, ...], *inputs: Tensor) -> Tensor:
-        """`output` with a history: `backward(gradient, needs, *values of what is kept)` gives the gradients of `inputs`."""
-        if output._is_view():  # which autograd would let nobody change in place
+        """`output` with a grad_fn: `backward(gradient, needs, *values of what is kept)` gives the gradients of `inputs`."""
+        if output._is_view():  # autograd would not let anybody change it in place
             output = output.data
         if self.reads is not None:
             self.reads.update(*[one.source.reads for one in kept if isinstance(one, Saved)])
@@ -75,8 +75,8 @@ class Run:
 
     @contextmanager
     def region(self, again: bool = False) -> Iterator[None]:
-        """A piece that is run again by itself, and followed there, so that nothing known before it may be used in it. again:
-        whether all that it keeps is made again then."""
+        """A piece that is run again on its own, and intercepted there too, so nothing known before it may be used in it. again:
+        whether the re-run recomputes all that it keeps."""
         outer = self.provenance, self.saver
         self.provenance, self.saver = Provenance(self.mode, self.plan, _is_checkpointed if again else None), _saver()
         try:
@@ -86,9 +86,9 @@ class Run:
 
     @contextmanager
     def again(self) -> Iterator[None]:
-        """As `region`, when it is run again. Autograd does not look at versions of what it gives back then.
+        """As `region`, for the re-run. Autograd does not check versions of the tensors that it gives back then.
 
-        Raises: RuntimeError where backward would read what was written to meanwhile.
+        Raises: RuntimeError if backward would read a tensor that was written to meanwhile.
         """
         self.reads = reads = set[Read]()
         with self.region():
@@ -103,7 +103,7 @@ class Run:
 
     @property
     def is_beyond(self) -> bool:
-        """Whether torch's checkpointing runs this, for the first time or again, in a piece that is not followed there."""
+        """Whether torch's checkpointing is running, for the first time or again, a piece whose re-run is not intercepted."""
         saver = _saver()
         if saver is None or saver is self.saver:
             return False
@@ -111,12 +111,12 @@ class Run:
 
 
 def _is_checkpointed() -> bool:
-    """Whether what autograd saves now is thrown away: torch's own checkpointing makes it again before it is read."""
+    """Whether what autograd saves now is thrown away: torch's own checkpointing recomputes it before it is read."""
     return _name(_saver()).startswith("_checkpoint_hook.")
 
 
 def _saver() -> Any:
-    """The hook that is handed what autograd saves now; None without."""
+    """The hook that receives what autograd saves now, or None."""
     hooks = _top_hooks(True)
     return None if hooks is None else hooks[0]
 
@@ -129,7 +129,7 @@ _top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lam
 
 
 class FrozenBackward(TorchFunctionMode):
-    """Hands the functions of torch that keep much to their handlers: (run, call, *args, **kwargs) → output."""
+    """Passes calls of the torch functions that keep much to their handlers: (run, call, *args, **kwargs) → output."""
 
     def __init__(self, run: Run, handlers: dict[Any, Callable[..., Any]]) -> None:
         super().__init__()
@@ -146,7 +146,7 @@ class FrozenBackward(TorchFunctionMode):
 
 
 class _Kept(torch.autograd.Function):
-    """A function that ran already. Nothing is kept on ctx but how to make values of what was saved."""
+    """A function that has run already. Only how to rebuild values from what was saved, and its backward, are kept on ctx."""
 
     @staticmethod
     def forward(ctx: Any, output: list[Tensor], backward: Backward, kept: tuple[Kept, ...], *inputs: Tensor) -> Tensor:
@@ -169,13 +169,13 @@ def _gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         return None, None, None, *ctx.gradients(gradient, ctx.needs_input_grad[3:], *values)
 
 
-# Dearer, and needed only where a graph of the backward is made: with a gradient that needs one, it refuses another derivative.
+# More expensive, and only for a backward with create_graph: if the gradient requires grad, it refuses a second derivative.
 _once = once_differentiable(_gradients)
 
 
 @functools.cache
 def _function(name: str) -> Any:
-    """By name, so that graphs and counters tell them apart."""
+    """One class per name, so that autograd graphs and counters tell them apart."""
     return type(name, (_Kept,), {})
 
 

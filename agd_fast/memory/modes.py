@@ -1,4 +1,4 @@
-"""What is kept of activations for the backward pass: bits by what they are needed for."""
+"""In how many bits activations are kept for the backward pass, by what reads them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Mode:
     None keeps it unrounded; this is possible for attention alone, or for everything.
     norm: x̂ of layer and RMS norms that only the norm's own input gradient reads.
     fine: what the gradient of a trainable weight, or a recomputation, reads; x̂ of group norms, and of rows shorter than
-        `narrow`, whose gradient takes in errors of x̂ by 1/√n.
+        `narrow`, whose gradient is affected by errors of x̂ as 1/√n.
     factor: factors of activation functions and of gated products.
     attention: q, k, v.
     groups: number of consecutive elements that share a scale, in 4 bits and in 8.
@@ -45,7 +45,7 @@ class Mode:
     attends_again: bool = True
 
     def __post_init__(self) -> None:
-        """Raises: ValueError for bits or groups that nothing is packed in."""
+        """Raises: ValueError for bits or groups that are not supported."""
         needed, attention = (self.norm, self.fine, self.factor), self.attention
         exact = not any((*needed, attention))
         if not exact and (any(bits not in BITS for bits in needed) or attention not in (None, *BITS)):
@@ -68,11 +68,11 @@ MODES: dict[str, Mode] = {
     "4bit": Mode(norm=4, fine=8, factor=4, attention=8),
     "recompute": Mode(norm=4, fine=8, factor=4, attention=8, recomputes=True),
 }
-WITHIN_BLOCKS = replace(MODES["8bit"], attends_again=False)  # of one block at a time, while it runs again: attention did already
+WITHIN_BLOCKS = replace(MODES["8bit"], attends_again=False)  # for one block at a time, in its re-run: attention ran again already
 
 
 def find_mode(activations: str | Mode) -> Mode:
-    """Raises: ValueError that lists the modes there are."""
+    """Raises: ValueError listing the known modes."""
     if isinstance(activations, Mode):
         return activations
     if activations not in MODES:

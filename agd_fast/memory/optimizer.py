@@ -1,7 +1,7 @@
-"""AdamW whose moments lie in host memory: few bytes of a card, no digit less than AdamW's own.
+"""AdamW with its moments in host memory: it takes few bytes of a card, at the full precision of AdamW.
 
-The moments of a group lie one after another, whatever parameter they are of, and cross the bus in chunks. These take turns on two
-streams, so that one is on its way while another is worked on.
+The moments of a group are stored one after another, whichever parameter they belong to, and cross the bus in chunks. Chunks
+alternate between two streams, so that one is transferred while another is updated.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from torch.optim import AdamW
 from agd_fast.warning import first_line, warn
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-# Bytes of moments, of which two are on a card at a time. A choice: smaller ones leave more of the card to passes, but each is a
-# step of AdamW and four copies for the host, which has 1.3 ms for it before a bus of 25 GB/s waits for it. Others are not
-# measured yet.
+# Bytes of moments in a chunk; two chunks are on a card at a time. A choice: smaller ones leave more of the card to passes, but
+# for each the host launches a step of AdamW and four copies, and has 1.3 ms for that before a bus of 25 GB/s has to wait. Other
+# sizes are not measured yet.
 CHUNK = 2**25
-WORK = 4 * CHUNK  # bytes of a card that a step takes, at most: as much again for what AdamW makes of two chunks
+WORK = 4 * CHUNK  # most bytes of a card that a step takes: two chunks, and as much again for AdamW's intermediate results
 
 
 class HostAdamW(AdamW):
-    """torch.optim.AdamW, a chunk of parameters at a time, whose moments visit their device for its step.
+    """torch.optim.AdamW on one chunk of parameters at a time; a chunk's moments are on the device only for its step.
 
-    On a CPU it is AdamW. The gradients are on the parameters' device, so that their norm is clipped as ever, over several
+    On a CPU it is AdamW. The gradients are on the parameters' device, so clipping their norm works as usual, also over several
     micro-batches and processes.
     """
 
     _rows: list[_Row] | None = None
-    _pageable = False  # whether it was said that moments are not pinned
+    _pageable = False  # whether it has warned that moments are not pinned
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -68,7 +68,7 @@ class HostAdamW(AdamW):
         self._rows = None
 
     def _laid_out(self) -> list[_Row]:
-        """With all moments that there are."""
+        """The rows, which hold all moments that exist."""
         if self._rows is None:
             rows: list[_Row] = []
             for number, group in enumerate(self.param_groups):
@@ -85,14 +85,14 @@ class HostAdamW(AdamW):
 
 
 class Chunk(NamedTuple):
-    """start: in a row. pieces: whose elements these are, from one to another."""
+    """start: its position in a row. pieces: (parameter, start, stop) of the elements in it."""
 
     start: int
     pieces: list[tuple[Tensor, int, int]]
 
 
 def cut(parameters: Sequence[Tensor], most: int) -> list[Chunk]:
-    """The row of all elements, in chunks of so many."""
+    """The row of all elements of `parameters`, in chunks of at most `most`."""
     chunks: list[Chunk] = []
     end = 0
     for parameter in parameters:
@@ -107,8 +107,8 @@ def cut(parameters: Sequence[Tensor], most: int) -> list[Chunk]:
 
 
 class _Row:
-    """Parameters of one group, device and dtype, and their moments in host memory, pinned where a card reads them and CUDA does
-    not refuse it."""
+    """Parameters of one group, device and dtype, and their moments in host memory, pinned if a card reads them and CUDA allows
+    it."""
 
     def __init__(self, group: int, parameters: list[Tensor], state: Any) -> None:
         self.group, self.parameters = group, parameters
@@ -129,7 +129,7 @@ class _Row:
                     state[parameter][name] = moment.copy_(state[parameter][name])
 
     def begin(self, state: Any) -> None:
-        """As AdamW does, where a parameter has its first gradient."""
+        """Make the state of parameters that have their first gradient, as AdamW does."""
         for parameter, own in zip(self.parameters, self.own, strict=True):
             if parameter.grad is not None and not state[parameter]:
                 step = torch.zeros((), dtype=torch.promote_types(torch.get_default_dtype(), torch.float32))
@@ -137,7 +137,7 @@ class _Row:
 
     @contextmanager
     def on_device(self, chunk: Chunk, state: Any) -> Iterator[defaultdict[Tensor, Any]]:
-        """The pieces of a chunk that have gradients, with these, and the state of each: inside on the device, to be changed."""
+        """The pieces of a chunk that have gradients, with these, and their states: on the device inside, then copied back."""
         sizes = [stop - start for _, start, stop in chunk.pieces]
         host = [moment[chunk.start : chunk.start + sum(sizes)] for moment in self.moments.values()]
         there = [moment.to(self.device, non_blocking=self.overlaps) for moment in host]
@@ -152,14 +152,14 @@ class _Row:
             into.copy_(moment, non_blocking=self.overlaps)
 
     def count(self, state: Any) -> None:
-        """A step of every parameter that has a gradient."""
+        """Count a step for every parameter that has a gradient."""
         for parameter in self.parameters:
             if parameter.grad is not None:
                 state[parameter]["step"] += 1
 
 
 def _in_memory_order(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """Its elements as those of the dense `parameter` lie in memory."""
+    """The tensor's elements, [n], in the order in which those of the dense `parameter` lie in memory."""
     if tensor.stride() != parameter.stride():
         tensor = torch.empty_like(parameter).copy_(tensor)
     return tensor.as_strided((tensor.numel(),), (1,))
@@ -171,7 +171,7 @@ def _streams(device: torch.device) -> Sequence[torch.cuda.Stream | None]:
 
 @contextmanager
 def _joined(streams: Sequence[torch.cuda.Stream | None]) -> Iterator[None]:
-    """They begin after all that was asked of the device, and are done in the end: moments may be read, gradients be freed."""
+    """Inside, the streams run after all work queued so far; at the end they are done: moments may be read, gradients freed."""
     used = [stream for stream in streams if stream is not None]
     for stream in used:
         stream.wait_stream(torch.cuda.current_stream(stream.device))
@@ -183,14 +183,14 @@ def _joined(streams: Sequence[torch.cuda.Stream | None]) -> Iterator[None]:
 
 
 def _pin(row: _Row) -> str:
-    """Its moments as they are: memory that torch pins by itself is of a power of two of bytes. What CUDA says where it refuses:
-    the host then waits for copies, which give the same."""
+    """Pin the row's moments in place: memory that torch itself pins is rounded up to a power of two of bytes. Returns what CUDA
+    says if it refuses; the host then waits for the copies, with the same result."""
     runtime = torch.cuda.cudart()
     for moment in filter(Tensor.numel, row.moments.values()):
         try:
             torch.cuda.check_error(int(runtime.cudaHostRegister(moment.data_ptr(), moment.nbytes, 1)))
         except torch.cuda.CudaError as error:
-            with suppress(RuntimeError):  # CUDA keeps its last error for whoever launches next
+            with suppress(RuntimeError):  # clear CUDA's last error, which the next launch would raise
                 torch.zeros(1, device=row.device)
             return first_line(error)
         weakref.finalize(row, runtime.cudaHostUnregister, moment.data_ptr())

@@ -1,4 +1,4 @@
-"""What is known of activations during a forward: from what backward may have them again."""
+"""What is known of activations during a forward: what backward can rebuild them from."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ from agd_fast.memory.saved import (
     read,
 )
 
-HEAVIEST = 2  # products of matrices on the way to a value that is made again
-DEEPEST = 32  # functions on the way to it
+HEAVIEST = 2  # most matrix products on the way to a rebuilt value
+DEEPEST = 32  # most functions on the way to it
 
 
 @dataclass(eq=False)
 class _Entry:
-    """source: gives back what lay at `layout` at that version. original: what it is the cast of, or, with `linear`, a linear of:
-    of what gives that back, the source. blank: whether nobody is known to have written to it."""
+    """source: gives back what lay at `layout` at that version. original: the tensor it is a cast of or, with `linear`, a linear
+    of; what gives that back is what the source is made of. blank: whether nothing is known to have been written to it."""
 
     version: int
     layout: Layout
@@ -50,7 +50,7 @@ class _Entry:
 
     @property
     def unchanged(self) -> Tensor | None:
-        """The original, where nobody has written to it since."""
+        """The original, if nobody has written to it since."""
         read = self.original
         return None if read is None or read.changed else read.tensor
 
@@ -59,7 +59,7 @@ class _Entry:
 
 
 class Activation(NamedTuple):
-    """An element-wise function by name, and what it was given."""
+    """An element-wise function by name, its input, and its number in the forward."""
 
     name: str
     input: Tensor
@@ -77,9 +77,9 @@ class _Activated(NamedTuple):
 
 @dataclass
 class Plan:
-    """Which norms' x̂ are wanted in the fine form, by number: as the forward before found. None before the first: all.
+    """fine: numbers of the norms whose x̂ is wanted in the fine form, as the previous forward found; None before the first: all.
 
-    gated: the activations, by number, that went on into a product. asked, found_gated: what this forward finds of these.
+    gated: numbers of the activations that went into a product. asked, found_gated: what this forward finds for both.
     """
 
     fine: frozenset[int] | None = None
@@ -88,11 +88,11 @@ class Plan:
     found_gated: set[int] = field(default_factory=set)
 
     def again(self) -> Plan:
-        """For another run of the same."""
+        """The plan for another run of the same forward."""
         return Plan(self.fine, self.gated)
 
     def following(self) -> Plan:
-        """For the next forward."""
+        """The plan for the next forward."""
         return Plan(frozenset(self.asked), frozenset(self.found_gated))
 
     def wants_fine(self, norm: int) -> bool:
@@ -100,9 +100,9 @@ class Plan:
 
 
 class Provenance:
-    """Tables from storages, which they do not keep, to what is known of them.
+    """Tables from storages, held by weak references, to what is known of them.
 
-    unread: tells whether what is kept now is made again before it is read, so that only its shapes matter; None: it never is.
+    unread: tells whether what is kept now is recomputed before it is read, so that only its shapes matter; None: it never is.
     """
 
     def __init__(self, mode: Mode, plan: Plan, unread: Callable[[], bool] | None = None) -> None:
@@ -115,17 +115,17 @@ class Provenance:
         return self._is_unread is not None and self._is_unread()
 
     def record(self, tensor: Tensor, source: Source, blank: bool = False) -> None:
-        """`source` gives `tensor` back; with `blank`, as long as only what is known here writes to it."""
+        """Record that `source` gives `tensor` back; with `blank`, only as the target of a write that is recorded too."""
         if type(tensor) in PLAIN and tensor.is_complex():
             tensor, source = torch.view_as_real(tensor), again(torch.view_as_real, Saved(source))
         self._add(tensor, source=source, blank=blank)
 
     def record_cast(self, tensor: Tensor, original: Tensor) -> None:
-        """`tensor` is `original` in another dtype."""
+        """Record that `tensor` is `original` in another dtype."""
         self._add(tensor, original=Read(original, original._version))
 
     def record_linear(self, output: Tensor, input: Tensor, linear: Callable[[Kept], Source]) -> None:
-        """What `linear` makes of a copy of `input` gives `output` back; the copy is made when that is wanted."""
+        """Record that `linear` of a copy of `input` gives `output` back; the copy is made only when it is wanted."""
         self._add(output, original=Read(input, input._version), linear=linear)
 
     def record_activation(self, output: Tensor, activation: Activation) -> None:
@@ -133,8 +133,8 @@ class Provenance:
         self._activations[output.untyped_storage()] = _Activated(activation, ref(output), layout_of(output), versions)
 
     def activation_of(self, output: Tensor) -> Activation | None:
-        """Which activation gave `output`, that very tensor, where neither it nor the input has changed since, and nobody waits
-        for its gradient."""
+        """The activation that gave `output`, this very tensor, if neither it nor the input has changed since and no hook or
+        `retain_grad` waits for its gradient; else None."""
         found = self._activations.get(output.untyped_storage())
         if found is None or found.output() is not output or found.layout != layout_of(output):
             return None
@@ -143,8 +143,8 @@ class Provenance:
         return found.activation if found.versions == (output._version, found.activation.input._version) else None
 
     def find(self, tensor: Tensor, blank: bool = False) -> Saved | None:
-        """What gives `tensor` back without keeping anything more, the finest and lightest; None where nothing does. blank: also
-        where it is about to be written to for the first time."""
+        """The finest and cheapest source that gives `tensor` back without keeping anything more, or None. blank: also find one
+        for a tensor that is about to be written to for the first time."""
         if type(tensor) not in PLAIN or tensor.untyped_storage() not in self._entries:
             return None
         if tensor.is_complex():
@@ -163,7 +163,7 @@ class Provenance:
         return best
 
     def fine(self, tensor: Tensor, heaviest: int = HEAVIEST) -> Saved | None:
-        """As `find`, where it is in the fine form; else the next forward's norms are asked for that."""
+        """As `find`, but only in the fine form; the norms that it comes from are asked for that in the next forward."""
         found = self.find(tensor)
         if found is None or found.source.cost > heaviest:
             return None
@@ -171,9 +171,9 @@ class Provenance:
         return found if found.source.fine else None
 
     def save(self, tensor: Tensor, bits: int | None, *, heaviest: int = HEAVIEST, channels: tuple[int, ...] = (-1,)) -> Kept:
-        """What gives `tensor` back: what is known of it, or a copy in so many bits (None: the tensor itself).
+        """What gives `tensor` back: what is known of it, or a copy in `bits` bits (None: the tensor itself).
 
-        8 bits are never met by less. channels: the dimensions along which sizes may differ much.
+        A request for 8 bits is never met by fewer. channels: the dimensions along which magnitudes may differ much.
         """
         if type(tensor) not in PLAIN:
             return tensor
@@ -196,7 +196,7 @@ class Provenance:
         return Saved(source)
 
     def _known(self, tensor: Tensor) -> Iterator[tuple[_Entry, Layouts | None]]:
-        """What holds of the tensor or of a piece of memory that it is a view of."""
+        """The entries of the tensor, or of a dense tensor that it is a view of, then with the layouts of both."""
         entries = self._entries.get(tensor.untyped_storage())
         if entries is None or tensor.is_neg():
             return
@@ -219,9 +219,9 @@ def _order(source: Source) -> tuple[bool, int]:
 
 
 def packed(tensor: Tensor, packing: Packing, channels: tuple[int, ...], unread: bool = False) -> Source:
-    """A copy in so many bits, in the order of memory where the tensor is dense.
+    """A packed copy, in memory order if the tensor is dense.
 
-    Channels of other sizes than their neighbours' are brought to the same before, by powers of two. unread: leave it unwritten.
+    Channels are first scaled by powers of two to similar magnitudes. unread: leave the copy unwritten.
     """
     tensor = tensor.detach()
     dense = is_dense(tensor)
@@ -237,9 +237,9 @@ def packed(tensor: Tensor, packing: Packing, channels: tuple[int, ...], unread: 
 
 
 def channel_factors(tensor: Tensor, channels: tuple[int, ...], unread: bool = False) -> Tensor:
-    """The power of two nearest to the root mean square of each channel, with `tensor`'s dimensions, in its dtype.
+    """The power of two nearest to the root mean square of each channel, with `tensor`'s number of dimensions, in its dtype.
 
-    channels: the dimensions that channels lie along. unread: leave them unwritten.
+    channels: the dimensions that channels are counted along. unread: leave the factors unwritten.
     """
     kept = {channel % tensor.ndim for channel in channels}
     others = [dim for dim in range(tensor.ndim) if dim not in kept]
@@ -272,7 +272,7 @@ def _cast(value: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def again(function: Callable[..., Tensor], *parents: Kept, tensors: tuple[Tensor, ...] = (), cost: int = 0) -> Source:
-    """`function(*tensors, *parents)` once more; it holds no tensor itself."""
+    """A source that calls `function(*tensors, *parents)` once more; the function itself holds no tensor."""
     fine, heaviest, depth = True, 0, 0
     roots = norms = _NONE
     kept = tuple([as_is(one) for one in tensors])

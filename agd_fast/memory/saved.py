@@ -1,4 +1,4 @@
-"""How a tensor is given back in backward: what is kept of it, and what makes it again from that."""
+"""How backward gets a tensor back: what is kept of it, and how it is rebuilt from that."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ Layouts = tuple[Layout, Layout]  # of a whole value, and of a view in the same s
 
 @dataclass(eq=False)
 class Source:
-    """One value of backward. Not to be changed.
+    """One value that backward can rebuild. Not to be modified.
 
     tensors: what is kept of it. rebuild: (*tensors, *values of parents) → the value; it holds no tensor itself.
-    fine: whether it is precise enough for the gradient of a weight, or to compute with. cost: products of matrices on the way to
-    it. depth: functions on the way to it. roots: the copies that it is made from. norms: those of them that are x̂, by the norm's
-    number in the forward. reads: the tensors of others that it is made from.
+    fine: whether it is precise enough for the gradient of a weight, or to compute with. cost: matrix products on the way to it.
+    depth: functions on the way to it. roots: the copies that it is made from. norms: those of them that are x̂, by the norm's
+    number in the forward. reads: the tensors that it is made from and that belong to others.
     """
 
     tensors: tuple[Tensor, ...]
@@ -52,7 +52,7 @@ class Source:
 
 @dataclass(eq=False)
 class Read:
-    """A tensor of somebody else, and its version when it was read."""
+    """A tensor that belongs to others, and its version when it was read."""
 
     tensor: Tensor
     version: int
@@ -68,7 +68,7 @@ def read(tensors: Iterable[Tensor]) -> frozenset[Read]:
 
 @dataclass(eq=False)
 class Saved:
-    """A source's value, or a view of it, by how both lay in forward. Not to be changed."""
+    """A source's value, or a view of it. layouts: how both lay in memory in the forward. Not to be modified."""
 
     source: Source
     layouts: Layouts | None = None
@@ -83,11 +83,11 @@ def new_root() -> frozenset[int]:
 
 _ROOTS = itertools.count()
 
-_Place = tuple[int, Any]  # the number of a step, and layouts; or ~ the number of a tensor
+_Place = tuple[int, Any]  # number of a step, and layouts; or ~number of a tensor, and None
 
 
 class _Step(NamedTuple):
-    """start, end: of its own tensors."""
+    """start, end: where its own tensors are in the list."""
 
     rebuild: Callable[..., Tensor]
     start: int
@@ -96,7 +96,7 @@ class _Step(NamedTuple):
 
 
 class Program(NamedTuple):
-    """Makes several values from one list of tensors, each source once."""
+    """Rebuilds several values from one list of tensors, each source once."""
 
     steps: tuple[_Step, ...]
     wanted: tuple[_Place, ...]
@@ -137,7 +137,7 @@ class _Compiler:
 
 
 def compiled(kept: tuple[Kept, ...]) -> tuple[Program | None, Sequence[Tensor]]:
-    """What gives all of these back, and the tensors to keep for it; None where the tensors are what is wanted."""
+    """The program that gives all of these back, or None if they are plain tensors; and the tensors to keep for it."""
     if not any(isinstance(one, Saved) for one in kept):
         return None, kept  # type: ignore[return-value]
     compiler = _Compiler()
@@ -146,7 +146,7 @@ def compiled(kept: tuple[Kept, ...]) -> tuple[Program | None, Sequence[Tensor]]:
 
 
 def as_is(tensor: Tensor) -> Tensor:
-    """Without its history. What is no plain tensor, as a packed weight, knows itself how it is kept."""
+    """The tensor without its history. A subclass, such as a packed weight, is left alone: it knows how it is kept."""
     return tensor.detach() if tensor.requires_grad and type(tensor) in PLAIN else tensor
 
 
@@ -155,12 +155,12 @@ def layout_of(tensor: Tensor) -> Layout:
 
 
 def is_dense(tensor: Tensor) -> bool:
-    """Whether its elements fill one piece of memory, each once."""
+    """Whether its elements fill one piece of memory, each place once."""
     return tensor.is_contiguous() or fills(layout_of(tensor))
 
 
 def fills(layout: Layout) -> bool:
-    """Whether what lies so fills one piece of memory, each element once."""
+    """Whether elements in this layout fill one piece of memory, each place once."""
     expected = 1
     for stride, size in sorted((stride, size) for size, stride in zip(layout.size, layout.stride, strict=True) if size != 1):
         if stride != expected:
@@ -170,7 +170,7 @@ def fills(layout: Layout) -> bool:
 
 
 def holds(whole: Layout, part: Layout) -> bool:
-    """Whether a view lies in the piece of memory that a dense tensor fills."""
+    """Whether the view `part` lies within the piece of memory that the dense tensor `whole` fills."""
     count = torch.Size(whole.size).numel()
     last = sum((size - 1) * stride for size, stride in zip(part.size, part.stride, strict=True))
     return 0 not in part.size and whole.offset <= part.offset and part.offset + last < whole.offset + count

@@ -1,4 +1,4 @@
-"""Forwards of a model that the card does not hold: its weights come from host memory, a layer at a time."""
+"""Forwards of a model that does not fit on the card: its weights come from host memory, one layer at a time."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _SET = ("_diffusers_hook", "forward")
 
 
 def streamable(module: nn.Module) -> bool:
-    """Whether hooks of diffusers can bring its weights: not those that another library keeps in its own way, nor into what is
-    compiled, nor a VAE in float16 that pipelines cast to float32 for a while."""
-    supported = getattr(module, "_supports_group_offloading", True)  # said by models of diffusers
+    """Whether hooks of diffusers can bring the module's weights. They cannot if another library keeps the weights in its own
+    format, if the module is compiled, or for a VAE in float16 that pipelines cast to float32 for a while."""
+    supported = getattr(module, "_supports_group_offloading", True)  # set by models of diffusers
     plain = uncompiled(module) is module and module._compiled_call_impl is None
     cast = getattr(getattr(module, "config", None), "force_upcast", False)
     weights = list(module.parameters())
@@ -35,17 +35,17 @@ def streamable(module: nn.Module) -> bool:
 
 
 def two_largest_layers(module: nn.Module) -> int:
-    """Bytes of weights that streaming has on a card at most: one layer computes while the next comes."""
+    """Most bytes of weights that streaming has on a card: one layer computes while the next is loaded."""
     sizes = [sum(tensor.nbytes for tensor in (*part.parameters(False), *part.buffers(False))) for part in module.modules()]
     return sum(sorted(sizes)[-2:])
 
 
 @contextmanager
 def streamed(modules: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
-    """diffusers' own group offloading, by layers, taken off again: inside, forwards run on `device`, while weights lie in host
-    memory. On CUDA the next layer comes while one computes, from pinned memory.
+    """diffusers' own group offloading, by layers, removed again afterwards: inside, forwards run on `device`, while weights are
+    in host memory. On CUDA, the next layer is loaded from pinned memory while one computes.
 
-    modules: on the CPU. Afterwards weights may be on either device; their bits are what they were.
+    modules: on the CPU. Afterwards weights may be on either device; their bits are unchanged.
     """
     with unhooked_after(modules):
         try:
@@ -54,18 +54,18 @@ def streamed(modules: Sequence[nn.Module], device: torch.device) -> Iterator[Non
             yield
         finally:
             if device.type == "cuda":
-                torch.cuda.synchronize(device)  # a layer may be on its way
+                torch.cuda.synchronize(device)  # a layer may still be loading
             for module, name in product(modules, _HOOKS):
                 HookRegistry.check_if_exists_or_initialize(module).remove_hook(name)
 
 
 def unhooked_after(modules: Sequence[nn.Module]) -> AbstractContextManager[None]:
-    """What is set on a module for hooks around its forward, and left there when they go, is as it was afterwards."""
+    """Afterwards, the attributes that hooks set on a module and leave behind when they are removed are as they were before."""
     return restoring([part for module in modules for part in module.modules()], _SET)
 
 
 def unpin(modules: Iterable[nn.Module]) -> None:
-    """Weights that were streamed lie in pinned memory, which a system has little of."""
+    """Move streamed weights out of pinned memory, which is scarce."""
     for module in modules:
         for tensor in (*module.parameters(), *module.buffers()):
             if tensor.is_pinned():
@@ -75,7 +75,7 @@ def unpin(modules: Iterable[nn.Module]) -> None:
 
 
 def offloads(module: nn.Module) -> bool:
-    """Whether hooks that somebody put on it, of diffusers or accelerate, bring its weights."""
+    """Whether hooks of diffusers or accelerate, put on it by somebody else, bring its weights."""
     return any(
         isinstance(getattr(part, "_hf_hook", None), AlignDevicesHook)
         or ((own := getattr(part, "_diffusers_hook", None)) is not None and own.get_hook("group_offloading") is not None)

@@ -1,4 +1,4 @@
-"""A denoiser on the meta device, and the arguments of one call of it: what can be counted without its weights or a GPU."""
+"""A denoiser on the meta device, and the arguments of one call of it, to count memory without its weights or a GPU."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from agd_fast.sites import label_count
 from agd_fast.spec import Condition, DenoiserSpec
 
 META = torch.device("meta")
-PROMPT_TOKENS = 77  # of CLIP, where nobody says it
-LATENT = 8  # edge of the pixels that a latent stands for, in the VAEs of Stable Diffusion and its like
-_CONFIGURED = {  # channels of a condition without a width, read off a UNet's config
+PROMPT_TOKENS = 77  # CLIP's, if nothing else is known
+LATENT = 8  # edge, in pixels, of what one latent stands for in VAEs like Stable Diffusion's
+_CONFIGURED = {  # channels of a condition without a width, read from a UNet's config
     "added_cond_kwargs.text_embeds": lambda config: (
         config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim,
     ),
@@ -35,7 +35,7 @@ _CONFIGURED = {  # channels of a condition without a width, read off a UNet's co
 
 
 def meta_twin(denoiser: nn.Module) -> nn.Module:
-    """The denoiser's modules anew, with its adapter, around tensors on meta; no weight is copied. Frozen, but for the adapter."""
+    """A copy of the denoiser and its adapter with tensors on meta; no weight is copied. Frozen, except for the adapter."""
     attachment = attachment_of(denoiser)
     modules = [*denoiser.modules(), *(() if attachment is None else attachment.adapter.modules())]
     memo: dict[int, Any] = {}
@@ -44,7 +44,7 @@ def meta_twin(denoiser: nn.Module) -> nn.Module:
             if isinstance(tensor, Tensor):
                 memo.setdefault(id(tensor), _on_meta(tensor))
     engine = vars(denoiser).get("_compiled_call_impl")
-    memo[id(engine)] = None  # the twin is called as it is
+    memo[id(engine)] = None  # the twin runs uncompiled
     with unhooked_after([denoiser]):
         for part in denoiser.modules():
             if vars(part).pop("_diffusers_hook", None) is not None:
@@ -63,7 +63,7 @@ def _on_meta(tensor: Tensor) -> Tensor:
 
 
 def pack_twin(twin: nn.Module, kind: Kind) -> None:
-    """Keep its weights as `packed_base` would, which leaves what is on meta alone."""
+    """Pack the twin's weights as `packed_base` would; that function itself leaves weights on meta alone."""
     for child in twin.modules():
         if isinstance(child, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)) and not isinstance(
             getattr(child, "padding", None), str
@@ -84,9 +84,9 @@ def arguments_of(
     call: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     """Arguments of the denoiser's call by (dotted) name, tensors on meta: as given by `inputs`, as the pipeline passes them, or
-    of the shapes that a config tells.
+    of the shapes that a config gives.
 
-    Raises: ValueError for an argument whose shape nobody can tell.
+    Raises: ValueError for an argument whose shape cannot be determined.
     """
     denoiser = component_of(model)
     dtype = next(denoiser.parameters()).dtype
@@ -105,14 +105,14 @@ def arguments_of(
 
 
 def _as_meta(value: Any, dtype: torch.dtype) -> Any:
-    """A shape stands for a tensor of the denoiser's dtype."""
+    """The value with its tensors on meta; a shape stands for a tensor of the denoiser's dtype."""
     if isinstance(value, (tuple, torch.Size)) and value and all(isinstance(size, int) for size in value):
         return torch.empty(tuple(value), device=META, dtype=dtype)
     return tree_map(lambda leaf: torch.empty_like(leaf, device=META) if isinstance(leaf, Tensor) else leaf, value)
 
 
 class _Called(Exception):  # noqa: N818 (no error)
-    """Carries the denoiser's first call out of a pipeline's."""
+    """Carries the arguments of the denoiser's first call out of a pipeline's call."""
 
     def __init__(self, arguments: dict[str, Any]) -> None:
         self.arguments = arguments
@@ -121,8 +121,8 @@ class _Called(Exception):  # noqa: N818 (no error)
 def first_call(
     pipe: Any, spec: DenoiserSpec, resolution: int | tuple[int, int] | None, batch: int, call: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Arguments of the denoiser's first call, by name, in a run without guidance, which is stopped there: text encoders run, the
-    denoiser does not. call: further arguments of the pipeline's.
+    """Arguments of the denoiser's first call, by name, in a run without guidance that is stopped there: text encoders run, the
+    denoiser does not. call: further arguments of the pipeline's call.
 
     Raises: ValueError for a pipeline that never calls its denoiser.
     """
@@ -157,7 +157,7 @@ def first_call(
 def _of_pipeline(
     pipe: Any, spec: DenoiserSpec, resolution: int | tuple[int, int] | None, batch_size: int, call: Mapping[str, Any]
 ) -> dict[str, Any]:
-    batch = min(batch_size, 2)  # rows beyond the second are like it
+    batch = min(batch_size, 2)  # further rows are like the second
     found = first_call(pipe, spec, resolution, batch, call)
     for name in spec.listed:
         found[name] = [found[name][0]] * batch_size
@@ -165,7 +165,7 @@ def _of_pipeline(
 
 
 def _repeated(tensor: Tensor, batch: int, size: int) -> Tensor:
-    """On meta, with `size` rows where there are `batch`."""
+    """The tensor on meta, with `size` rows if it has `batch`."""
     sizes = [size if index == 0 and length == batch else length for index, length in enumerate(tensor.shape)]
     return torch.empty(sizes, device=META, dtype=tensor.dtype)
 
@@ -182,7 +182,7 @@ def _of_config(
             _unknown(spec.sample, denoiser)
         shape = (channels, *(edge if isinstance(edge, (tuple, list)) else (edge, edge)))
     if resolution is not None:
-        unit = LATENT if shape[0] >= 4 else 1  # fewer channels are pixels
+        unit = LATENT if shape[0] >= 4 else 1  # fewer channels mean pixels
         shape = (*shape[:-2], *(edge // unit for edge in _edges(resolution)))
     found: dict[str, Any] = {spec.sample: torch.empty(batch_size, *shape, device=META, dtype=dtype)}
     for condition in spec.conditions:

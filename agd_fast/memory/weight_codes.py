@@ -1,6 +1,6 @@
-"""Weights as integers and scales: int8 an output channel, and NF4.
+"""Weights as integers and scales: int8 with a scale per output channel, and NF4.
 
-A weight is packed once and unpacked at every use, so unpacking is a few passes over memory that any device has.
+A weight is packed once and unpacked at every use, so unpacking takes only a few passes over memory, by ops that any device has.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ NF4_LEVELS = (
 def pack_weight(weight: Tensor, kind: Kind) -> tuple[Tensor, Tensor]:
     """Codes and scales of a weight [out, ...].
 
-    int8: symmetric, codes like the weight, scales [out, 1, ...] as bfloat16 (float16 of a float16 weight), absmax / 127 rounded
-    up, so that w ≈ codes · scales to half a scale. nf4: blocks of 64 in memory order, the last filled up with zeros; codes uint8
-    [blocks · 32], element 2i in the high half, scales float32 [blocks], the absmax.
+    int8: symmetric; codes of the weight's shape; scales [out, 1, ...] in bfloat16 (float16 for a float16 weight), absmax / 127
+    rounded up, so that w ≈ codes · scales to within half a scale. nf4: blocks of 64 in memory order, the last padded with zeros;
+    codes uint8 [blocks · 32], element 2i in the high half; scales float32 [blocks], the absmax.
     """
     exact = weight.to(torch.promote_types(weight.dtype, torch.float32))
     return _pack_int8(exact, weight.dtype) if kind == "int8" else _pack_nf4(exact)
 
 
 def unpack_weight(codes: Tensor, scales: Tensor, kind: Kind, size: torch.Size, dtype: torch.dtype) -> Tensor:
-    """The weight [*size] that they stand for."""
+    """The weight [*size] that codes and scales stand for."""
     if kind == "int8":
         return codes * scales.to(dtype)
     pairs = _pairs(dtype, codes.device)
@@ -60,7 +60,7 @@ def _pack_int8(exact: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     narrow = scales.to(torch.float16 if dtype is torch.float16 else torch.bfloat16)
     up = torch.nextafter(narrow, torch.full_like(narrow, torch.inf))
     narrow = torch.where(narrow.to(scales.dtype) < scales, up, narrow).reshape(-1, *[1] * (exact.ndim - 1))
-    codes = (exact / narrow.to(exact.dtype)).round_().nan_to_num_(0.0)  # 0/0 of a channel of zeros
+    codes = (exact / narrow.to(exact.dtype)).round_().nan_to_num_(0.0)  # 0/0 in a channel of zeros
     return codes.to(torch.int8), narrow
 
 
@@ -76,6 +76,6 @@ def _pack_nf4(exact: Tensor) -> tuple[Tensor, Tensor]:
 
 @lru_cache(maxsize=8)
 def _pairs(dtype: torch.dtype, device: torch.device) -> Tensor:
-    """What each byte stands for: [256, 2]."""
+    """The two levels that each byte stands for: [256, 2]."""
     levels = torch.tensor(NF4_LEVELS, device=device).to(dtype)
     return torch.cartesian_prod(levels, levels)

@@ -1,4 +1,4 @@
-"""The operations that may run on a kernel of ours, one a file: the one door to `kernels/`."""
+"""The operations that may run on one of our kernels, one per file; nothing else in the package runs `kernels/`."""
 
 from agd_fast.ops.absorbed_attention import absorbed_attention
 from agd_fast.ops.activated_linear import activated_linear

@@ -1,4 +1,4 @@
-"""Cross-attention to few tokens, its projections put into its keys and values: what the engine makes of such adapters."""
+"""Cross-attention to few tokens, its projections put into its keys and values: the engine's form of cross-attention adapters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The first half of a feed-forward block: a projection with its activation, and an offset a sample, behind one product."""
+"""The first half of a feed-forward block: a projection, an offset per sample and the activation, in one product."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ ACTIVATIONS = ("geglu", "gelu", "gelu_tanh")
 
 
 def activated_linear_ref(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "geglu") -> Tensor:
-    """z = x·weightᵀ + bias; gelu(z) [B, ..., N], by its definition or by tanh; of "geglu" z's first half times the gelu of its
-    second [B, ..., N/2] (Shazeer, arXiv 2002.05202).
+    """gelu(z) [B, ..., N] of z = x·weightᵀ + bias, by its definition or by tanh; for "geglu" z's first half times the gelu of its
+    second half [B, ..., N/2] (Shazeer, arXiv 2002.05202).
 
     x: [B, ..., C]; weight: [N, C]; bias: [N], or one a sample [B, N] (an offset), or None.
-    Raises: ValueError naming the argument whose shape, dtype or device is another; for an unknown activation, or geglu of an
-        odd N.
+    Raises: ValueError naming the argument whose shape, dtype or device does not fit; for an unknown activation, or geglu with
+        an odd N.
     """
     require("activated_linear", x=x, weight=weight, bias=bias)
     if activation not in ACTIVATIONS:

@@ -1,4 +1,4 @@
-"""A group norm whose γ and β are one a sample, with the activation behind it: modulation adapters on a UNet's norms."""
+"""A group norm with its own γ and β for each sample, and the activation after it: modulation adapters on a UNet's norms."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ from agd_fast.ops.defining import define, row
 def ada_group_norm_ref(
     x: Tensor, groups: int, gamma: Tensor | None, beta: Tensor | None, eps: float = 1e-5, silu: bool = False
 ) -> Tensor:
-    """act((x − mean)/√(var + ε)·γ + β), mean and var over a group's channels and all places; act is SiLU or nothing.
+    """act((x − mean)/√(var + ε)·γ + β), mean and var over a group's channels and all positions; act is SiLU or nothing.
 
-    x: [B, C, ...]; gamma, beta: [B or 1, C], or None for 1 and 0 → like x, its channels side by side where those of x are, else
-    contiguous.
-    Raises: ValueError naming the argument whose shape, dtype or device is another.
+    x: [B, C, ...]; gamma, beta: [B or 1, C], or None for 1 and 0 → like x, channels-last where x is, else contiguous.
+    Raises: ValueError naming the argument whose shape, dtype or device does not fit.
     """
     require("ada_group_norm", x=x, gamma=gamma, beta=beta)
     if groups < 1 or x.shape[1] % groups:
@@ -28,4 +27,4 @@ def ada_group_norm_ref(
     return laid_like(F.silu(normed) if silu else normed, x)
 
 
-ada_group_norm = define(ada_group_norm_ref, launches=2, like="x")  # a group is too much for one block: sums, then the norm
+ada_group_norm = define(ada_group_norm_ref, launches=2, like="x")  # a group is too large for one block: sums first, then the norm

@@ -1,4 +1,4 @@
-"""A layer norm whose γ and β are one a sample: adaLN (arXiv 2212.09748, section 3.2), and modulation adapters on norms."""
+"""A layer norm with its own γ and β for each sample: adaLN (arXiv 2212.09748, section 3.2), and modulation adapters on norms."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def ada_layer_norm_ref(x: Tensor, gamma: Tensor | None, beta: Tensor | None, eps
     """(x − mean)/√(var + ε)·γ + β over the last dimension.
 
     x: [B, ..., C]; gamma, beta: [B or 1, C], or None for 1 and 0 → [B, ..., C].
-    Raises: ValueError naming the argument whose shape, dtype or device is another.
+    Raises: ValueError naming the argument whose shape, dtype or device does not fit.
     """
     require("ada_layer_norm", x=x, gamma=gamma, beta=beta)
     normed = F.layer_norm(x, x.shape[-1:], eps=eps)

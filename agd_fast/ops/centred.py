@@ -1,4 +1,4 @@
-"""A convolution's weight with a low-rank term at its centre: the term beside the convolution, for all places at once."""
+"""A convolution's weight with a low-rank term added to its centre, which has the same effect as the term beside it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from agd_fast.ops.defining import define_composite
 
 
 def centre(weight: Tensor) -> Tensor:
-    """[C, K] of a weight [C, K, …], whose kernel has odd sizes: a view."""
+    """The centre [C, K] of a weight [C, K, …] with odd kernel sizes, as a view."""
     place: tuple[Any, ...] = (..., *(size // 2 for size in weight.shape[2:]))
     return weight[place]
 
@@ -25,4 +25,4 @@ def centred_ref(weight: Tensor, up: Tensor, down: Tensor) -> Tensor:
     return found
 
 
-define_composite(centred_ref)  # which graphs are made to call
+define_composite(centred_ref)  # the rewriting of graphs adds calls of it

@@ -1,6 +1,6 @@
 """Where an op runs on its Triton kernel and where in torch: the one place that decides.
 
-"never" and "always" say it outright; "auto" takes the kernel on CUDA where it was measured to beat torch, eager and compiled, for
+"never" and "always" fix the choice; "auto" takes the kernel on CUDA where it was measured to beat torch, eager and compiled, for
 those shapes on that card. What was measured is kept on disk.
 """
 
@@ -21,19 +21,19 @@ from agd_fast.warning import described, warn
 
 Kernels = Literal["auto", "always", "never"]
 VARIABLE = "AGD_FAST_KERNELS"
-EPILOGUE = {"cuda": "tanh", "cpu": "none"}  # the gelu that torch._addmm_activation gives there
-OLDEST = (8, 0)  # compute capability that they are compiled for
+EPILOGUE = {"cuda": "tanh", "cpu": "none"}  # the gelu approximation that torch._addmm_activation uses there
+OLDEST = (8, 0)  # oldest compute capability that the kernels are compiled for
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _failed: dict[str, str] = {}  # ops whose kernel did not run in this process, and why
 
 
 def default_policy() -> Kernels:
-    """What the environment says, "auto" where it says nothing. Raises: ValueError for what it may not say."""
+    """The policy that the environment sets, "auto" where it sets none. Raises: ValueError for an unknown one."""
     return checked_policy(os.environ.get(VARIABLE) or "auto", f"the environment variable {VARIABLE}")
 
 
 def checked_policy(found: Any, name: str = "kernels") -> Kernels:
-    """Raises: ValueError naming what may be said."""
+    """`found`, if it is a policy. Raises: ValueError naming the known policies."""
     if found not in get_args(Kernels):
         raise ValueError(f"{name} must be one of {', '.join(map(repr, get_args(Kernels)))}; found {found!r}")
     return found
@@ -52,7 +52,7 @@ def missing() -> str:
 
 
 def refusal(op: Op, args: tuple[Any, ...], policy: Kernels) -> str:
-    """Why an op with these arguments (fake tensors do) is left to torch; empty where its kernel is to run."""
+    """Why an op with these arguments (fake tensors will do) is left to torch; empty where its kernel is to run."""
     args = op.complete(args)
     device = tensors_of(args)[0].device
     if policy == "never":
@@ -76,7 +76,7 @@ def _limit(op: Op, args: tuple[Any, ...]) -> str:
 
 
 def refusal_of_join(x: Tensor, thin: Tensor, wide: Tensor, policy: Kernels) -> str:
-    """Why x·thinᵀ and x·wideᵀ stay two products; empty where they are to be one of both weights together."""
+    """Why x·thinᵀ and x·wideᵀ stay two products; empty where they are to be one product with both weights."""
     if policy != "auto":
         return "" if policy == "always" else "kernels are switched off"
     if not x.is_cuda:
@@ -115,14 +115,14 @@ def _verdict(key: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 def measured(verdicts: Verdicts, key: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What is kept under a key; where that is nothing, what is measured now."""
+    """The verdict kept under a key; where there is none, it is measured now."""
     found = verdicts.get(key)
     if found is None:
         try:
             found = measure()
-        except Exception as error:  # no memory for it, perhaps: another time
+        except Exception as error:  # perhaps out of memory: measured another time
             return {"wins": False, "reason": f"could not be measured ({described(error)})"}
-        if {"eager", "compiled"} <= found["milliseconds"].keys():  # else torch could not show what it can
+        if {"eager", "compiled"} <= found["milliseconds"].keys():  # else torch did not fully compete
             verdicts.put(key, found)
     return found
 
@@ -132,7 +132,7 @@ def _lost(verdict: dict[str, Any]) -> str:
 
 
 def call(op: Op, *args: Any) -> Any:
-    """An op in code that no graph is made of: its kernel where that wins, else its reference."""
+    """Run an op in code that is not captured: on its kernel where that wins, else by its reference."""
     if torch.compiler.is_compiling() or refusal(op, args, default_policy()):
         return op.reference(*args)
     return op.overload(*args)
@@ -156,13 +156,13 @@ def launched(op: Op, args: tuple[Any, ...]) -> Any:
 
 
 def or_reference(name: str, kernel: Callable[[], Any], reference: Callable[[], Any], like: Tensor) -> Any:
-    """A kernel's result, on the device of `like`. One that does not compile or start is done without from then on."""
+    """A kernel's result, on the device of `like`. If it does not compile or start, the reference is used from then on."""
     if name in _failed:
         return reference()
     try:
         with torch.cuda.device_of(like):  # Triton launches on the current device
             return kernel()
-    except (ValueError, torch.OutOfMemoryError):  # wrong arguments, which the reference says too, or no memory now
+    except (ValueError, torch.OutOfMemoryError):  # wrong arguments, which the reference reports too, or no memory now
         return reference()
     except Exception as error:
         _failed[name] = f"its kernel failed ({described(error)})"
@@ -171,8 +171,8 @@ def or_reference(name: str, kernel: Callable[[], Any], reference: Callable[[], A
 
 
 def kernels_info() -> dict[str, Any]:
-    """For a reader. policy: what the environment says. missing: why none runs here. failed: those that did not, and why. ops:
-    all there are. measured: how many verdicts on this card are kept, in the file `kept`."""
+    """For display. policy: as the environment sets it. missing: why no kernel can run here. failed: ops whose kernel failed, and
+    why. ops: all of them. measured: number of verdicts on this card, which are kept in the file `kept`."""
     found: dict[str, Any] = {"policy": default_policy(), "missing": missing(), "failed": dict(_failed), "ops": sorted(OPS)}
     if not missing():
         verdicts = Verdicts.of_this_card()

@@ -1,8 +1,8 @@
 """Making an op: a torch reference, and an opaque operator around the Triton kernel of the same signature.
 
 The operator `agd_fast_kernels::<name>` is what stands in a graph where a kernel was chosen. It is functional; its shapes, its
-gradients and whatever runs without a GPU are the reference's. It has a FLOP formula and a number of launches, so that what counts
-operations does not take it for one that costs nothing.
+gradients and its results without a GPU are the reference's. It has a FLOP formula and a number of launches, so that code that
+counts operations does not take it for one that costs nothing.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ def define(
 ) -> Op:
     """Register the operator of a reference `<name>_ref`, and keep it in OPS.
 
-    flops: of these arguments; None where there are no products. like: the argument that the result lies like, as
-    `layouts.laid_like` has it; contiguous without one. library: the same by one call of a library, without gradients; ValueError
-    where there is none.
+    flops: those of given arguments; None if there are no products. like: the argument whose layout the result takes, as
+    `layouts.laid_like` does it; without one it is contiguous. library: the same by one call of a library, without gradients;
+    raises ValueError for arguments that no library takes.
     """
     name = reference.__name__.removesuffix("_ref")
     schema = torch.library.infer_schema(reference, mutates_args=())
@@ -50,7 +50,7 @@ def define(
         return laid(run(op, op.complete(args)), args)
 
     def laid(found: Any, args: tuple[Any, ...]) -> Any:
-        """As the kernel lays it, whatever the layout of what else it took."""
+        """In the layout that the kernel gives, whatever the layouts of its other arguments."""
         its = dict(zip(signature.parameters, args, strict=False)).get(like)
         return pytree.tree_map(Tensor.contiguous, found) if its is None else laid_like(found, its)
 
@@ -63,7 +63,7 @@ def define(
         ctx.plain = [None if isinstance(leaf, Tensor) else leaf for leaf in inputs]
 
     def backward(ctx: Any, *grads: Any) -> Any:
-        """The reference's, which runs again for it: only the arguments are saved."""
+        """The reference's backward. The reference runs again for it, because only the arguments are saved."""
         saved = [plain if tensor is None else tensor for tensor, plain in zip(ctx.saved_tensors, ctx.plain, strict=True)]
         wanted = [index for index, need in enumerate(ctx.needs_input_grad) if need]
 
@@ -93,8 +93,8 @@ def define(
 
 
 def define_composite(reference: Callable[..., Any]) -> Callable[..., Any]:
-    """An operator `agd_fast::<name>` that says in a graph what an adapter does, and is its parts to all that does not know it:
-    autograd, inductor, counting.
+    """An operator `agd_fast::<name>` that says in a graph what an adapter does; for all that does not know it (autograd,
+    inductor, counting) it is the operations that it consists of.
 
     Returns the function to call, which is the reference itself where no graph is recorded.
     """
@@ -117,13 +117,13 @@ def tokens(x: Tensor) -> Tensor:
 
 
 def too_many_scores(op: str, keys: Tensor) -> str:
-    """Why a kernel does not take keys or values [B, S, C] of so many tokens; empty where it does."""
+    """Why a kernel does not take keys or values [B, S, C] of that many tokens; empty where it does."""
     most = MAX_SCORES[op]
     return "" if keys.shape[1] <= most else f"{keys.shape[1]} scores a token, more than {most}"
 
 
 def row(values: Tensor, like: Tensor, channel_dim: int = -1) -> Tensor:
-    """[B or 1, C] in the shape that meets `like`, whose channels are at `channel_dim`."""
+    """Values [B or 1, C] in the shape that broadcasts against `like`, whose channels are at `channel_dim`."""
     shape = [1] * like.ndim
     shape[0], shape[channel_dim] = values.shape
     return values.view(shape)

@@ -1,4 +1,4 @@
-"""The one rule of what a kernel may lose: twice what PyTorch loses in the same dtype, and a rounding."""
+"""The one rule for the error of a kernel: at most twice PyTorch's error in the same dtype, plus one rounding."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A low-rank term beside a block, its r directions scaled a sample: what `gated_lora` adapters add to every token."""
+"""A low-rank term beside a block, its r directions scaled per sample: what `gated_lora` adapters add to every token."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def gated_lora_ref(
     """output + up·(gates ⊙ down·hidden) at every token.
 
     hidden: [B, ..., K]; output: [B, ..., C]; with channels_first [B, K, ...] and [B, C, ...]; down: [r, K]; up: [C, r];
-    gates: [B or 1, r], or None for 1 → like output, its channels side by side where those of output are, else contiguous.
-    Raises: ValueError naming the argument whose shape, dtype or device is another.
+    gates: [B or 1, r], or None for 1 → like output, channels-last where output is, else contiguous.
+    Raises: ValueError naming the argument whose shape, dtype or device does not fit.
     """
     name = "gated_lora_channels_first" if channels_first else "gated_lora"
     require(name, hidden=hidden, output=output, down=down, up=up, gates=gates)

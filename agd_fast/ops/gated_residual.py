@@ -1,4 +1,4 @@
-"""What a block adds to the tokens, with its gate, and with the mix of an absorbed cross-attention."""
+"""A block's output added to the tokens, with its gate and the mix of an absorbed cross-attention."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def gated_residual_ref(
     """residual + gate·(y + P·U).
 
     residual, y: [B, ..., C]; gate: [B or 1, C], or None for 1; P: [B, ..., S] with U [B, S, C], or both None → [B, ..., C].
-    Raises: ValueError naming the argument whose shape, dtype or device is another.
+    Raises: ValueError naming the argument whose shape, dtype or device does not fit.
     """
     require("gated_residual", residual=residual, y=y, gate=gate, P=P, U=U)
     if (P is None) != (U is None):

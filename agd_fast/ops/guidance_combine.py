@@ -13,7 +13,7 @@ def guidance_combine_ref(uncond: Tensor, cond: Tensor, omega: Tensor) -> Tensor:
     """ε_cfg = ε(∅) + ω·(ε(c) − ε(∅)).
 
     uncond, cond: [B, ...]; omega: [B or 1] float32 → [B, ...].
-    Raises: ValueError naming the argument whose shape, dtype or device is another.
+    Raises: ValueError naming the argument whose shape, dtype or device does not fit.
     """
     require("guidance_combine", uncond=uncond, cond=cond, omega=omega)
     scale = omega.view(-1, *[1] * (cond.ndim - 1)).to(cond.dtype)
@@ -28,4 +28,4 @@ def guidance_combine(uncond: Tensor, cond: Tensor, omega: Tensor) -> Tensor:
 
 
 guidance_combine.__doc__ = guidance_combine_ref.__doc__
-guidance_combine.__module__ = "agd_fast.ops"  # a dataset on disk names its rule of guidance so
+guidance_combine.__module__ = "agd_fast.ops"  # the name of this guidance rule in datasets on disk

@@ -13,7 +13,7 @@ def guided_update_ref(uncond: Tensor, cond: Tensor, omega: Tensor, sample: Tenso
     """x_{t−1} = a·x_t + b·ε_cfg, with ε_cfg = ε(∅) + ω·(ε(c) − ε(∅)).
 
     uncond, cond, sample: [B, ...]; omega: [B or 1] float32; a, b: [B or 1] float32 → [B, ...].
-    Raises: ValueError naming the argument whose shape, dtype or device is another.
+    Raises: ValueError naming the argument whose shape, dtype or device does not fit.
     """
     require("guided_update", uncond=uncond, cond=cond, omega=omega, sample=sample, a=a, b=b)
     ones = [1] * (cond.ndim - 1)

@@ -48,7 +48,7 @@ def _text(argument: Any) -> str:
 
 
 class Verdicts:
-    """What was measured on one card with one version of everything, by key: `path` holds it."""
+    """What was measured on one card with one version of torch, Triton and the kernels, by key; kept in the file `path`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -56,14 +56,14 @@ class Verdicts:
 
     @staticmethod
     def of_this_card() -> Verdicts:
-        """Those on the current device."""
+        """The verdicts on the current device."""
         return _verdicts_on(torch.cuda.current_device())
 
     def get(self, key: str, default: Any = None) -> Any:
         return self.found.get(key, default)
 
     def put(self, key: str, verdict: dict[str, Any]) -> None:
-        """Keep it, beside what other processes wrote meanwhile. A disk that cannot be written to costs measuring again."""
+        """Keep it, beside what other processes wrote meanwhile. If the disk cannot be written to, it will be measured again."""
         self.found = {**self._read(), **self.found, key: verdict}
         try:
             write_json(self.path, self.found)
@@ -92,7 +92,7 @@ def _verdicts_on(device: int) -> Verdicts:
 
 
 def _sources() -> str:
-    """A digest of the kernels' code: other code is another contender."""
+    """A digest of the kernels' code: other code must be measured anew."""
     spec = util.find_spec(NAMESPACE)
     folder = Path(next(iter(spec.submodule_search_locations)))  # type: ignore[union-attr, arg-type]
     digest = hashlib.sha256()
@@ -140,7 +140,7 @@ def _race(
 ) -> dict[str, Any]:
     """Milliseconds of the reference, eager and compiled, of a library's form of it, and of ours, on random data.
 
-    wins: whether one of ours is right and faster than all of these. config: of the fastest, then. reason: why not, else.
+    wins: whether one of ours is right and faster than all others. config: that of the fastest, if so. reason: why not, else.
     """
     from triton.testing import do_bench
 
@@ -161,14 +161,14 @@ def _race(
 
 
 def _anew(function: Any) -> Callable[..., Any]:
-    """The function with code of its own: torch compiles the same code for eight shapes, and then no more."""
+    """The function with a code object of its own: torch compiles the same one for eight shapes, and then no more."""
     code = function.__code__.replace()
     return types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
 
 
 def verdict_of(times: dict[str, float], configs: dict[str, Any], reasons: list[str]) -> dict[str, Any]:
-    """times: milliseconds of what ran and is right; those of the kernel under the names in `configs`. reasons: why others are not
-    among them."""
+    """times: milliseconds of what ran and gave right results; those of the kernel have the names in `configs`. reasons: why
+    others are not among them."""
     torch_ms = min((ms for name, ms in times.items() if name not in configs), default=float("inf"))
     best = min((name for name in times if name in configs), key=times.__getitem__, default=None)
     verdict: dict[str, Any] = {"milliseconds": times}
@@ -180,10 +180,10 @@ def verdict_of(times: dict[str, float], configs: dict[str, Any], reasons: list[s
 
 
 def _random(leaf: Any) -> Any:
-    """In the strides of the argument; small enough that no half overflows."""
+    """Random values in the strides of the argument, small enough not to overflow in float16."""
     if not isinstance(leaf, Tensor):
         return leaf
     size = 1 + sum((length - 1) * stride for length, stride in zip(leaf.shape, leaf.stride(), strict=True))
-    own = torch.Generator(leaf.device).manual_seed(size)  # a user's own numbers are not to depend on what is measured
+    own = torch.Generator(leaf.device).manual_seed(size)  # the user's random numbers must not depend on what is measured
     values = torch.randn(size if leaf.numel() else 0, generator=own, device=leaf.device).to(leaf.dtype)
     return values.as_strided(leaf.shape, leaf.stride())

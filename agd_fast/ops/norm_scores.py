@@ -1,4 +1,4 @@
-"""A layer norm that also gives the scores of its tokens with a few keys: what an absorbed cross-attention needs of them."""
+"""A layer norm that also gives the scores of its tokens with a few keys, for an absorbed cross-attention."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def norm_scores_ref(
     """n = ada_layer_norm(x) [B, ..., C], and P = softmax(n·Aᵀ + score_bias) over each head's tokens [B, ..., S].
 
     x: [B, ..., C]; gamma, beta: [B or 1, C] or None; A: [B, S, C], S of all heads; score_bias: [B, 1, S] float32 or None.
-    Raises: ValueError naming the argument whose shape, dtype or device is another.
+    Raises: ValueError naming the argument whose shape, dtype or device does not fit.
     """
     require("norm_scores", x=x, gamma=gamma, beta=beta, A=A, score_bias=score_bias)
     normed = ada_layer_norm_ref(x, gamma, beta, eps)

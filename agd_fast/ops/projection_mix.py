@@ -23,7 +23,7 @@ def projection_mix_ref(
 
     attended: [B, ..., K]; weight: [C, K]; bias: [C], or one a sample [B, C] (an offset adapter), or None; P: [B, ..., S] with
     U [B, S, C], or both None; residual: [B, ..., C] or None; gate: [B or 1, C] or None → [B, ..., C].
-    Raises: ValueError naming the argument whose shape, dtype or device is another.
+    Raises: ValueError naming the argument whose shape, dtype or device does not fit.
     """
     require("projection_mix", attended=attended, weight=weight, bias=bias, P=P, U=U, residual=residual, gate=gate)
     if (P is None) != (U is None):

@@ -1,4 +1,4 @@
-"""A block's projection and an adapter's scores of the same tokens, in one product: x·[Wᵀ | Aᵀ], with the softmax behind it."""
+"""A block's projection and an adapter's scores of the same tokens, in one product: x·[Wᵀ | Aᵀ], followed by the softmax."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def projection_scores_ref(
     """q = x·weightᵀ + bias [B, ..., N], and P = softmax(x·Aᵀ + score_bias) over each head's tokens [B, ..., S].
 
     x: [B, ..., C]; weight: [N, C]; bias: [N] or None; A: [B, S, C], S of all heads; score_bias: [B, 1, S] float32 or None.
-    Raises: ValueError naming the argument whose shape, dtype or device is another.
+    Raises: ValueError naming the argument whose shape, dtype or device does not fit.
     """
     require("projection_scores", x=x, weight=weight, bias=bias, A=A, score_bias=score_bias)
     return F.linear(x, weight, bias), scores(x, A, score_bias, heads)

@@ -1,4 +1,4 @@
-"""The ops there are: what each is made of."""
+"""All ops, and what each consists of."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ OPS: dict[str, Op] = {}
 
 @dataclass(frozen=True, eq=False)
 class Op:
-    """reference: the same in torch, of this signature. overload: the opaque operator. launches: kernels that it starts.
-    limit: why the kernel cannot take these arguments, or empty. library: the same by one call of a library, or None."""
+    """reference: the same in torch, with this signature. overload: the opaque operator. launches: how many kernels it starts.
+    limit: tells why the kernel cannot take given arguments, or "". library: the same by one call of a library, or None."""
 
     name: str
     reference: Callable[..., Any]
@@ -39,13 +39,13 @@ class Op:
         return importlib.import_module(f"{NAMESPACE}.{self.name}").CONFIGS
 
     def complete(self, args: Sequence[Any], kwargs: Mapping[str, Any] = MappingProxyType({})) -> tuple[Any, ...]:
-        """All arguments by position, with the defaults of those left out, as torch leaves them out for an operator."""
+        """All arguments by position, with defaults for those left out: torch leaves some out when it calls an operator."""
         bound = self.signature.bind(*args, **kwargs)
         bound.apply_defaults()
         return bound.args
 
     def in_double(self, args: Sequence[Any]) -> tuple[Any, ...]:
-        """The arguments in float64, but for what the op insists on float32 for."""
+        """The arguments in float64, except those that the op requires in float32."""
         pairs = zip(self.signature.parameters, args, strict=False)
         return tuple(one.double() if isinstance(one, Tensor) and name not in FLOAT32 else one for name, one in pairs)
 

@@ -1,4 +1,4 @@
-"""What a block adds to the tokens, and the norm of the sum that the next one begins with, in one pass over both."""
+"""A block's output added to the tokens, and the norm of the sum with which the next block begins, in one pass."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def residual_norm_ref(
     """h = residual + gate·y, and ada_layer_norm(h), [B, ..., C] both.
 
     residual, y: [B, ..., C]; gate, gamma, beta: [B or 1, C], or None for 1, 1 and 0.
-    Raises: ValueError naming the argument whose shape, dtype or device is another.
+    Raises: ValueError naming the argument whose shape, dtype or device does not fit.
     """
     require("residual_norm", residual=residual, y=y, gate=gate, gamma=gamma, beta=beta)
     h = gated_residual_ref(residual, y, gate)

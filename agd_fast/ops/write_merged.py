@@ -1,4 +1,4 @@
-"""Weights with their low-rank terms, all of a step at once, written to where the step reads them."""
+"""Weights with their low-rank terms, all those of a step written at once to where the step reads them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from agd_fast.ops.choice import Kernels, missing, or_reference
 from agd_fast.ops.exactness import off
 from agd_fast.ops.registry import NAMESPACE
 
-_CHECKED: set[torch.dtype] = set()  # in this process
+_CHECKED: set[torch.dtype] = set()  # dtypes whose kernel was checked in this process
 
 
 def write_merged_ref(outs: Sequence[Tensor], bases: Sequence[Tensor], ups: Sequence[Tensor], downs: Sequence[Tensor]) -> None:
@@ -27,16 +27,16 @@ def write_merged_ref(outs: Sequence[Tensor], bases: Sequence[Tensor], ups: Seque
 
 
 class WriteMerged:
-    """`write_merged_ref`, where kernels may run as one launch: two a weight are not worth measuring against that. The first
-    launch of a dtype is checked.
+    """`write_merged_ref`, as one launch where kernels may run: not worth measuring against torch's two launches per weight.
+    The first launch for a dtype is checked.
 
-    It keeps what the last launch read, which a CUDA graph of that reads again.
+    It keeps the tables of the last launch, because a CUDA graph of that launch reads them again.
     """
 
     def __init__(self, policy: Kernels) -> None:
         self.policy = policy
         self._tables: Sequence[Tensor] = ()
-        self._key: Any = None  # of what these are
+        self._key: Any = None  # of the tensors that they describe
 
     def __call__(self, outs: Sequence[Tensor], bases: Sequence[Tensor], ups: Sequence[Tensor], downs: Sequence[Tensor]) -> None:
         if outs and (self.policy == "always" or (self.policy == "auto" and outs[0].is_cuda)):
@@ -47,7 +47,7 @@ class WriteMerged:
             write_merged_ref(outs, bases, ups, downs)
 
     def _look_at(self, *every: Sequence[Tensor]) -> None:
-        """Nothing comes from the host while a CUDA graph is recorded, so the tables are made at the first of like steps."""
+        """Make the tables at the first of equal steps: nothing can be copied from the host while a CUDA graph is recorded."""
         key = [[(one.data_ptr(), one.shape, one.stride(), one.dtype) for one in each] for each in every]
         if key != self._key:
             try:
@@ -61,7 +61,7 @@ class WriteMerged:
 def _write_merged(
     outs: Sequence[Tensor], bases: Sequence[Tensor], ups: Sequence[Tensor], downs: Sequence[Tensor], tables: Sequence[Tensor]
 ) -> None:
-    """On its kernel where there are tables for that."""
+    """Run it on its kernel where there are tables for that, else by the reference."""
     if not tables:
         return write_merged_ref(outs, bases, ups, downs)
 

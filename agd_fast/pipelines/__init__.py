@@ -1,4 +1,4 @@
-"""Pipelines of diffusers as teachers: what they compute is recorded from their own runs, not written again."""
+"""Pipelines of diffusers as teachers: what they compute is recorded from their own runs, not reimplemented."""
 
 from agd_fast.pipelines.inputs import Inputs
 from agd_fast.pipelines.runs import ARMS, Arm

@@ -1,8 +1,8 @@
 """Which part of its denoiser's output a pipeline hands to its scheduler, in which order and with which sign.
 
-Image-to-video pipelines leave out the frame that they were given, edits the tokens of the picture that is edited; others unpack
-tokens or turn the sign. The pipeline itself is asked: where its denoiser's output is numbered, which numbers come out, and where?
-Any rule of guidance gives these back, as the conditional and the unconditional prediction are the same.
+Image-to-video pipelines leave out the frame that they were given, editing pipelines the tokens of the picture to edit; others
+unpack tokens or flip the sign. The pipeline itself is asked: if the elements of its denoiser's output are numbered, which numbers
+reach the scheduler, and where? Any guidance rule passes them on, as the conditional and unconditional predictions are the same.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ PART = "output.part"  # among the constants of a call: which part of its output 
 
 @dataclass(frozen=True)
 class Handed:
-    """Of outputs of one shape, that of a sample. part: (start, stop) in each of its dimensions. order: [n], where in that part,
-    flattened, each element lies in the order in which the scheduler is handed them. sign: ±1.
+    """What is handed on of outputs of one shape. shape: that of a sample. part: (start, stop) in each of its dimensions. order:
+    [n], for each element, in the order in which the scheduler is handed them, its index in the flattened part. sign: ±1.
     """
 
     shape: tuple[int, ...]
@@ -40,13 +40,13 @@ class Handed:
         return found.unflatten(1, [stop - start for start, stop in self.part])
 
     def handed(self, prediction: Tensor, like: Tensor) -> Tensor:
-        """The other way round, in the shape and dtype of `like`."""
+        """The inverse of `prediction`, in the shape and dtype of `like`."""
         flat = self.sign * prediction.flatten(1)
         return flat[:, self.order.to(flat.device)].to(like.dtype).reshape(like.shape)
 
 
 def shape_of(output: Any) -> tuple[int, ...]:
-    """Of one sample of a denoiser's output, whatever that is."""
+    """The shape of one sample of a denoiser's output, in whatever form that comes."""
     if isinstance(output, Mapping):  # an output class of diffusers
         return shape_of(next(iter(output.values())))
     return shape_of(output[0]) if isinstance(output, tuple) else tuple(output[0].shape)
@@ -66,12 +66,12 @@ def numbered(output: Any) -> Any:
 
 
 def find_handed(found: Tensor, shape: tuple[int, ...]) -> Handed | None:
-    """From what one sample's numbers have become; None where that is more than another order of a part of them, or its sign."""
+    """From what one sample's numbers have become; None if that is not a part of them, in any order and with either sign."""
     values = found.detach().double().flatten().cpu()
     sign = -1 if values[0] < 0 else 1
     numbers = (sign * values).round()
     count = math.prod(shape)
-    exact = bool(((sign * values - numbers).abs() < (1e-5 * numbers).clamp(max=0.25)).all())  # as rules round
+    exact = bool(((sign * values - numbers).abs() < (1e-5 * numbers).clamp(max=0.25)).all())  # guidance rules round
     if not exact or len(numbers.unique()) != len(numbers) or numbers.min() < 1 or numbers.max() > count:
         return None
     places = torch.stack(torch.unravel_index(numbers.long() - 1, shape))  # [dims, n]

@@ -1,4 +1,4 @@
-"""What a pipeline is called with, one row a prompt: text, embeddings, pictures."""
+"""What a pipeline is called with, one row per prompt: text, embeddings, pictures."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _FURTHER = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 def rows_of(inputs: Inputs, rows: Sequence[int], batched: bool) -> dict[str, Any]:
-    """These rows of every input, for a call that takes several or, where it is not batched, one.
+    """These rows of every input, for a call that takes several or, if it is not batched, one.
 
-    Of a single row what is neither text nor a number is passed as it is: many pipelines take one picture, or read a list of them
-    as several pictures of one prompt. So are texts and numbers where the call takes one. Embeddings of prompts stay a list.
+    A single row that is neither text nor a number is passed without a list: many pipelines take one picture, or read a list as
+    several pictures of one prompt. So are text and numbers if the call is not batched. Embeddings of prompts stay in a list.
     """
     found = {n: value[[*rows]] if isinstance(value, Tensor) else [value[row] for row in rows] for n, value in inputs.items()}
     if len(rows) > 1:
@@ -40,7 +40,7 @@ def _stays(name: str, value: Sequence[Any] | Tensor, batched: bool) -> bool:
 
 
 def make_batches(inputs: Inputs) -> bool:
-    """Whether every pipeline takes several rows at once."""
+    """Whether every pipeline takes several rows of these inputs at once."""
     return all(map(_makes_batches, inputs.values()))
 
 
@@ -49,10 +49,10 @@ def _makes_batches(value: Sequence[Any] | Tensor) -> bool:
 
 
 def require_arguments(call: Callable[..., Any], given: Mapping[str, Any], cls: type) -> None:
-    """call: that of a pipeline of this class.
+    """Check the arguments `given` to `call`, that of a pipeline of this class.
 
-    Raises: ValueError when it needs more than that, such as the picture that a video begins with, or has no such argument: many
-    of diffusers' own take any by **kwargs, and leave it. Others may pass them on.
+    Raises: ValueError when it needs more, such as the picture that a video begins with, or has no such argument. Many of
+    diffusers' own calls take any argument by **kwargs and ignore it; other classes may pass it on.
     """
     parameters = inspect.signature(call).parameters.values()
     named = {one.name: one for one in parameters if one.kind in _NAMED}
@@ -68,7 +68,7 @@ def require_arguments(call: Callable[..., Any], given: Mapping[str, Any], cls: t
 
 @contextmanager
 def asking_for_images(call: Callable[..., Any], given: Mapping[str, Any], name: str) -> Iterator[None]:
-    """Says what may be missing where a call that a picture could be given to raises something else."""
+    """Adds to an error which input may be missing, if the call inside takes a picture or video that was not given."""
     try:
         yield
     except (AttributeError, IndexError, TypeError, ValueError) as error:
@@ -89,7 +89,7 @@ def described(value: Any) -> str:
     if isinstance(value, np.ndarray):
         return fingerprint({"value": torch.from_numpy(np.ascontiguousarray(value))})
     if isinstance(value, Image.Image):
-        shown = value.convert("RGBA") if value.mode == "P" else value  # whose pixels are numbers in a palette
+        shown = value.convert("RGBA") if value.mode == "P" else value  # whose pixels are indices into a palette
         pixels = torch.frombuffer(bytearray(shown.tobytes()), dtype=torch.uint8)
         return f"{value.mode} {value.width}x{value.height} {fingerprint({'value': pixels})}"
     if isinstance(value, Mapping):

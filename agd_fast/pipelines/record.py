@@ -1,6 +1,6 @@
 """Recording a pipeline's guided run: the denoiser's conditional call at each step, and what the scheduler was handed.
 
-What the scheduler is handed is the guided prediction, whatever the family makes it of; so an adapter learns what the
+What the scheduler is handed is the guided prediction, however the family computes it; so an adapter learns what the
 pipeline itself would have produced.
 """
 
@@ -25,13 +25,13 @@ _NOT_RECORDED = ("return_dict",)
 
 
 class UnknownShape(Exception):  # noqa: N818 (no error)
-    """Of one sample of a denoiser's output: the pipeline was not asked yet what it hands on of it."""
+    """A shape of one sample of a denoiser's output for which the pipeline was not yet asked what part it hands on."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """The arguments of a denoiser's call for one kind of condition: x_t [B, ...], t [B] or [B, ...], further ones by
-    (dotted) name: rows, batch first, and constants."""
+    """The arguments of a denoiser's call for one kind of condition: x_t [B, ...], t [B] or [B, ...], and further ones by
+    (dotted) name, as rows, batch first, or as constants."""
 
     sample: Tensor
     timestep: Tensor
@@ -43,7 +43,7 @@ class Call:
 class Step:
     """One step of the scheduler: the conditional call, the unconditional one where guidance was on, the guided prediction.
 
-    index: of the step among all of the run, other denoisers' as well.
+    index: that of the step among all steps of the run, including other denoisers'.
     """
 
     conditional: Call
@@ -56,9 +56,9 @@ class Recorder:
     """Follows one run of a pipeline for one of its denoisers.
 
     visit: is handed every step in which that denoiser was called, and returns the guided prediction [B, ...] to go on with.
-    batch: number of samples. component: the denoiser, compiled where it is. handed: what the scheduler gets of its output, by the
-    shape of a sample of it.
-    Raises: UnknownShape at the first step for an output of another shape.
+    batch: number of samples. component: the denoiser, as a compiled module if it is compiled. handed: what the scheduler gets of
+    the output, by the shape of one sample of it.
+    Raises: UnknownShape at the first step whose output has a shape that is not in `handed`.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class Recorder:
             found = Step(conditional, unconditional if len(halves) == 2 else None, guided, self.done)
             prediction = handed.handed(self.visit(found), self._one_half(model_output))
             model_output = torch.cat([prediction, prediction]) if self._is_doubled(model_output) else prediction
-            self.calls = []  # without those that the visitor made
+            self.calls = []  # without the calls that the visitor made
         self.done += 1
         return step(model_output, *args, **kwargs)
 
@@ -137,12 +137,12 @@ class Recorder:
         return parts
 
     def _part(self) -> dict[str, Any]:
-        """Of the output, where it is not what a `Teacher` takes anyway."""
+        """Which part of the output is handed on, if it is not what a `Teacher` takes anyway."""
         handed, channels = self.handed.get(self.shape), config_value(uncompiled(self.component), self.spec.guided_channels)
         return {} if handed is None or handed.is_leading(channels) else {PART: handed.part}
 
     def _split(self, call: dict[str, Any], size: int) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Arguments with one entry a sample, and those that all samples share."""
+        """Arguments with one entry per sample, and those that all samples share."""
         rows: dict[str, Any] = {}
         constants: dict[str, Any] = {}
         for name, value in call.items():
@@ -184,19 +184,19 @@ class Recorder:
         return torch.stack(value)
 
     def _one_half(self, model_output: Tensor) -> Tensor:
-        """The conditional one where a pipeline keeps a doubled batch of latents."""
+        """The conditional half if the pipeline keeps a doubled batch of latents, else all."""
         if not self._is_doubled(model_output):
             return model_output
         first, second = model_output.chunk(2)
         return first if self.spec.pipeline.conditional == "first" else second
 
     def _is_doubled(self, model_output: Tensor) -> bool:
-        """Told by its size, as the frames of a video may be entries of a batch too."""
+        """Decided by its size, because frames of a video may be entries of the batch too."""
         return model_output.numel() == 2 * self.batch * len(self.handed[self.shape].order)
 
 
 def _leaves(name: str, value: Any) -> list[tuple[str, Any]]:
-    """A value that holds tensors, by dotted path; None is left out."""
+    """A value, or the values inside it if it holds tensors, by dotted path; None is left out."""
     if isinstance(value, Mapping):
         return [leaf for key, inner in value.items() for leaf in _leaves(f"{name}.{key}", inner)]
     if isinstance(value, (list, tuple)) and _holds_tensors(value):

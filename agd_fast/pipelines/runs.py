@@ -1,4 +1,4 @@
-"""A pipeline's own calls for rows of its inputs: runs that are followed, short ones that are asked something, pictures."""
+"""A pipeline's own calls for rows of its inputs: runs that are followed, short ones that find something out, pictures."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ ARMS: tuple[Arm, ...] = get_args(Arm)
 
 
 class _Answer(Exception):  # noqa: N818 (no error)
-    """Carries what a run is asked for out of it."""
+    """Ends a run and carries its answer out."""
 
 
 class _FirstCall(Recorder):
-    """Ends a run where its denoiser is first called, before a forward that may be slow where the pipeline is now."""
+    """Ends a run at its denoiser's first call, before the forward, which may be slow on the pipeline's current device."""
 
     def _called(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         super()._called(args, kwargs)
@@ -38,20 +38,20 @@ class _FirstCall(Recorder):
 
 
 class _Numbered(Recorder):
-    """Ends a run where the scheduler is first handed something of its denoiser's output, which is numbers; the answer is that,
-    and the shape of a sample of the output."""
+    """Numbers the elements of its denoiser's output, and ends a run when the scheduler is first handed some of them. The answer
+    is these, and the shape of one sample of the output."""
 
     def _returned(self, output: Any) -> Any:
         return numbered(super()._returned(output))
 
     def _stepped(self, step: Callable[..., Any], model_output: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if self.shape and model_output.any():  # zeros: guiders may begin with a step of them
+        if self.shape and model_output.any():  # not zeros, as a guider's first step may give
             self._require_combined(model_output)
             raise _Answer(self._one_half(model_output), self.shape)
         return step(model_output, *args, **kwargs)
 
     def _require_combined(self, model_output: Tensor) -> None:
-        """Raises: ValueError where the scheduler is handed two predictions that were made apart, as of Cosmos 1."""
+        """Raises: ValueError if the scheduler is handed two predictions from separate forwards, as in Cosmos 1."""
         if self._is_doubled(model_output) and all(len(call[self.spec.sample]) == self.batch for call in self.calls):
             raise ValueError(
                 f"{type(self.pipe).__name__} hands its scheduler the conditional and the unconditional prediction before it "
@@ -59,7 +59,7 @@ class _Numbered(Recorder):
             )
 
     def _is_doubled(self, model_output: Tensor) -> bool:
-        """Told by its numbers, which are the same for every sample."""
+        """Decided by its numbers, which are the same for every sample."""
         return len(model_output) == 2 * self.batch and torch.equal(*model_output.chunk(2))
 
 
@@ -67,7 +67,7 @@ class _Numbered(Recorder):
 class Runs:
     """The calls of a pipeline for one of its denoisers.
 
-    component: its name; denoiser: the module, compiled where it is. inputs, call: as `PipelineTeacher` has them.
+    component: the denoiser's name. denoiser: the module, as compiled if it is compiled. inputs, call: as in `PipelineTeacher`.
     """
 
     pipe: Any
@@ -79,13 +79,13 @@ class Runs:
     handed: dict[tuple[int, ...], Handed] = field(default_factory=dict)
 
     def first_call(self) -> tuple[Call, dict[str, Any]]:
-        """The denoiser's first call of a run, whatever it is conditioned on, and all that it is called with."""
+        """The first call of the denoiser in a run, conditional or not, and all arguments of it."""
         with asking_for_images(own_call(self.pipe, self.spec), {**self.inputs, **self.call}, type(self.pipe).__name__):
             call, arguments = self._ask(0, _FirstCall)
         return call, arguments
 
     def ask_what_is_handed(self, row: int) -> Mapping[tuple[int, ...], Handed]:
-        """What the scheduler gets of the denoiser's output, by its shape: one forward, or two, for this row of the inputs.
+        """What the scheduler gets of the denoiser's output, by its shape; takes one or two forwards for this row of the inputs.
 
         Raises: ValueError for a pipeline that hands on something else.
         """
@@ -114,19 +114,19 @@ class Runs:
             raise self._never_stepped()
 
     def generate(self, rows: Sequence[int], arm: Arm, scale: float, steps: int, seeds: Sequence[int]) -> list[Image.Image]:
-        """The pipeline's pictures of rows of the inputs, by its call as a user makes it: middle frames of videos, none of sound.
+        """The pipeline's pictures for rows of its inputs, by a call as users make it: middle frames of videos, none of sound.
 
         arm: "agd" is the attached adapter, "cfg" the pipeline's own guidance. scale: in the family's own convention.
-        seeds: of the noise, one a row, so that it is the same whatever the rows are that are made together. What a pipeline
-        draws from torch's own generator, as JoyImage Edit the latents of its picture, follows the first one.
+        seeds: of the noise, one per row, so that the noise does not depend on which rows are made together. What a pipeline draws
+        from torch's own generator, as JoyImage Edit does with the latents of its picture, follows the first seed.
         """
         spec = self.spec.pipeline
         if not spec.pictures:
             return []
         arguments = self._arguments(rows, spec.cfg_off_value if arm == "unguided" else scale, steps, seeds)
         if self._takes("output_type"):
-            arguments["output_type"] = "pil"  # some pipelines of videos give arrays
-        # of a text an adapter tells whether it has learnt it
+            arguments["output_type"] = "pil"  # some video pipelines otherwise give arrays
+        # negative text stays in an adapter's call, which tells whether the adapter has learnt it
         kept = without_negatives(arguments, inspect.signature(own_call(self.pipe, self.spec)).parameters)
         left_out = [n for n, v in arguments.items() if arm == "unguided" or (arm == "agd" and _is_embedded(v))]
         arguments = {n: v for n, v in arguments.items() if n in kept or n not in left_out}
@@ -136,7 +136,7 @@ class Runs:
         return found if all(isinstance(one, Image.Image) for one in found) else []
 
     def _ask(self, row: int, recorder: type[Recorder]) -> tuple[Any, ...]:
-        """By a run of two steps, of more where image to image leaves out the first ones."""
+        """The answer of a run of two steps, or of more if image-to-image leaves out the first ones."""
         strength = inspect.signature(own_call(self.pipe, self.spec)).parameters.get("strength")
         share = float(self.call.get("strength", 1.0 if strength is None else strength.default))
         try:
@@ -163,12 +163,12 @@ class Runs:
             try:
                 record.run(lambda: own_call(self.pipe, self.spec)(**arguments))
             except BaseException:
-                self.pipe.maybe_free_model_hooks()  # as at the end of a call: a model that is offloaded is no longer on the card
+                self.pipe.maybe_free_model_hooks()  # as at the end of a call: offloaded models leave the GPU
                 raise
         return record
 
     def _arguments(self, rows: Sequence[int], scale: float, steps: int, seeds: Sequence[int]) -> dict[str, Any]:
-        """Of a call: the inputs of these rows, and the negative prompts, one a row as well."""
+        """Arguments of a call: the inputs of these rows, and the negative prompts, also one per row."""
         batched = self.spec.pipeline.batched
         if len(rows) > 1 and not batched:
             raise ValueError(f"{type(self.pipe).__name__} takes one prompt a call; expected batches of 1, found {len(rows)}")
@@ -187,7 +187,7 @@ class Runs:
 
     @contextmanager
     def _held(self, seed: int) -> Iterator[None]:
-        """Inside, no gradients, no progress bar, and torch's own generators begin as this seed: some pipelines encode pictures
+        """Inside, no gradients, no progress bar, and torch's own generators start from this seed: some pipelines encode pictures
         with them."""
         device = device_of(self.denoiser)
         with torch.no_grad(), _silent(self.pipe), torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -207,13 +207,13 @@ def _is_embedded(value: Any) -> bool:
 
 @contextmanager
 def _silent(pipe: Any) -> Iterator[None]:
-    """No progress bar of the pipeline inside: there is one over all runs."""
+    """Inside, the pipeline shows no progress bar: there is one over all runs."""
     previous = getattr(pipe, "_progress_bar_config", None)
     pipe.set_progress_bar_config(disable=True)
     try:
         yield
     finally:
         if previous is None:
-            vars(pipe).pop("_progress_bar_config", None)  # a pipeline may hand the setting on instead
+            vars(pipe).pop("_progress_bar_config", None)  # a pipeline may only pass the setting on
         else:
             pipe._progress_bar_config = previous

@@ -29,9 +29,9 @@ from agd_fast.teacher import Conditions, State, Teacher, Visit
 class PipelineTeacher(Teacher):
     """One denoiser of a pipeline, guided as the pipeline guides it.
 
-    pipe: the pipeline. component: name of the denoiser. inputs: what is conditioned on, one row a prompt, by argument of the
+    pipe: the pipeline. component: name of the denoiser. inputs: what is conditioned on, one row per prompt, by argument of the
     pipeline's call: {"prompt": [...]}, embeddings, images. call: its further arguments (height, width, negative_prompt, …).
-    guider: a guider of diffusers whose rule takes the place of the pipeline's own.
+    guider: a guider of diffusers whose rule replaces the pipeline's own.
     """
 
     pipe: Any = None
@@ -65,7 +65,7 @@ class PipelineTeacher(Teacher):
         lengths = {name: len(value) for name, value in inputs.items()}
         if len(set(lengths.values())) != 1 or not all(lengths.values()):
             raise ValueError(f"expected inputs of one positive length, found {lengths or 'none'}")
-        call = {name: value for name, value in (call or {}).items() if name not in REPEATS or value != 1}  # one is what is run
+        call = {name: value for name, value in (call or {}).items() if name not in REPEATS or value != 1}  # 1 is what runs anyway
         decided = {"num_inference_steps", "generator", *REPEATS, *spec.pipeline.omega_arguments, *inputs} & set(call)
         if decided:
             raise ValueError(f"call holds {sorted(decided)}, which distilling decides; expected other arguments of the pipeline")
@@ -79,7 +79,7 @@ class PipelineTeacher(Teacher):
             denoiser=components[component],
             scheduler=pipe.scheduler,
             spec=spec,
-            sample_shape=(0,),  # known once it is probed
+            sample_shape=(0,),  # set by __post_init__
             name=str(getattr(pipe, "name_or_path", "") or type(pipe).__name__),
             pipe=pipe,
             component=component,
@@ -90,14 +90,14 @@ class PipelineTeacher(Teacher):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._guider = copy.deepcopy(self.guider)  # one that runs writes what it finds in a denoiser into its own settings
+        self._guider = copy.deepcopy(self.guider)  # a running guider writes what it finds in a denoiser into its settings
         self.runs = Runs(self.pipe, self.component, self._call, self.spec, self.inputs, self.call)
         first, arguments = self.runs.first_call()
         self.sample_shape = tuple(first.sample.shape[1:])
         self._arguments = tree_map(_without_values, arguments)
 
     def to(self, device: torch.device) -> None:
-        """All of the pipeline, unless its offloading decides where its models are."""
+        """Move all of the pipeline, unless its offloading decides where its models are."""
         if not getattr(self.pipe, "_all_hooks", None) and self.pipe.hf_device_map is None:
             self.pipe.to(device)
 
@@ -106,7 +106,7 @@ class PipelineTeacher(Teacher):
 
     @property
     def run_size(self) -> int:  # type: ignore[override]
-        batched = self.spec.pipeline.batched and not self.spec.listed  # samples of several lengths make no batch
+        batched = self.spec.pipeline.batched and not self.spec.listed  # samples of different lengths make no batch
         return 4 if make_batches(self.inputs) and batched else 1
 
     @property
@@ -145,14 +145,14 @@ class PipelineTeacher(Teacher):
         return all(map(gives_cond_at_one, guiders))
 
     def conditions(self, class_labels: Any = None, conditions: Conditions | None = None) -> dict[str, Tensor]:
-        """Row numbers into the inputs, which are no tensors."""
+        """Row numbers into the inputs, which need not be tensors."""
         return {"input": torch.arange(len(self))}
 
     def require_conditional(self, table: Conditions) -> None:
         pass
 
     def predict(self, x: Tensor, timestep: Tensor, conditions: Conditions) -> Tensor:
-        """One forward of the denoiser with recorded arguments; of the output, a list of them stacked, what is guided alone."""
+        """One forward of the denoiser with recorded arguments. Gives only the guided part of the output; a list is stacked."""
         conditions = {**conditions}
         part = conditions.pop(PART, None)
         moved = {name: value.movedim(0, dim) for name, value in conditions.items() if (dim := self.spec.batch_dim(name))}
@@ -199,7 +199,7 @@ class PipelineTeacher(Teacher):
                 target = self._ask_guider(step, float(omega[0]))
             return visit(State(call.sample, call.timestep, call.rows, target, lambda: self._unguided(call), call.constants))
 
-        # a guider's rule takes the place of the pipeline's, whose own scale only has to be above none
+        # with a guider, the pipeline's own scale only has to turn its guidance on
         scale = (3.0 if self.guider is not None else float(omega[0])) - self.spec.omega_offset
         self.runs.follow(conditions["input"].tolist(), scale, steps, start.tolist(), record)
 
@@ -242,7 +242,7 @@ def _as_bytes(text: str) -> Tensor:
 
 
 def _require_same(first: Call, call: Call) -> None:
-    """Raises: ValueError when a condition changes over the steps: one row a trajectory is stored."""
+    """Raises: ValueError when a condition changes over the steps: only one row per trajectory is stored."""
     before, now = ({**one.rows, **one.constants} for one in (first, call))
     for name in {**before, **now}:
         if not _equal(before.get(name), now.get(name)):

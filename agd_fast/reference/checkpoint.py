@@ -18,7 +18,7 @@ State = dict[str, Tensor]
 POSITIONS = "pos_enc.pe"  # a buffer, the same in every layer
 POSITIONS_LENGTH = 250
 
-# of a module, by its name there: its name here, {i} the layer
+# from a module's name there to its name here, with {i} for the layer
 _EMBEDDER = "embedders.{i}."
 _OMEGA = "guidance_scale_embedder.net."
 _MODULES = {
@@ -28,7 +28,7 @@ _MODULES = {
         _OMEGA + "2": _EMBEDDER + "omega.net.3",
         "out_proj": "sites.{i}.out",
     },
-    "additive": {  # whose MLPs have dropout in them and a LayerNorm more
+    "additive": {  # whose MLPs have dropout and one more LayerNorm
         _OMEGA + "1.net.0": _EMBEDDER + "omega.net.0",
         _OMEGA + "1.net.3": _EMBEDDER + "omega.net.2",
         _OMEGA + "1.net.4": _EMBEDDER + "omega.net.3",
@@ -42,7 +42,7 @@ _QKV = {"q_proj.weight": "query", "k_proj.weight": "key", "v_proj.weight": "valu
 
 
 def tensor_names(config: ReferenceConfig) -> dict[str, str]:
-    """Of every tensor of a layer but its positions, by its name there: its name in our part, with {i} for the layer."""
+    """From the name of each tensor of a layer there, except its positions, to its name in our part, with {i} for the layer."""
     names = {f"{_OMEGA}0.{name}": f"{_EMBEDDER}omega.features.{name}" for name in ("frequencies", "phases")}
     modules = dict(_MODULES[config.arch])
     if config.use_timestep:

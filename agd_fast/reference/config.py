@@ -21,7 +21,7 @@ _UNSUPPORTED = ("mlp_gate", "learned_pos_emb")  # in the code, but in none of th
 class ReferenceConfig:
     """What a checkpoint's adapters were built with.
 
-    arch: "additive" or "attention". base_class: of diffusers, that they belong on. hidden_dim: their width d.
+    arch: "additive" or "attention". base_class: the diffusers class that they belong to. hidden_dim: their width d.
     use_timestep, use_condition: whether they see t, and the class label or the prompt.
     cfg_mult: ω is multiplied by it; `additive` only.
     entries: the whole file.
@@ -90,7 +90,7 @@ def read_config(config: str | os.PathLike[str] | Mapping[str, Any]) -> Reference
     if entries["arch"] not in KINDS:
         what = "is not supported" if entries["arch"] in _UNSUPPORTED else "is unknown"
         raise ValueError(f"{where} has arch={entries['arch']!r}, which {what}; expected one of {', '.join(map(repr, KINDS))}")
-    cfg_mult = float(entries.get("cfg_mult", 1000.0))  # the UNet scripts leave it at the class's own 1,000
+    cfg_mult = float(entries.get("cfg_mult", 1000.0))  # the UNet scripts leave it at the class's default, 1,000
     return ReferenceConfig(
         entries["arch"],
         UNET if unet else DIT,

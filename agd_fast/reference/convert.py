@@ -90,7 +90,7 @@ def _matched(
 ) -> dict[str, State]:
     """The checkpoint's layers by their names in the base, in the base's order.
 
-    Raises: ValueError unless they are those that the reference fills in this base, or all.
+    Raises: ValueError when one that the reference fills in this base is missing, or one is not in the base.
     """
     sites = adapter_sites(reference.kind, AdapterConfig(reference.kind), spec)
     every = [site.path for site in resolve_sites(denoiser, sites)]
@@ -106,7 +106,7 @@ def _matched(
 
 
 def left_out(denoiser: nn.Module, path: str) -> bool:
-    """Up blocks have an attention more than down blocks; the reference code counts them like these."""
+    """Whether the reference leaves it out: up blocks have one attention more than down blocks, but it counts them alike."""
     match = re.match(r"(up_blocks\.\d+\.attentions)\.(\d+)\.", path)
     return match is not None and int(match[2]) == len(denoiser.get_submodule(match[1])) - 1  # type: ignore[arg-type]
 

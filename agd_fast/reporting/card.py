@@ -21,15 +21,15 @@ RESULT_NAME = "distill.json"  # of `agd_fast.distill`
 TAGS = ["agd-fast", "diffusers", "adapter-guidance-distillation", "classifier-free-guidance", "guidance-distillation"]
 LABELLED = ("DiTTransformer2DModel",)  # classes whose pipelines are given class labels and no prompt
 PLAIN_CFG = "agd_fast.ops.guidance_combine"
-# of classes whose pipelines all start from text; most classes serve several tasks, which an adapter does not tell
+# for classes whose pipelines all start from text; most classes serve several tasks, and an adapter does not tell which
 PIPELINE_TAGS = dict.fromkeys(("PixArtTransformer2DModel", "SD3Transformer2DModel", "SanaTransformer2DModel"), "text-to-image")
 
 
 def model_card(folders: Sequence[Path], repo_id: str, *, picture: str | None = None, license: str | None = None) -> str:
-    """Markdown with a YAML header, of facts in adapter_config.json and distill.json; what is not there is "not recorded".
+    """Markdown with a YAML header, from facts in adapter_config.json and distill.json; what is not there is "not recorded".
 
-    folders: of the adapter, then of those of further denoisers. picture: name of the sample grid in the repo.
-    Raises: FileNotFoundError, ValueError when a folder holds no whole adapter.
+    folders: that of the adapter, then those of further denoisers' adapters. picture: name of the sample grid in the repo.
+    Raises: FileNotFoundError, ValueError when a folder holds no complete adapter.
     """
     denoisers = [_facts(folder, first=index == 0) for index, folder in enumerate(folders)]
     first = denoisers[0]
@@ -116,7 +116,7 @@ def _rule(name: str | None) -> str:
 
 
 def _base_name(name: str | None) -> str | None:
-    """As recorded; of a path on the maker's machine the last part alone."""
+    """As recorded; of a path on the maker's machine, only the last part."""
     return Path(name).name if name and (Path(name).is_absolute() or Path(name).exists()) else name
 
 

@@ -13,7 +13,7 @@ from agd_fast.reporting.page import EXPLAINED_NOTE, Figure, write_page
 from agd_fast.reporting.pipeline_tables import pipeline_about, pipeline_headline, pipeline_tables
 from agd_fast.reporting.tables import NAMES
 
-ROWS, SMALLEST, LARGEST = 8, 96, 256  # pictures a way, and their longer edge in pixels
+ROWS, SMALLEST, LARGEST = 8, 96, 256  # pictures per way, and bounds on their longer edge in pixels
 LABEL, MARGIN = 180, 6
 NOTE = (
     f"{EXPLAINED_NOTE} RMSE (of values in [0, 1]), PSNR, SSIM and LPIPS are those of pictures of 8 bits to CFG's from the same "
@@ -23,7 +23,7 @@ NOTE = (
 
 
 def write_pipeline_report(result: PipelineEvaluation, pictures: Pictures, ways: Sequence[Way], numbers: Sequence[int]) -> None:
-    """numbers: of the pictures that were compared; the first ones are drawn."""
+    """numbers: those of the pictures that were compared; the first ones are drawn."""
     directory = result.directory
     with replacing(directory / "grid.png") as partial:
         draw_grid(pictures, ways, numbers[:ROWS]).save(partial, "PNG")
@@ -41,7 +41,7 @@ def write_pipeline_report(result: PipelineEvaluation, pictures: Pictures, ways: 
 
 
 def draw_grid(pictures: Pictures, ways: Sequence[Way], numbers: Sequence[int]) -> Image.Image:
-    """A row an input, a column a way."""
+    """One row per input, one column per way."""
     tiles = [[_tile(Image.open(pictures.path(way, number))) for way in ways] for number in numbers]
     width, height = (max(sizes) for sizes in zip(*(tile.size for line in tiles for tile in line), strict=True))
     top = 24
@@ -59,7 +59,7 @@ def draw_grid(pictures: Pictures, ways: Sequence[Way], numbers: Sequence[int]) -
 
 
 def _tile(picture: Image.Image) -> Image.Image:
-    """At a size that one sees: large ones smaller, small ones larger by whole pixels."""
+    """The picture at a visible size: a large one shrunk, a small one enlarged by a whole factor."""
     edge = max(picture.size)
     if edge < SMALLEST:
         factor = -(-SMALLEST // edge)
@@ -76,7 +76,7 @@ def _title(way: Way) -> str:
 def _wrapped(
     text: str, draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int, lines: int
 ) -> str:
-    """As many lines of words as there is place for."""
+    """The words in lines of at most `width`, as many as there is room for."""
     found = [""]
     for word in text.split():
         longer = f"{found[-1]} {word}".strip()

@@ -37,7 +37,7 @@ _COSTS: dict[str, Callable[[Cost], str | None]] = {
 
 
 def pipeline_tables(result: PipelineEvaluation) -> list[Table]:
-    """One of scores a scale, and one of costs."""
+    """One table of scores per scale, and one of costs."""
     scores = [
         (f"Guidance scale {name}: {_explained(scale)}", *_table(scale.arms, _SCORES)) for name, scale in result.by_scale.items()
     ]
@@ -77,7 +77,7 @@ def print_pipeline_evaluation(result: PipelineEvaluation, console: Console | Non
 
 
 def _table(arms: dict, columns: dict[str, Callable[..., str | None]]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows, an arm a row."""
+    """Header and rows, one row per arm."""
     cells = {title: [column(one) for one in arms.values()] for title, column in columns.items()}
     cells = {title: found for title, found in cells.items() if any(cell is not None for cell in found)}
     rows = [[NAMES[name], *(found[index] or "" for found in cells.values())] for index, name in enumerate(arms)]

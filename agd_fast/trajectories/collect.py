@@ -83,7 +83,7 @@ def collect(
             f"there on, found {scales} (ω from {guidance_range[0]:g} to {guidance_range[1]:g})"
         )
     _require_source(teacher, conditions, source, data)
-    teacher.require_conditional(conditions)  # a missing null condition is said before anything runs
+    teacher.require_conditional(conditions)  # a missing null condition is reported before anything runs
     plan = Plan(
         source=source,
         trajectories=trajectories,
@@ -113,7 +113,7 @@ def collect(
                     _require_finite(tensors, shard, teacher.dtype)
                     write_tensors(directory / shard.name, tensors, {"plan_id": plan.id, "constants": constants})
                     manifest.add(shard.name, len(tensors["omega"]))
-    return Trajectories(directory, verify=False)  # every hash was compared or made just now
+    return Trajectories(directory, verify=False)  # every hash was compared or computed just now
 
 
 def _require_source(teacher: Teacher, conditions: Conditions, source: Source, data: Data | None) -> None:
@@ -129,7 +129,7 @@ def _require_source(teacher: Teacher, conditions: Conditions, source: Source, da
 
 
 def identity(teacher: Teacher) -> dict[str, Any]:
-    """The entries of a plan that say which teacher it is, with a hash of what it holds."""
+    """The entries of a plan that identify the teacher, with a hash of its weights."""
     return {
         "sample_shape": teacher.sample_shape,
         "guided_channels": teacher.guided_channels or teacher.sample_shape[0],
@@ -156,9 +156,9 @@ def _public(config: Any) -> dict[str, Any]:
 
 
 def _read(directory: Path, plan: Plan, before: Manifest | None = None) -> Manifest:
-    """The folder's manifest, a new one where none has files yet, of the files in it that are whole: others are made again.
+    """The folder's manifest, or a new one if it has no files yet. It lists only files that are whole; others are made again.
 
-    before: it, as read without a lock; what that has is whole, and another process may have added to it.
+    before: the manifest as read without a lock: files in it were checked then, and another process may have added others.
     """
     manifest = Manifest.read(directory) if (directory / MANIFEST_NAME).is_file() else None
     if manifest is not None and manifest.files:
@@ -175,13 +175,13 @@ def _read(directory: Path, plan: Plan, before: Manifest | None = None) -> Manife
             damaged.append(str(error))
             del manifest.files[name]
     manifest.check_foreign()
-    for found in damaged if before is not None else ():  # once
+    for found in damaged if before is not None else ():  # with the lock, thus once
         warn(f"{found}; it is collected again")
     return manifest
 
 
 def _begin(manifest: Manifest) -> None:
-    """Make the folder this plan's, and clear what a killed process left half-written there."""
+    """Claim the folder for this plan, and remove what a killed process left half-written there."""
     if manifest.path.is_file():
         remove_partial(manifest.directory)
     if not manifest.files:
@@ -189,7 +189,7 @@ def _begin(manifest: Manifest) -> None:
 
 
 def _announce(plan: Plan, missing: int, directory: Path, progress: bool) -> None:
-    """Say how much is to come. Raises: OSError when the disk has no room for it."""
+    """Say how much is to be collected. Raises: OSError when the disk has no room for it."""
     share = missing / len(plan.shards)
     free = shutil.disk_usage(directory).free
     text = (
@@ -212,7 +212,7 @@ def _run_shard(
     scales = torch.rand(1 if teacher.one_scale_a_run else shard.count, generator=generator)
     omega = (low + (high - low) * scales).expand(shard.count)  # [b]
     start = teacher.start(shard.count, generator)
-    # of the steps that are made: image to image leaves out the first ones
+    # of the steps that are run: image-to-image leaves out the first ones
     states = Reservoir(torch.rand(shard.count, shard.calls, generator=generator).argsort(dim=1), shard.kept)
     rows = torch.arange(shard.start, shard.start + shard.count) % len(next(iter(conditions.values())))
     if data is not None:
@@ -246,7 +246,7 @@ def _run_shard(
 
 
 def _require_finite(tensors: dict[str, Tensor], shard: Shard, dtype: torch.dtype) -> None:
-    """Of states as they are stored. dtype: of the base. Raises: FloatingPointError naming the first that is not finite."""
+    """Check states as they are stored. dtype: the base's. Raises: FloatingPointError naming the first that is not finite."""
     bad = {name: ~is_finite(tensors[name]).flatten(1).all(dim=1) for name in ("sample", "target")}
     rows = (bad["sample"] | bad["target"]).nonzero()
     if not len(rows):

@@ -14,7 +14,7 @@ from torch import Tensor
 from agd_fast.files import fingerprint, read_tensors
 from agd_fast.trajectories.manifest import Manifest
 
-CONDITION, CONSTANT = "condition/", "constant/"  # how the names of a shard's further tensors begin
+CONDITION, CONSTANT = "condition/", "constant/"  # prefixes of the names of a shard's further tensors
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Batch:
 
 
 def pack(states: dict[str, Tensor], conditions: dict[str, Tensor], constants: dict[str, Any]) -> tuple[dict[str, Tensor], str]:
-    """One shard as tensors by name, and the constants that are no tensors as text. conditions: one row a trajectory."""
+    """One shard as tensors by name, and constants that are not tensors as text. conditions: one row per trajectory."""
     tensors = {**states, **{CONDITION + name: value for name, value in conditions.items()}}
     tensors |= {CONSTANT + name: value for name, value in constants.items() if isinstance(value, Tensor)}
     return tensors, repr({name: value for name, value in constants.items() if not isinstance(value, Tensor)})
@@ -115,19 +115,19 @@ class Trajectories:
         return int(self.ends[-1])
 
     def __getitem__(self, rows: Tensor) -> Batch:
-        """rows: [B] indices into all states. Raises: ValueError when they are of several shapes: see `batches`."""
+        """rows: [B] indices into all states. Raises: ValueError when they have several shapes; see `batches`."""
         found = self.batches(rows) or [self._files[0].rows(rows)]
         if len(found) != 1:
             raise ValueError(f"expected states of one shape, found {len(found)}; expected Trajectories.batches(rows)")
         return found[0]
 
     def largest(self) -> Batch:
-        """One state of the shape that has most elements."""
+        """One state of the shape that has the most elements."""
         first = torch.cat([self.ends.new_zeros(1), self.ends[:-1]])
         return max((batch.split(1)[0] for batch in self.batches(first)), key=_elements)
 
     def batches(self, rows: Tensor) -> list[Batch]:
-        """The states `rows` [B], those of one shape together, in their order: prompts may be of several lengths."""
+        """The states `rows` [B], in one batch per shape, each in their order: prompts may have several lengths."""
         shard_of = torch.bucketize(rows, self.ends, right=True)
         starts = torch.cat([self.ends.new_zeros(1), self.ends])
         parts: dict[str, list[tuple[Tensor, Batch]]] = {}
@@ -143,7 +143,7 @@ def _elements(batch: Batch) -> int:
 
 
 def _join(parts: list[tuple[Tensor, Batch]]) -> Batch:
-    """One batch of several, sorted by the places that their rows have."""
+    """One batch made of several, sorted by the places of their rows."""
     order = torch.cat([places for places, _ in parts]).argsort()
     batches = [batch for _, batch in parts]
 

@@ -21,11 +21,11 @@ class Plan:
     """Everything that decides the states, so that one plan gives one set of files.
 
     source: "trajectories" (guided by the teacher), "data" (noised samples) or "student" (driven by `adapter`).
-    steps: lowest and highest number of steps of a schedule; each shard draws one. calls: of the denoiser, in the schedule
-        of each of these lengths; some schedulers make more than one a step.
-    keep: states kept of each trajectory; None keeps all. shard_size: trajectories a shard.
+    steps: lowest and highest number of steps of a schedule; each shard draws one. calls: number of calls of the denoiser for
+        each of these numbers of steps; some schedulers make more than one per step.
+    keep: states kept of each trajectory; None keeps all. shard_size: trajectories per shard.
     guidance: name of the rule that made the targets. model, scheduler, conditions, data, adapter: what they are and a hash of
-        what they hold; adapter is None where none took part.
+        what they hold; adapter is None if none took part.
     """
 
     source: str
@@ -67,7 +67,7 @@ class Plan:
 
     @property
     def bytes(self) -> int:
-        """Of the states, without their conditions."""
+        """Size of the states, without their conditions."""
         values = torch.Size(self.sample_shape).numel() + self.guided_channels * torch.Size(self.sample_shape[1:]).numel()
         return self.states * (values * getattr(torch, self.dtype).itemsize + 2 * 8 + 2 * 4)  # t, condition; ω, step
 
@@ -123,7 +123,7 @@ class Manifest:
 
     @classmethod
     def read(cls, directory: Path) -> Manifest:
-        """Raises: FileNotFoundError; ValueError when it is not a manifest, damaged or from a newer format."""
+        """Raises: FileNotFoundError; ValueError when it is not a manifest, damaged or of another format version."""
         path = directory / MANIFEST_NAME
         if not path.is_file():
             raise FileNotFoundError(f"expected a {MANIFEST_NAME} in {directory}, found none")
@@ -157,7 +157,7 @@ class Manifest:
             raise ValueError(f"{self.directory} holds other trajectories ({differing}); give another folder or remove this one")
 
     def check_file(self, name: str, verify: bool = True) -> None:
-        """Raises: ValueError naming a file that is missing, truncated, changed or foreign."""
+        """Raises: ValueError naming a file that is missing, truncated or changed."""
         path, entry = self.directory / name, self.files[name]
         if not path.is_file():
             raise ValueError(f"{path} is listed in {MANIFEST_NAME} but missing")
@@ -175,7 +175,7 @@ class Manifest:
             try:
                 _, metadata = read_tensors(path)
             except ValueError:
-                continue  # unreadable, and nothing counts on it
+                continue  # unreadable, and not in use
             if metadata.get("plan_id") != self.plan_id:
                 raise ValueError(
                     f"{path} is foreign: expected a file of plan {self.plan_id}, found {metadata.get('plan_id', 'no plan')}"
@@ -183,7 +183,7 @@ class Manifest:
 
 
 def as_json(value: Any) -> Any:
-    """What a reader of the manifest finds of an entry."""
+    """A value as it is read back from the manifest."""
     return json.loads(json.dumps(value, default=str))
 
 

@@ -1,4 +1,4 @@
-"""A few states of each trajectory, drawn while nobody knows yet how many steps it has."""
+"""A few states of each trajectory, drawn while its number of steps is not known yet."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from torch import Tensor
 class Reservoir:
     """Holds, of every trajectory, the `count` states whose keys are the lowest so far.
 
-    keys: [b, T], different in each row, for at most T steps; random ones draw every state alike.
+    keys: [b, T], for at most T steps, without duplicates in a row; random keys draw every state with equal probability.
     """
 
     def __init__(self, keys: Tensor, count: int) -> None:
         self.keys, self.count = keys, count
-        self._held: list[tuple[Tensor, dict[str, Tensor]]] = []  # by step: of which trajectories [b], and their values
+        self._held: list[tuple[Tensor, dict[str, Tensor]]] = []  # by step: mask of the trajectories [b], and their values
 
     @property
     def step(self) -> int:
         return len(self._held)
 
     def add(self, values: dict[str, Tensor], dtypes: dict[str, torch.dtype]) -> None:
-        """One step's values, of all trajectories [b, ...]; what stays of them lies on the CPU."""
+        """Add one step's values, of all trajectories [b, ...]; those that are held are copied to the CPU."""
         seen = self.keys[:, : self.step + 1]
         chosen = seen.argsort(dim=1).argsort(dim=1) < self.count  # [b, step + 1]
         for step, (rows, held) in enumerate(self._held):
@@ -33,5 +33,5 @@ class Reservoir:
         self._held.append((rows, kept))
 
     def tensors(self) -> dict[str, Tensor]:
-        """Step by step, of trajectories in their order."""
+        """The values held, step by step, each with its trajectories in order."""
         return {name: torch.cat([held[name] for _, held in self._held]) for name in self._held[0][1]}

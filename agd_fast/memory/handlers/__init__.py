@@ -1,4 +1,4 @@
-"""What is done with each function of torch that keeps much for backward: one op a file, and the table that names them.
+"""Handlers of the torch functions that keep much for backward: one op per file, and the table that maps functions to them.
 
 A handler is called with the run, the call that was made, and its arguments; it returns what the call returns, bit for bit.
 """

@@ -18,9 +18,9 @@ from agd_fast.memory.saved import Kept, Source, new_root, read
 
 
 class Rows(NamedTuple):
-    """How an input is cut: rows of n elements in memory order, so many a sample.
+    """How an input is cut into rows of n elements in memory order. a_sample: rows per sample.
 
-    Element i of row r is of channel (r mod groups)·(n/space) + ⌊i/space⌋.
+    Element i of row r belongs to channel (r mod groups)·(n/space) + ⌊i/space⌋.
     """
 
     a_sample: int
@@ -30,7 +30,7 @@ class Rows(NamedTuple):
 
 @dataclass(frozen=True)
 class Affine:
-    """x̂·γ + β from packed x̂: what a norm gave. (codes, scales[, γ][, β]) → of `size`."""
+    """A norm's output x̂·γ + β from packed x̂: (codes, scales[, γ][, β]) → a tensor of `size`."""
 
     size: tuple[int, ...]
     rows: Rows
@@ -68,9 +68,9 @@ def normalised(
     centred: bool = True,
     fine: bool = False,
 ) -> Tensor:
-    """The norm's output, of which its normalised input is kept.
+    """The norm's output; for backward x̂ is kept, or the input itself in exact modes and where matrix products give it back.
 
-    norm: the function itself, of (input, weight, bias). input_gradient: its own, of (gradient, input, weight, bias), where that
+    norm: the function itself, of (input, weight, bias). input_gradient: its gradient, of (gradient, input, weight, bias), if that
     takes less than autograd's. length: n. fine: whether x̂ is wanted in the fine form in any case.
     """
     number = run.next_norm()

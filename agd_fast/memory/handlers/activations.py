@@ -1,4 +1,4 @@
-"""Activations by themselves; one that goes on into a product is kept there, with the other factor."""
+"""Activations on their own; one whose output goes into a product is kept by the product, with the other factor."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu,
 }
 _aten = torch.ops.aten
-GRADIENTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # (gradient, input) → the input's, as autograd has it
+GRADIENTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # (gradient, input) → the input's gradient, as autograd computes it
     "silu": _aten.silu_backward.default,
     "gelu": _aten.gelu_backward.default,
     "gelu_tanh": partial(_aten.gelu_backward.default, approximate="tanh"),
@@ -35,7 +35,7 @@ GRADIENTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # (gradient, input
     "tanh": lambda gradient, input: _aten.tanh_backward.default(gradient, input.tanh()),
     "relu": lambda gradient, input: _aten.threshold_backward.default(gradient, input.relu(), 0),
 }
-_FROM_OUTPUT = ("sigmoid", "tanh", "relu")  # autograd keeps their output, which what follows may share
+_FROM_OUTPUT = ("sigmoid", "tanh", "relu")  # autograd keeps their output, which what follows may keep too
 
 
 def silu(run: Run, call: Callable[[], Tensor], input: Tensor, inplace: bool = False) -> Tensor:
@@ -74,7 +74,7 @@ def _activate(run: Run, name: str, call: Callable[[], Tensor], input: Tensor) ->
 
 
 def _attached(run: Run, name: str, output: Tensor, input: Tensor, gated: bool) -> Tensor:
-    """gated: whether a product is expected to take it over, and this history to be dropped."""
+    """gated: whether a product is expected to take it over, so that this history is dropped."""
     known: Kept | None = run.provenance.fine(input)
     if isinstance(known, Saved) and name == "silu" and isinstance(known.source.rebuild, Affine) and known.layouts is None:
         backward = partial(_affine_backward, affine=known.source.rebuild)
@@ -98,7 +98,7 @@ def _packed_derivative(name: str, input: Tensor, output: Tensor, packing: Packin
 
 
 def derivative(name: str, input: Tensor, output: Tensor) -> Tensor:
-    """Of an activation whose derivative its output tells."""
+    """The derivative of an activation, from its output: sigmoid, tanh or relu."""
     if name == "sigmoid":
         return output * (1 - output)
     return 1 - output.square() if name == "tanh" else (output > 0).to(output.dtype)

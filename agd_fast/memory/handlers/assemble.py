@@ -15,7 +15,7 @@ from agd_fast.memory.saved import Source
 
 
 def empty_like(run: Run, call: Callable[[], Tensor], input: Tensor, **options: Any) -> Tensor:
-    """What lies in the result is nobody's business until it is written to, so that any memory gives it back."""
+    """What the result contains does not matter until it is written to, so any memory gives it back."""
     output = call()
     if type(input) is Tensor and output.numel() >= run.mode.smallest:
         rebuild = partial(_empty, size=tuple(output.shape), stride=output.stride(), dtype=output.dtype, device=output.device)

@@ -14,8 +14,8 @@ from agd_fast.memory.interception import Run
 from agd_fast.memory.provenance import again
 from agd_fast.memory.saved import as_is
 
-HEADS = (-3, -1)  # and the channels of each
-FEW_KEYS = 512  # up to which attention is cheap enough to be made again for what reads its output
+HEADS = (-3, -1)  # dimensions of the heads and of their channels
+FEW_KEYS = 512  # up to so many keys, attention is cheap enough to run again for what reads its output
 
 
 def scaled_dot_product_attention(

@@ -1,4 +1,4 @@
-"""Batched products of two matrices that both need gradients: of attention that is written out, of adapters on channels."""
+"""Batched products of two matrices that both need gradients: in attention that is written out, in adapters on channels."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _replaced(run: Run, one: Tensor, other: Tensor) -> bool:
 
 
 def _kept(run: Run, one: Tensor, summed: int) -> Kept:
-    """summed: the dimension that the product sums over. Weights that are spread over a batch are kept as they are."""
+    """summed: the dimension that the product sums over. Weights that are expanded over a batch are kept as they are."""
     if one.numel() > one.untyped_storage().nbytes() // one.element_size() or one.numel() < run.mode.smallest:
         return run.provenance.fine(one) or as_is(one)
     return run.provenance.save(one, run.mode.fine, channels=(*range(one.ndim - 2), summed))

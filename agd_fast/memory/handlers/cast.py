@@ -1,4 +1,4 @@
-"""Casts: what is kept of the cast is kept of its original."""
+"""Casts: to keep the result of a cast, its original is kept."""
 
 from __future__ import annotations
 

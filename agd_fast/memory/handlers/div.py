@@ -1,6 +1,6 @@
-"""Quotients of two tensors that both need gradients, as linear attention's.
+"""Quotients of two tensors that both need gradients, as in linear attention.
 
-What is divided by is never rounded: near 0 the error would have no bound.
+The divisor is never rounded: near 0 the error would have no bound.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Element-wise functions and joins keep nothing; where what they are given can be made again, so can what they give."""
+"""Element-wise functions and joins keep nothing; if their inputs can be rebuilt, so can their outputs."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def joined(run: Run, call: Callable[..., Tensor], tensors: Sequence[Tensor], dim
 
 
 def follow(run: Run, function: Callable[..., Tensor], output: Tensor, *inputs: Tensor) -> Tensor:
-    """`output` = function(*inputs), element by element; rows among the inputs are kept. Returns `output`."""
+    """Record that `output` = function(*inputs), element by element; inputs that are broadcast are kept. Returns `output`."""
     if not _worth(run, output):
         return output
     known: dict[int, Saved] = {}

@@ -1,4 +1,4 @@
-"""F.group_norm with a frozen affine; the SiLU behind it reads the same x̂."""
+"""F.group_norm with a frozen affine; a SiLU after it reads the same x̂."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ def _norm(input: Tensor, weight: Tensor | None, bias: Tensor | None, *, shape: t
 def _input_gradient(
     gradient: Tensor, input: Tensor, weight: Tensor | None, bias: Tensor | None, *, shape: tuple[int, ...], eps: float
 ) -> Tensor:
-    """As autograd has it."""
+    """The input's gradient, as autograd computes it."""
     _, mean, rstd = torch.native_layer_norm(input, shape, weight, bias, eps)
     needs = (True, False, False)
     return torch.ops.aten.native_layer_norm_backward.default(gradient, input, shape, mean, rstd, weight, bias, needs)[0]

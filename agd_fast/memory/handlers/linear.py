@@ -44,7 +44,7 @@ def _trainable(run: Run, call: Callable[[], Tensor], input: Tensor, weight: Tens
 
 
 def _follow(run: Run, output: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """The output is made again from what gives the input back."""
+    """Record that the output can be rebuilt from what gives the input back."""
     if run.mode.exact or any(one is not None and one.is_inference() for one in (input, bias)):  # which autograd refuses to keep
         return
     found = run.provenance.find(input)

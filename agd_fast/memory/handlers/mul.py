@@ -1,4 +1,4 @@
-"""Products: of an activation and what it gates, of activations and rows that scale them, of two activations."""
+"""Products: of an activation function and what it gates, of activations and rows that scale them, of two activations."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def mul(run: Run, call: Callable[[], Tensor], input: Tensor, other: Any) -> Tens
 
 
 def factor(run: Run, one: Tensor, output: Tensor) -> Kept:
-    """What a product keeps of one of its factors: of a row that scales others, itself.
+    """What a product keeps of one of its factors; a row that scales the others is kept as it is.
 
-    Of a feed-forward's output a copy: to make that again would take as many products as its backward.
+    Of a feed-forward's output it keeps a copy: to rebuild that would take as many matrix products as its backward.
     """
     if one.numel() < output.numel():
         return as_is(one)
@@ -57,7 +57,7 @@ def _backward(gradient: Tensor, needs: Any, input: Tensor, other: Tensor) -> tup
 
 
 def _gated(run: Run, call: Callable[[], Tensor], value: Tensor, gate: Tensor, activation: Activation) -> Tensor:
-    """value ⊙ act(g), as one function of value and g: what the activation kept for itself goes with its output."""
+    """value ⊙ act(g), as one function of value and g: what the activation kept for itself is freed with its output."""
     with torch.no_grad():
         output = call()
     run.plan.found_gated.add(activation.number)

@@ -1,4 +1,4 @@
-"""Squares, of which RMS norms that are written out are made: what is kept is shared with the product that follows."""
+"""Squares, as in RMS norms that are written out: what is kept is shared with the product that follows."""
 
 from __future__ import annotations
 

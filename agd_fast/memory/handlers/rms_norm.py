@@ -23,7 +23,7 @@ def rms_norm(
     eps: float | None = None,
 ) -> Tensor:
     """input: [..., *normalized_shape]."""
-    if not run.replaces(input, weight) or (eps is None and input.itemsize < 4):  # its own eps or float32's, by torch's version
+    if not run.replaces(input, weight) or (eps is None and input.itemsize < 4):  # its dtype's eps or float32's, by torch version
         return call()
     shape = tuple(normalized_shape)
     norm = partial(_norm, shape=shape, eps=eps)

@@ -1,6 +1,6 @@
-"""Packing what backward needs into 4 or 8 bits, and the gradients from it: operators `agd_fast_memory::<name>`.
+"""Operators `agd_fast_memory::<name>` that pack what backward needs into 4 or 8 bits, and compute gradients from it.
 
-They are called by position. Each runs the compiled extension on CUDA where that is there, else its reference `<name>_ref` in the
+They are called by position. Each runs the compiled extension on CUDA if that is there, else its reference `<name>_ref` in the
 same file. Results are contiguous and alias nothing; inputs that are not contiguous are copied.
 """
 

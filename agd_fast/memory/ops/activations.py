@@ -17,7 +17,7 @@ def gelu(x: Tensor, approximate: str) -> Tensor:
 
 
 def gelu_derivative(x: Tensor, approximate: str) -> Tensor:
-    """Φ(x) + x·φ(x), or that of the tanh form."""
+    """Φ(x) + x·φ(x), or the derivative of the tanh form."""
     if approximate == "none":
         return 0.5 * (1 + torch.erf(x * math.sqrt(0.5))) + x * torch.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
     tanh = torch.tanh(ROOT_2_OVER_PI * (x + CUBIC * x**3))

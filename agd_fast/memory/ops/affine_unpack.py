@@ -1,4 +1,4 @@
-"""A norm's output again, from its packed normalised input."""
+"""A norm's output, rebuilt from its packed normalised input."""
 
 from __future__ import annotations
 
@@ -28,8 +28,9 @@ def affine_unpack_ref(
     """z = x̂·A + B.
 
     codes, scales: as `norm_pack` gives them, scales [R, ⌈n/group⌉]; A, B: float32 [R/rows_per_sample or 1, C], None for 1 and 0;
-    size: of R·n elements. Row r is of sample ⌊r/rows_per_sample⌋, its element i of channel (r mod G)·(n/S) + ⌊i/S⌋, C = G·n/S:
-    for a layer norm G = S = 1 and rows_per_sample is the tokens, for a group norm rows_per_sample = G and S = H·W
+    size: of R·n elements. Row r belongs to sample ⌊r/rows_per_sample⌋, its element i to channel (r mod G)·(n/S) + ⌊i/S⌋, with
+    C = G·n/S. For a layer norm G = S = 1 and rows_per_sample is the number of tokens; for a group norm rows_per_sample = G and
+    S = H·W.
     → z in dtype, contiguous, of that size. Without A and B: x̂.
     Raises: ValueError naming the argument that does not fit.
     """
@@ -119,7 +120,7 @@ def float_rows(values: Tensor | None) -> Tensor | None:
 
 
 def stride(values: Tensor | None) -> int:
-    """Elements between samples of [samples or 1, C]; 0 where one is all."""
+    """Elements between samples of [samples or 1, C]; 0 if one row is for all."""
     return 0 if values is None or values.shape[0] == 1 else values.shape[1]
 
 

@@ -15,7 +15,7 @@ def geglu_pack_ref(a: Tensor, g: Tensor, approximate: str, bits: int, group: int
     """P = gelu(g) and Q = a·gelu′(g) of y = a·gelu(g), each as `pack` packs it; approximate: "none" or "tanh".
 
     a, g: [..., D], n elements each, also the strided halves of one [..., 2·D] → codes uint8 [⌈n·bits/8⌉] and scales bfloat16
-    [⌈n/group⌉] of P, then of Q, in the order of contiguous [..., D]; the gradient is `geglu_backward`'s.
+    [⌈n/group⌉] of P, then of Q, in the order of contiguous [..., D]; `geglu_backward` gives the gradient.
     Raises: ValueError naming the argument that does not fit.
     """
     require_approximate("geglu_pack", approximate)
@@ -63,7 +63,7 @@ def launch_gated(
 
 
 def by_rows(x: Tensor) -> tuple[Tensor, int]:
-    """x, or a copy of it, and the elements between its rows: [..., D], whose leading dimensions are as one."""
+    """x [..., D], or a copy, so that its leading dimensions act as one; and the number of elements between its rows."""
     if not x.ndim:
         return x[None], 1
     sizes, strides = x.shape, x.stride()

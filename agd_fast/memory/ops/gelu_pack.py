@@ -12,9 +12,9 @@ from agd_fast.memory.ops.registry import define
 
 
 def gelu_pack_ref(x: Tensor, approximate: str, bits: int, group: int) -> tuple[Tensor, Tensor]:
-    """gelu′(x) as `pack` packs it; approximate: "none" or "tanh", as of `F.gelu`.
+    """gelu′(x) as `pack` packs it; approximate: "none" or "tanh", as in `F.gelu`.
 
-    x: n elements, any shape → codes uint8 [⌈n·bits/8⌉], scales bfloat16 [⌈n/group⌉]; the gradient is `scale_unpack`'s.
+    x: n elements, any shape → codes uint8 [⌈n·bits/8⌉], scales bfloat16 [⌈n/group⌉]; `scale_unpack` gives the gradient.
     Raises: ValueError naming the argument that does not fit.
     """
     _require(x, approximate, bits, group)

@@ -1,4 +1,4 @@
-"""Whether the extension's kernels take what an op is given, and where they run."""
+"""Whether the extension's kernels support an op's arguments, and where they run."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from agd_fast.memory.extension import extension_on
 
 TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 ACTIVATIONS = {"none": 0, "tanh": 1, "silu": 2}
-MOST = 2**33  # elements: kernels number chunks of 8 in 31 bits, padded to groups
+MOST = 2**33  # elements: kernels number chunks of 8, padded to groups, in 31 bits
 MOST_OF_A_ROW = 2**31
 
 
 def kernels_for(op: str, dtype: torch.dtype, elements: int, first: Tensor, *others: Tensor | None) -> Any:
-    """The extension, or None where it is not there or does not take such a dtype or number of elements.
+    """The extension, or None if it is not there or does not support this dtype or number of elements.
 
     Raises: ValueError where the tensors are not all on the first one's device.
     """

@@ -1,15 +1,16 @@
-"""How values are packed into bytes, in plain torch: groups, scales, codes, rows; and what is checked of an op's arguments.
+"""How values are packed into bytes, in plain torch: groups, scales, codes, rows; and checks of an op's arguments.
 
-A group is `group` consecutive elements, the last of a row may be shorter. A value is a level times its group's scale, which
-reaches from the largest value to the smallest. In 8 bits the levels are −127 … 127, and a code is an int8. In 4 bits a code is a
-nibble, element 2i the low one of a byte and 2i + 1 the high one, and a group has the levels that need the smaller scale:
+A group is `group` consecutive elements; the last of a row may be shorter. A value is a level times its group's scale, with which
+the levels reach from the group's largest value to its smallest. In 8 bits the levels are −127 … 127, and a code is an int8. In 4
+bits a code is a nibble, element 2i the low one of a byte and 2i + 1 the high one, and a group takes the set of levels that needs
+the smaller scale:
 
     even    0, ±1, ±2, ±3, ±4, ±6, ±8, ±10; the nibble is the level's place among them, plus 8
-    sided   −2 … 13, as activations and their derivatives lie; the nibble is the level plus 2; the scale's sign is set
+    sided   −2 … 13, suited to activations and their derivatives; the nibble is the level plus 2; the scale's sign is set
 
-A scale is rounded up to bfloat16 and at least 2⁻¹⁰⁰, so that a reciprocal and a remainder stay normal numbers; 0 for a group of
-zeros, NaN for one with a NaN or an infinity. x/scale goes to the nearest level, halves to even places. Arithmetic is in float32,
-in float64 for float64.
+A scale is rounded up to bfloat16 and is at least 2⁻¹⁰⁰, so that a reciprocal and a remainder stay normal numbers; it is 0 for a
+group of zeros, NaN for one with a NaN or an infinity. x/scale is rounded to the nearest level, ties to even places. Arithmetic
+is in float32, or in float64 for float64.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def scales_of(largest: Tensor, smallest: Tensor, bits: int) -> Tensor:
     """largest, smallest: the groups' extreme values, float32 or float64 → bfloat16 of the same shape."""
     magnitude = torch.maximum(largest, -smallest)
     if bits == 8:
-        scales = _round_up(magnitude * (1 / 127))  # CUDA divides by a number like this
+        scales = _round_up(magnitude * (1 / 127))  # as CUDA divides by a number
     else:
         even, sided = _round_up(magnitude * (1 / 10)), _round_up(torch.maximum(largest * (1 / 13), smallest * (-1 / 2)))
         scales = torch.where(sided < even, -sided, even)
@@ -91,7 +92,7 @@ def rows_like(x: Tensor, statistics: Tensor) -> Tensor:
 
 
 def expand_channels(values: Tensor, R: int, n: int, rows_per_sample: int, G: int, S: int) -> Tensor:
-    """values: [B or 1, C] → [R, n]: row r is of sample ⌊r/rows_per_sample⌋, its element i of channel (r mod G)·(n/S) + ⌊i/S⌋."""
+    """values: [B or 1, C] → [R, n]: row r is of sample ⌊r/rows_per_sample⌋, element i of channel (r mod G)·(n/S) + ⌊i/S⌋."""
     samples = torch.arange(R, device=values.device) // rows_per_sample if values.shape[0] > 1 else None
     by_row = values.expand(R, -1) if samples is None else values[samples]
     own = by_row.view(R, G, n // S)[torch.arange(R, device=values.device), torch.arange(R, device=values.device) % G]
@@ -113,7 +114,7 @@ def require_float(op: str, name: str, x: Tensor) -> None:
 def require_packed(
     op: str, codes: Tensor, scales: Tensor, R: int, n: int, bits: int, group: int, names: str = "codes scales"
 ) -> None:
-    """That there are as many codes and scales as R rows of n elements take."""
+    """Check that there are as many codes and scales as R rows of n elements take."""
     require_packing(op, bits, group)
     name, name_of_scales = names.split()
     if codes.dtype != torch.uint8 or codes.numel() != R * pitch(n, bits):
@@ -125,7 +126,7 @@ def require_packed(
 
 
 def require_statistics(op: str, name: str, statistics: Tensor, x: Tensor) -> int:
-    """n, the elements of one of x's rows, of which there are as many as statistics: float32, or x's float64."""
+    """n, the elements per row of x, with a row per element of `statistics`, which is float32, or float64 if x is."""
     if statistics.dtype not in (torch.float32, computed_in(x)):
         raise ValueError(f"{op}: {name} must be float32, found {statistics.dtype}")
     R, total = statistics.numel(), x.numel()
@@ -135,7 +136,7 @@ def require_statistics(op: str, name: str, statistics: Tensor, x: Tensor) -> int
 
 
 def require_rows(op: str, name: str, codes: Tensor, scales: Tensor, total: int, bits: int, group: int) -> tuple[int, int]:
-    """R, n: as many rows as scales has, of all the elements together. name: the argument that has so many."""
+    """R, n: the rows of `scales`, and the elements per row, of `total`. name: the argument that has `total` elements."""
     require_packing(op, bits, group)
     if scales.ndim != 2:
         raise ValueError(f"{op}: scales must be [R, ⌈n/{group}⌉], found {list(scales.shape)}")
@@ -157,7 +158,7 @@ def require_channels(op: str, R: int, n: int, G: int, S: int) -> int:
 
 
 def require_affine(op: str, A: Tensor | None, B: Tensor | None, R: int, n: int, rows_per_sample: int, G: int, S: int) -> None:
-    """That A and B are [R/rows_per_sample or 1, C] of float32, or float64 for float64."""
+    """Check that A and B are [R/rows_per_sample or 1, C] of float32, or float64 for float64."""
     C = require_channels(op, R, n, G, S)
     if rows_per_sample < 1 or R % rows_per_sample or rows_per_sample % G:
         raise ValueError(f"{op}: rows_per_sample must divide the {R} rows and be a multiple of G = {G}, found {rows_per_sample}")

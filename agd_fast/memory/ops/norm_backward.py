@@ -34,7 +34,7 @@ def norm_backward_ref(
     """rstd·(w − [centred]·mean(w) − x̂·mean(w·x̂)) with w = dy·γ, means over a row.
 
     dy: R·n elements, rows in memory order; codes, scales: as `norm_pack` gives them; rstd: R elements of float32; gamma: [C] of
-    any floating dtype or None for 1; centred: False for an RMS norm. Element i of row r is of channel (r mod G)·(n/S) + ⌊i/S⌋,
+    any floating dtype or None for 1; centred: False for an RMS norm. Element i of row r is in channel (r mod G)·(n/S) + ⌊i/S⌋,
     C = G·n/S: G = S = 1 for a layer norm, G groups and S = H·W for a group norm → contiguous, of dy's size and dtype.
     Raises: ValueError naming the argument that does not fit.
     """

@@ -19,11 +19,11 @@ from agd_fast.memory.ops.registry import define
 
 
 def norm_pack_ref(x: Tensor, mean: Tensor | None, rstd: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
-    """x̂ = (x − mean)·rstd, packed row by row: a row begins a group and a byte.
+    """x̂ = (x − mean)·rstd, packed row by row: each row begins a new group and a new byte.
 
     x: R·n elements, rows in memory order; mean, rstd: R elements of float32, any shape; mean None for an RMS norm
     → codes uint8 [R, ⌈n·bits/8⌉], scales bfloat16 [R, ⌈n/group⌉].
-    Raises: ValueError for bits, a group, an x that is not floating point, or statistics that are not one a row.
+    Raises: ValueError for bits, a group, an x that is not floating point, or statistics that are not one per row.
     """
     _require(x, mean, rstd, bits, group)
     rows = rows_like(x, rstd).to(computed_in(x))

@@ -26,7 +26,7 @@ def pack_fake(x: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
 
 
 def empty_packed(x: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
-    """Codes and scales of as many elements as x has, unwritten."""
+    """Codes and scales for as many elements as x has, unwritten."""
     n = x.numel()
     codes = torch.empty(pitch(n, bits), dtype=torch.uint8, device=x.device)
     return codes, torch.empty((n + group - 1) // group, dtype=torch.bfloat16, device=x.device)

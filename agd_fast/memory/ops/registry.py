@@ -1,6 +1,6 @@
-"""What every op is made of: a reference in torch, and an operator `agd_fast_memory::<name>` of its signature.
+"""What every op is made of: a reference in torch, and an operator `agd_fast_memory::<name>` with its signature.
 
-The operator runs the compiled extension on CUDA, the reference elsewhere. Operators are functional; their shapes are the fake's.
+The operator runs the compiled extension on CUDA, the reference elsewhere. Operators are functional; the fake gives their shapes.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import torch
 
 NAMESPACE = "agd_fast_memory"
 REFERENCES: dict[str, Callable[..., Any]] = {}  # by the operator's name
-LAUNCHERS: dict[str, Callable[..., Any]] = {}  # by the extension; NotImplemented where it does not take the arguments
+LAUNCHERS: dict[str, Callable[..., Any]] = {}  # run the extension; NotImplemented if it does not support the arguments
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
 
 def define(reference: Callable[..., Any], fake: Callable[..., Any], cuda: Callable[..., Any]) -> Any:
     """Register the operator of a reference `<name>_ref`; returns its overload, which is called by position.
 
-    fake: empty outputs of the right shapes. cuda: what LAUNCHERS keeps.
+    fake: gives empty outputs of the right shapes. cuda: the launcher, kept in LAUNCHERS.
     """
     name = reference.__name__.removesuffix("_ref")
     schema = torch.library.infer_schema(reference, mutates_args=())

@@ -11,7 +11,7 @@ from agd_fast.memory.ops.registry import define
 
 
 def scale_unpack_ref(dy: Tensor, codes: Tensor, scales: Tensor, bits: int, group: int) -> Tensor:
-    """dy: n elements; codes, scales: as `pack` gives them of n elements → dy·(code·scale), contiguous, of dy's size and dtype.
+    """dy: n elements; codes, scales: as `pack` gives them for n elements → dy·(code·scale), contiguous, of dy's size and dtype.
 
     Raises: ValueError for bits, a group, codes or scales that do not fit, or a dy that is not floating point.
     """

@@ -1,4 +1,4 @@
-"""A gradient through the SiLU behind a norm, from the norm's packed normalised input."""
+"""A gradient through the SiLU after a norm, from the norm's packed normalised input."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def silu_affine_backward_ref(
     bits: int,
     group: int,
 ) -> Tensor:
-    """dy·silu′(x̂·A + B): what the norm's output gets of dy, the gradient of SiLU's output.
+    """dy·silu′(x̂·A + B): the gradient of the norm's output, from dy, the gradient of SiLU's output.
 
-    dy: R·n elements, rows in memory order; the others as of `affine_unpack` → contiguous, of dy's size and dtype.
+    dy: R·n elements, rows in memory order; the others as in `affine_unpack` → contiguous, of dy's size and dtype.
     Raises: ValueError naming the argument that does not fit.
     """
     _, n = _require(dy, codes, scales, A, B, rows_per_sample, G, S, bits, group)

@@ -14,7 +14,7 @@ from agd_fast.memory.ops.registry import define
 def silu_pack_ref(x: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
     """silu′(x) as `pack` packs it.
 
-    x: n elements, any shape → codes uint8 [⌈n·bits/8⌉], scales bfloat16 [⌈n/group⌉]; the gradient is `scale_unpack`'s.
+    x: n elements, any shape → codes uint8 [⌈n·bits/8⌉], scales bfloat16 [⌈n/group⌉]; `scale_unpack` gives the gradient.
     Raises: ValueError naming the argument that does not fit.
     """
     _require(x, bits, group)

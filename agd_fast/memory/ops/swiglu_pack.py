@@ -15,7 +15,7 @@ from agd_fast.memory.ops.registry import define
 def swiglu_pack_ref(a: Tensor, g: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """P = silu(g) and Q = a·silu′(g) of y = a·silu(g), each as `pack` packs it.
 
-    a, g, the result, errors: as of `geglu_pack`; the gradient is `geglu_backward`'s.
+    a, g, the result, errors: as in `geglu_pack`; `geglu_backward` gives the gradient.
     """
     require_gated("swiglu_pack", a, g, bits, group)
     values, gates = (half.reshape(1, -1).to(computed_in(a)) for half in (a, g))
