@@ -3,8 +3,9 @@
 python bench/compile_time.py                                  # a table for docs/engine.md, and bench/results/compile_time.json
 python bench/compile_time.py --model dit-xl2-256 --blocks repeated
 
-Every model and way has a process and caches of inductor of its own. Seconds are of all that happens in the first run, in the
-table of CPU time, the C++ compiler's included, less the same without one. A step's milliseconds are CPU time of its one thread.
+Each pair of model and way has its own process and inductor caches. Seconds are of everything in the first run; in the
+table they are CPU time, the C++ compiler's included, less that of a first run without compiling. A step's milliseconds are CPU
+time of its one thread.
 """
 
 from __future__ import annotations
@@ -105,7 +106,7 @@ def narrow(model: str) -> Architecture:
 def measure(model: str, way: str, rounds: int) -> dict[str, Any]:
     """One row: seconds of the first forward, and milliseconds a step, median and percentiles over runs."""
     torch.set_num_threads(1)
-    torch.compile(lambda x: x.sin() + 1)(torch.ones(3))  # what every process begins with: headers, and what is imported
+    torch.compile(lambda x: x.sin() + 1)(torch.ones(3))  # warms up what every process begins with: headers and imports
     bench = Workbench(narrow(model), 1, STEPS, torch.device("cpu"), torch.float32)
     arm = bench.arm("agd_hoisted")
     agd.optimize(arm.denoiser, WAYS[way])
@@ -134,13 +135,13 @@ def measure(model: str, way: str, rounds: int) -> dict[str, Any]:
 
 
 def _cpu_seconds() -> float:
-    """Of this process and of those that it ended."""
+    """CPU seconds of this process and of its ended children."""
     uses = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(use.ru_utime + use.ru_stime for use in uses)
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A line a model and way."""
+    """A table with one line per model and way."""
     lines = ["| | compiled | pieces, calls | CPU seconds | ms a step |", "| --- | --- | --- | --- | --- |"]
     for row in rows:
         base = [one for one in rows if one["model"] == row["model"] and one["blocks"] == "not compiled"]

@@ -10,7 +10,7 @@ from speed.kernels import INPUTS, L2, Ceiling, measure_ceiling
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
-    if getattr(config.option, "benchmark_only", False):  # which the tests' own --benchmark-disable would contradict
+    if getattr(config.option, "benchmark_only", False):  # the --benchmark-disable of the tests' own settings contradicts it
         config.option.benchmark_disable = False
 
 
@@ -28,5 +28,5 @@ def _about() -> str:
 
 @pytest.fixture(scope="session")
 def ceiling() -> Ceiling | None:
-    """What the card does at most, measured once."""
+    """The card's peak rates, measured once."""
     return measure_ceiling() if torch.cuda.is_available() else None

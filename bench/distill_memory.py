@@ -1,4 +1,4 @@
-"""What training an adapter takes: bytes that are kept for backward, peak memory and time, by the way to keep less.
+"""What training an adapter takes: bytes kept for backward, peak memory and time, for each way to keep less.
 
 python bench/distill_memory.py --model sdxl-1024 --device meta --json out.json            # counted, without a GPU
 python bench/distill_memory.py --model sdxl-1024 --device cuda --cap 8GiB --json out.json # real steps under a hard cap
@@ -7,10 +7,10 @@ python bench/distill_memory.py --model sdxl-1024 --device cuda --base none int8 
 python bench/distill_memory.py --model sdxl-1024 --device cuda --graphed --json out.json
 python bench/distill_memory.py --model sdxl-1024 --device cuda --images-per-second --budget 24GiB --json out.json
 
---graphed is training steps whose passes are CUDA graphs, as `distill` runs them where it can.
---whole is `agd.distill` from the first guided state to the last picture, of the pipeline with its text encoders and VAE; without,
-rows are of training steps alone. On a card every row has a process of its own, so that one that runs out of memory leaves the
-others alone. What the JSON holds already is not measured again: after `--minutes` the same call goes on with what is missing.
+--graphed: training steps whose passes are CUDA graphs, as `distill` runs them where it can.
+--whole: `agd.distill` from the first guided state to the last picture, of the pipeline with its text encoders and VAE; without
+it, rows are of training steps alone. On a card each row has its own process, so that one that runs out of memory does not affect
+the others. Rows that the JSON already holds are not measured again: after `--minutes`, the same call continues with the rest.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def size_of(text: str) -> int:
 
 
 def wanted(args: argparse.Namespace) -> Iterator[Row]:
-    """The rows to make, without figures."""
+    """The rows to measure, still without figures."""
     dtype = str(DTYPES[args.dtype]).removeprefix("torch.")
     for model in args.model:
         common = {"model": model, "dtype": dtype, "optimizer": args.optimizer, "device": args.device}
@@ -131,7 +131,7 @@ def wanted(args: argparse.Namespace) -> Iterator[Row]:
 
 
 def _measure(rows: list[Row], args: argparse.Namespace) -> list[Row]:
-    """Those of the JSON, and those that are missing while there is time."""
+    """The rows of the JSON, and the missing ones as long as there is time."""
     done = read_json(args.json)["rows"] if args.json and args.json.exists() else []
     deadline = time.monotonic() + 60 * args.minutes
     for index, row in enumerate(rows, 1):
@@ -164,7 +164,7 @@ def describe(row: Row) -> str:
 
 
 def _train(row: Row, args: argparse.Namespace, left: float) -> Row | None:
-    """By a process of its own; None where it did not end in time."""
+    """Measures a row in a process of its own; None if that did not end in time."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "row.json"
         command = [sys.executable, __file__, "--worker", json.dumps(row), "--json", str(path), "--images", str(args.images)]

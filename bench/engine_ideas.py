@@ -41,7 +41,7 @@ IDEAS: dict[str, agd.EngineConfig | None] = {
     "norms take rows, no operations that change nothing": FOLDED,
     "low-rank terms in the convolutions' weights": MERGED,
     "torch.compile": replace(MERGED, compile=True),
-    KERNELS: replace(MERGED, kernels="always"),  # which are counted, and run on a GPU alone
+    KERNELS: replace(MERGED, kernels="always"),  # the kernels are counted, and run only on a GPU
 }
 MODELS = ("sdxl-1024", "sd21-768", "dit-xl2-256")
 STEPS, BATCHES = 30, (1, 64)
@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def counts(kind: str | None) -> Iterator[dict[str, Any]]:
-    """FLOPs and launches a step at batch 1 in bfloat16 on the meta device; of what is compiled nobody can count."""
+    """FLOPs and launches per step at batch 1 in bfloat16 on the meta device; compiled code cannot be counted."""
     for model in MODELS:
         bench = Workbench(find_architecture(model), 1, STEPS, torch.device("meta"), torch.bfloat16, kind=kind, counted=True)
         arms = {"unguided": bench.arm("unguided")}
@@ -82,7 +82,7 @@ def counts(kind: str | None) -> Iterator[dict[str, Any]]:
 
 
 def times(kind: str | None, rounds: int) -> Iterator[dict[str, Any]]:
-    """Milliseconds a step of the digits DiT on the CPU, median and percentiles over interleaved sampling runs."""
+    """Milliseconds per step of the digits DiT on the CPU, median and percentiles over interleaved sampling runs."""
     teacher = agd.datasets.digits_teacher()
     for batch in BATCHES:
         labels = torch.arange(batch) % 10
@@ -110,7 +110,7 @@ def times(kind: str | None, rounds: int) -> Iterator[dict[str, Any]]:
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    """A line an idea, with all before it."""
+    """One line per idea, each with all ideas before it."""
     lines = [
         "| "
         + " | ".join(

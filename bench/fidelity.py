@@ -34,7 +34,7 @@ INCEPTION = (
     "file of Inception's weights, to measure FID too (needs torch-fidelity); images that are measured already stay as they are"
 )
 SIZE = "shrink photographs to that side, which a CPU can do; default: as they are"
-TEACHER_MINUTES = 7.0  # of training; the classifier and what is drawn of the data take the better part of another two
+TEACHER_MINUTES = 7.0  # of training; the classifier and drawing from the data take most of another two
 
 
 def main() -> None:
@@ -147,7 +147,7 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def arms_of(args: argparse.Namespace) -> list[Arm]:
-    """Those that a run's command line asks for."""
+    """The arms that a run's command line asks for."""
     return make_arms(
         args.adapters,
         args.fractions,

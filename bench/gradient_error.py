@@ -1,13 +1,13 @@
-"""How far the gradients of an adapter are off, by what is kept for backward, and what each idea gives in bytes.
+"""How far an adapter's gradients are off, by what is kept for backward, and how many bytes each idea saves.
 
 python bench/gradient_error.py                                   # a small UNet of SDXL's shape, random weights
 python bench/gradient_error.py --teacher digits-unet --batch 256 --kind cross_attention --ways 4bit recompute
 python bench/gradient_error.py --model stabilityai/stable-diffusion-xl-base-1.0 --resolution 512 --seeds 1
 
-Of an adapter after a few steps of distillation towards CFG, on one batch, against plain autograd in float32: cosine of all its
-gradients as one vector, and the norm of the difference over their norm; of several seeds the mean, the least, and the root mean
-square. Again with outlier channels: 1 % of them times 100, compensated by what reads them. Bytes are those of `--count`, on the
-meta device, in bfloat16.
+The adapter has had a few steps of distillation towards CFG. On one batch, against plain autograd in float32: the cosine of all
+gradients as one vector, and the norm of the difference over their norm; over several seeds the mean, the least, and the root mean
+square. The same with outlier channels: 1 % of them times 100, compensated by what reads them. Bytes are those of `--count`, on
+the meta device, in bfloat16.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class Case:
         return spread_omega(len(self.target))
 
     def loss(self) -> tuple[Tensor, Tensor]:
-        """And the prediction. Inside of armed(...)."""
+        """The loss and the prediction. To be called inside armed(...)."""
         output = self.denoiser(**nest(self.arguments), return_dict=False)[0][:, : self.target.shape[1]]
         return distillation_loss(output, self.target, self.omega, "l2", "omega"), output.detach()
 
@@ -95,7 +95,7 @@ class Case:
                 optimizer.step()
 
     def gradient(self, way: Way) -> tuple[Tensor, Tensor]:
-        """Of the second of two passes, as the first plans what the second keeps: [parameters] float64, and its prediction."""
+        """Gradient [parameters] in float64 and prediction, of the second of two passes: the first plans what the second keeps."""
         with way.scope(self.denoiser, smallest=0), armed(require_attachment(self.denoiser), self.omega):
             for _ in range(2):
                 loss, output = self.loss()
@@ -180,14 +180,14 @@ def no_prompt(denoiser: nn.Module, spec: DenoiserSpec, batch: int) -> dict[str, 
 
 @torch.no_grad()
 def guided_prediction(denoiser: nn.Module, found: Mapping[str, Any], null: Mapping[str, Any]) -> Tensor:
-    """CFG's: [B, C, ...], of a denoiser without an adapter."""
+    """CFG's prediction [B, C, ...], by a denoiser without an adapter."""
     cond, uncond = (denoiser(**nest(one), return_dict=False)[0] for one in (found, null))
     omega = spread_omega(len(cond)).view(-1, *[1] * (cond.ndim - 1))
     return uncond + omega * (cond - uncond)
 
 
 def measure(cases: Sequence[Case], ways: Mapping[str, Way]) -> list[Row]:
-    """A row a way. Entries with "outliers" before them: the same of copies that have them."""
+    """One row per way. Entries that begin with "outliers" are the same for copies with outlier channels."""
     others = [replace(case, denoiser=copy.deepcopy(case.denoiser)) for case in cases]
     for other in others:
         inject_outliers(other.denoiser)
@@ -211,7 +211,7 @@ def measure(cases: Sequence[Case], ways: Mapping[str, Way]) -> list[Row]:
 
 
 def add_bytes(rows: list[Row], name: str, ways: Mapping[str, Way]) -> None:
-    """What a forward of a published model keeps, of those ways that are about that."""
+    """Adds the bytes that a forward of a published model keeps, for the ways that change them."""
     architecture, meta = find_architecture(name), torch.device("meta")
     denoiser = student(architecture, "default", meta, torch.bfloat16)
     call = arguments(architecture, 1, meta, torch.bfloat16)

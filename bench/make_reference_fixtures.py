@@ -1,9 +1,9 @@
-"""What the paper's public reference code computes on tiny models, for tests/test_reference.py. None of its code is kept.
+"""Writes what the paper's public reference code computes on tiny models, for tests/test_reference.py. None of its code is kept.
 
 python bench/make_reference_fixtures.py --reference PATH_TO_CLONE --dit PATH_TO_CLONE
 
 --reference: a checkout of github.com/cristianpjensen/agd; --dit: of github.com/facebookresearch/DiT, its submodule.
-Writes tests/assets/reference/<base>.safetensors, a base in diffusers' form, and a folder a case: config.yaml and <step>.pt as
+Writes tests/assets/reference/<base>.safetensors, a base in diffusers' form, and one folder per case: config.yaml and <step>.pt as
 the reference's training scripts write them, and calls.safetensors with inputs, ω and the reference's outputs.
 """
 
@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 OUTPUT = Path(__file__).parent.parent / "tests/assets/reference"
 STEP = "0005000.pt"
-# as SDXL: several transformer layers, an attention more in up blocks than in down blocks, and added conditions
+# like SDXL: several transformer layers, one more attention in up blocks than in down blocks, and added conditions
 UNET: dict[str, Any] = {
     "sample_size": 4,
     "in_channels": 2,
@@ -107,7 +107,7 @@ def import_reference(reference: Path, dit: Path) -> SimpleNamespace:
 
 
 def randomise(parameters: dict[str, Tensor]) -> None:
-    """So that every parameter counts: as they are made, many are zero."""
+    """Random values, so that every parameter matters: many are initialised to zero."""
     for name, parameter in parameters.items():
         centre = 1.0 if "norm" in name and name.endswith("weight") else 0.0
         scale = 0.2 if parameter.ndim == 1 else parameter[0].numel() ** -0.5
@@ -181,7 +181,7 @@ def make_case(reference: SimpleNamespace, name: str) -> None:
     else:
         config["image_size"] = 256
         reference.dit.get_pretrained_dit = lambda image_size: base
-        attention = reference.sd.ADAPTER_MODELS["attention"]  # whose class does not take the cfg_mult that its DiT script passes
+        attention = reference.sd.ADAPTER_MODELS["attention"]  # its class does not take the cfg_mult that the DiT script passes
         models = {"attention": lambda block, cfg_mult, **kwargs: attention(block, **kwargs)}
         reference.dit.ADAPTER_MODELS = {**reference.sd.ADAPTER_MODELS, **models}
         model = reference.dit.get_untrained_adapter_dit(256, **common, **settings)

@@ -1,10 +1,10 @@
-"""What a training pass takes of the host: Python and dispatch, by the way to keep less, on this machine's CPU.
+"""Host time of a training pass, Python and dispatch, for each way to keep less, on this machine's CPU.
 
 python bench/memory_overhead.py                                   # SDXL, SD3 and DiT, as deep as they are and 32 channels wide
 python bench/memory_overhead.py --model sdxl-1024 --rounds 15 --json out.json
 
-Where a card is faster than the host that feeds it, at batch 1, this is a step's time. *launched*: the packing ops do all that
-they do beside the extension's kernels, which are left out. *in PyTorch*: they compute, as where there is no extension.
+Where a card is faster than the host that feeds it, at batch 1, this is a step's time. *launched*: the packing ops do
+everything except run the extension's kernels. *in PyTorch*: they compute in PyTorch, as without the extension.
 """
 
 from __future__ import annotations

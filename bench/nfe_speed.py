@@ -91,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _settings(args: argparse.Namespace) -> Settings:
-    """Raises: ValueError, FileNotFoundError for what does not go together or is not there."""
+    """Raises: ValueError for options that do not go together, FileNotFoundError for missing files."""
     require_arms(args.arms or ())
     of_models = {"--device meta": args.device == "meta", "--reference-repo": args.reference_repo, "--processes": args.processes}
     of_models |= {"--eager-steps": args.eager_steps, "--profile": args.profile}
@@ -118,7 +118,7 @@ def _settings(args: argparse.Namespace) -> Settings:
 
 
 def _about(settings: Settings) -> dict[str, Any]:
-    """What stands beside the rows. rounds: that are timed; a row with times tells those that it has."""
+    """What is written beside the rows. rounds: how many are to be timed; a row with times says how many it has."""
     where = {**environment(), **({"device": "meta"} if settings.device.type == "meta" else gpu_state())}
     where["kernels"] = f"{where['kernels']}; {default_policy()}"
     return {"environment": where, "commit": commit(), "compiled": settings.compiled, "rounds": settings.rounds}
@@ -140,7 +140,7 @@ def _report(rows: list[Row], settings: Settings, args: argparse.Namespace) -> No
 
 
 def commit() -> str:
-    """The commit that is measured, marked where the tree differs from it."""
+    """The commit that is measured, marked if the working tree differs from it."""
     found = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True, cwd=Path(__file__).parent
     )

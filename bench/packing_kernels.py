@@ -5,9 +5,9 @@ python bench/packing_kernels.py                  # checks, then bench/results/gp
 python bench/packing_kernels.py --check-only     # small odd shapes alone, for compute-sanitizer
 
 Every op, in bfloat16, float16 and float32, in 4 and 8 bits, at odd shapes, lengths and addresses and at those of SDXL at 1024².
-Packed tensors and norms must be the reference's bit for bit. A packed derivative may be off float64 by half a step and by twice
-what PyTorch loses in float32; so may its scale. Gradients are held to the same rule in their own dtype. Nothing is timed while a
-check is red. A time is of one call in a CUDA graph of calls on different inputs, which L2 does not hold.
+Packed tensors and norms must equal the reference's bit for bit. A packed derivative may be off float64 by half a step plus twice
+PyTorch's error in float32; so may its scale. Gradients are held to the same rule in their own dtype. Nothing is timed while a
+check is red. A time is of one call in a CUDA graph of calls on different inputs, more than L2 holds.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 GROUP, BATCHES, ROUNDS, MOST_INPUTS = 64, (1, 4), 20, 32
 FLAT, NORMS = ("pack", "unpack", "scale_unpack"), ("norm_pack", "norm_backward", "affine_unpack", "silu_affine_backward")
 GATED, ACTIVATIONS = ("geglu_pack", "swiglu_pack", "geglu_backward"), ("gelu_pack", "silu_pack")
-DERIVED = {"gelu_pack", "silu_pack", "geglu_pack", "swiglu_pack"}  # what they pack is computed by an erf, tanh or exp
-WHOLE, SHARED, BARE = range(3)  # γ of x's dtype, A and B a sample; γ of float32, one A, no B; none of them, no mean
+DERIVED = {"gelu_pack", "silu_pack", "geglu_pack", "swiglu_pack"}  # what they pack is computed with an erf, tanh or exp
+WHOLE, SHARED, BARE = range(3)  # γ in x's dtype, A and B per sample; γ in float32, one A, no B; none of them, no mean
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Case:
 
     @property
     def layout(self) -> tuple[int, int, int]:
-        """Rows a sample, G, S."""
+        """Rows per sample, G, S."""
         if self.groups:
             return self.groups, self.groups, math.prod(self.size[2:])
         return math.prod(self.size[1:-1]), 1, 1
@@ -80,7 +80,7 @@ class Case:
 
 
 class Random:
-    """Random tensors, contiguous, that begin so many elements behind an aligned address."""
+    """Random contiguous tensors that begin `offset` elements after an aligned address."""
 
     def __init__(self, dtype: torch.dtype, device: str, seed: int = 0, offset: int = 0) -> None:
         self.dtype, self.device, self.offset = dtype, device, offset
@@ -97,7 +97,7 @@ class Random:
 
 
 def arguments(case: Case, new: Random, bits: int, group: int) -> Arguments:
-    """Of the case's op."""
+    """Arguments of the case's op."""
 
     def packed(reference: str, *args: Any) -> list[Tensor]:
         return [new.placed(one) for one in ops.REFERENCES[reference](*args, bits, group)]
@@ -133,7 +133,7 @@ def arguments(case: Case, new: Random, bits: int, group: int) -> Arguments:
 
 
 def odd_cases() -> Iterator[Case]:
-    """Lengths that fill no chunk, group or block, rows that begin anywhere, rows too long for a block."""
+    """Lengths that do not fill a chunk, group or block, rows at unaligned addresses, rows too long for a block."""
     flat = ((1, 1), (5,), (3, 33), (2, 7, 320), (1, 40, 1001))
     for op in (*FLAT, *GATED, *ACTIVATIONS):
         yield from (Case(op, size, variant=variant) for size in flat for variant in ((0, 1) if op == "gelu_pack" else (0,)))
@@ -146,7 +146,7 @@ def odd_cases() -> Iterator[Case]:
 
 
 def real_cases(batch: int) -> Iterator[Case]:
-    """Of SDXL at 1024²; of SD3's feed-forward where SDXL has no such op."""
+    """Shapes of SDXL at 1024², or of SD3's feed-forward for ops that SDXL does not have."""
     tokens = ((batch, 4096, 640), (batch, 1024, 1280))
     images = ((batch, 320, 128, 128), (batch, 640, 64, 64), (batch, 1280, 32, 32))
     for op in FLAT:
@@ -161,7 +161,7 @@ def real_cases(batch: int) -> Iterator[Case]:
 
 
 def checks(device: str, small: bool, launchers: Launchers) -> Iterator[Row]:
-    """launchers: what is checked, by op. small: at no real sizes."""
+    """launchers: what is checked, by op. small: no real sizes."""
     for index, case in enumerate(odd_cases()):
         for dtype in DTYPES:
             for bits in (4, 8):
@@ -174,7 +174,7 @@ def checks(device: str, small: bool, launchers: Launchers) -> Iterator[Row]:
 
 @torch.no_grad()
 def checked(case: Case, dtype: torch.dtype, bits: int, group: int, offset: int, device: str, launchers: Launchers) -> Row:
-    """What was checked, and why it is not ok."""
+    """What was checked, whether it is ok, and if not, why."""
     args = arguments(case, Random(dtype, device, offset=offset), bits, group)
     before = [one.clone() for one in tensors_of(args)]
     try:
@@ -190,7 +190,7 @@ def checked(case: Case, dtype: torch.dtype, bits: int, group: int, offset: int, 
 
 
 def wrong(op: str, args: Arguments, found: Any, bits: int, group: int) -> str:
-    """Why a result is not what it must be; empty where it is."""
+    """Why a result is wrong; empty if it is right."""
     reference = ops.REFERENCES[op]
     if op in DERIVED:
         exact, plain = factors(op, args, torch.float64), factors(op, args, torch.float32)
@@ -224,7 +224,7 @@ def factors(op: str, args: Arguments, dtype: torch.dtype) -> tuple[Tensor, ...]:
 
 
 def derived_wrong(codes: Tensor, scales: Tensor, exact: Tensor, plain: Tensor, bits: int, group: int) -> str:
-    """exact, plain: what is packed in float64 and as torch has it in float32."""
+    """exact, plain: the values to pack, in float64 and as torch computes them in float32."""
     n = exact.numel()
     allowed = 2 * float((plain.double() - exact).abs().max()) + torch.finfo(torch.float32).eps * float(exact.abs().max())
     steps, sided = (one.repeat_interleave(group)[:n] for one in (scales.double().abs(), scales.signbit()))
@@ -235,7 +235,7 @@ def derived_wrong(codes: Tensor, scales: Tensor, exact: Tensor, plain: Tensor, b
     least, most = (
         scale_for(above + off, below + off, bits) * (1 + 2.0**-22) ** math.copysign(1, off) for off in (-allowed, allowed)
     )
-    smaller = (scales.view(torch.int16) - 1).view(torch.bfloat16).double().abs()  # the next bfloat16
+    smaller = (scales.view(torch.int16) - 1).view(torch.bfloat16).double().abs()  # the next smaller bfloat16
     steps = scales.double().abs()
     fits = (steps >= least) & ((smaller <= most) | (steps <= SMALLEST_SCALE))
     if float(over.max()) > 0:
@@ -244,7 +244,7 @@ def derived_wrong(codes: Tensor, scales: Tensor, exact: Tensor, plain: Tensor, b
 
 
 def scale_for(above: Tensor, below: Tensor, bits: int) -> Tensor:
-    """Of groups that reach so far to either side of 0, before it is rounded up."""
+    """The scale of groups that reach this far above and below 0, before rounding up."""
     largest = torch.maximum(above, below)
     return largest / 127 if bits == 8 else torch.minimum(largest / 10, torch.maximum(above / 13, below / 2))
 
@@ -266,7 +266,7 @@ def timed(case: Case, bits: int, ceiling: Ceiling) -> Row:
 
 @torch.no_grad()
 def call_overheads() -> dict[str, float]:
-    """Microseconds of the CPU a call of every op takes, of little data."""
+    """Microseconds of CPU time per call of each op, on little data."""
     found = {}
     for op in sorted(ops.REFERENCES):
         case = Case(op, (2, 8, 4, 4), 2) if op in NORMS else Case(op, (8, 32))

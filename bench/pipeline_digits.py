@@ -41,7 +41,7 @@ class Pixels(AutoencoderKL):
 
 
 def make_pipeline(bench: BenchTeacher) -> StableDiffusionPipeline:
-    """The pipeline over the teacher's UNet, in its own space of samples; captions come as embeddings."""
+    """The pipeline around the teacher's UNet, in the UNet's own sample space; captions are passed as embeddings."""
     sizes = {"in_channels": 1, "out_channels": 1, "latent_channels": 1, "block_out_channels": (4,), "norm_num_groups": 1}
     vae = Pixels(**sizes, scaling_factor=1.0)
     parts = {"text_encoder": None, "tokenizer": None, "safety_checker": None, "feature_extractor": None}
@@ -53,7 +53,7 @@ def make_pipeline(bench: BenchTeacher) -> StableDiffusionPipeline:
 
 
 def captions_of(bench: BenchTeacher, *, held_out: bool = False) -> dict[str, Tensor]:
-    """held_out: of the template that no adapter is distilled on, one a digit."""
+    """held_out: captions of the template that no adapter is distilled on, one per digit."""
     table = bench.held_out[0] if held_out and bench.held_out else bench.table
     captions = table["encoder_hidden_states"]
     null = bench.teacher.null_condition["encoder_hidden_states"]
@@ -93,7 +93,7 @@ def measure(pipe: Any, bench: BenchTeacher, scale: float, samples: int, seed: in
     images: dict[str, Tensor] = {}
     arms = arms_of(pipe, bench, scale)
     rows = torch.arange(samples) % len(bench.row_labels)
-    first = range(seed * samples, (seed + 1) * samples, BATCH)  # of each batch the seed of its first picture's noise
+    first = range(seed * samples, (seed + 1) * samples, BATCH)  # for each batch, the seed of its first picture's noise
     for name, arm in arms.items():
         with count_evaluations(pipe.unet) as count:
             images[name] = torch.cat([arm(part, start) for part, start in zip(rows.split(BATCH), first, strict=True)])
@@ -110,14 +110,14 @@ def measure(pipe: Any, bench: BenchTeacher, scale: float, samples: int, seed: in
 
 
 def draw(pipe: Any, bench: BenchTeacher, path: Path) -> None:
-    """Unguided, CFG and AGD from the same noise; a column a digit."""
+    """Unguided, CFG and AGD from the same noise; one column per digit."""
     rows = torch.arange(10)
     arms = arms_of(pipe, bench, 4.0)
     save_grid(path, {NAMES[name]: arm(rows, 7) for name, arm in arms.items()}, [str(row) for row in rows.tolist()])
 
 
 def evaluate(pipe: Any, bench: BenchTeacher, folder: Path, samples: int, seed: int) -> None:
-    """By the door that users take, against the real digits as PNG files and in the features of the digits' classifier."""
+    """With `agd.evaluate_pipeline`, against the real digits as PNG files and in the features of the digits' classifier."""
     reference = bench.reference
     assert reference is not None
     real = folder / "real"

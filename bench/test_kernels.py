@@ -32,7 +32,7 @@ def _on_cpu(case: Case, batch: int) -> tuple[Callable[[], Any], dict[str, Any]]:
 
 
 def _on_cuda(case: Case, batch: int, arm: str, ceiling: Ceiling) -> tuple[Callable[[], Any], dict[str, Any]]:
-    """The arm's fastest way, as one replay of its CUDA graph to the end; what it does in a call, by CUDA events."""
+    """One replay of the CUDA graph of the arm's fastest way, run to its end; figures per call by CUDA events."""
     inputs = rotated(case, batch, torch.bfloat16)
     passes, reasons = passes_of(case, inputs, lambda name: name.partition(" ")[0] == arm)
     if not passes:

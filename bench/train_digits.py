@@ -71,7 +71,7 @@ def train_teacher(
     dropout: float = 0.1,
     label_noise: float = 0.2,
 ) -> DiTTransformer2DModel:
-    """The EMA of a DiT trained with v-prediction. Eval mode throughout: `.train()` would drop labels a block."""
+    """The EMA of a DiT trained with v-prediction. Eval mode throughout: in train mode each block would drop labels on its own."""
     torch.manual_seed(seed)
     model = DiTTransformer2DModel(
         num_attention_heads=4,
@@ -112,7 +112,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1000, help="training steps of the teacher")
     parser.add_argument("--epochs", type=int, default=40, help="of the classifier")
     args = parser.parse_args()
-    torch.set_num_threads(2)  # sums depend on it
+    torch.set_num_threads(2)  # the order of sums depends on it
     images, labels = digits_images()
     classifier, accuracy = train_classifier(images, labels, args.seed, args.epochs)
     write_tensors(args.output / CLASSIFIER_FILE.name, {name: value.half() for name, value in classifier.state_dict().items()})

@@ -270,11 +270,17 @@ def test_the_bars_of_the_default_adapters():
 def test_the_photographs():
     result = Result(RESULTS / "fidelity" / "cifar10-16-unet.json")
     omega, references = result.omega, list(result.references.values())
-    (group,) = [one for one in result.groups if one.arm["kind"] == "modulation+gated_lora"]
+    group, longer = (
+        next(one for one in result.groups if one.arm["kind"] == "modulation+gated_lora" and one.arm["steps"] == steps)
+        for steps in (800, 2400)
+    )
+    (trained, calibrated), full = group.where_calibrated(omega), result.full(800)
+    assert len(calibrated.rows) == len(group.rows) == 3
     arms = {
         "unguided": ([one["unguided"] for one in references], [1]),
         "cfg": ([one["cfg"][omega] for one in references], [0]),
         "agd": ([row["images"][omega] for row in group.rows], result.beside_cfg(group, "rmse")),
+        "calibrated": ([row["images"][omega] for row in calibrated.rows], result.beside_cfg(calibrated, "rmse")),
     }
     means = {
         arm: [statistics.mean(one[key] for one in rows) for key in ("frechet", "accuracy")] for arm, (rows, _) in arms.items()
@@ -283,17 +289,49 @@ def test_the_photographs():
     for (arm, (_, rmse)), cells in zip(arms.items(), rows, strict=True):
         for value, cell in zip([*means[arm], statistics.mean(rmse)], cells[2:], strict=True):
             assert_shows(cell, value)
-    _, rows = table(MEASURED, "95 % bound")
-    for bar, (_, mean, bound, limit, verdict) in zip(result.bars(group), rows, strict=True):
-        for cell, value in ((mean, statistics.mean(bar.values)), (bound, bar.bound), (limit, bar.limit)):
-            assert_shows(cell, value)
-        assert verdict.lower() == bar.verdict.lower()
-    said = re.sub(r"\s+", " ", README.read_text(encoding="utf-8"))
-    (of_photographs,) = re.findall(r"the Fréchet distance is (.*?) of the guidance \(", said)
+    _, rows = table(MEASURED, "photographs, three seeds: mean (95 % bound)")
+    for bars, column in ((result.bars(group), 1), (result.bars(calibrated), 2)):
+        for bar, cells in zip(bars, rows, strict=True):
+            assert_shows(cells[column], statistics.mean(bar.values), bar.bound)
+            assert_shows(cells[3], bar.limit)
+            assert ("missed" in cells[column]) == (bar.verdict == "MISSED")
     explained = statistics.mean(group.explained())
-    assert_shows(of_photographs, *(means[arm][0] for arm in arms), *(means[arm][1] for arm in arms), explained)
-    (own, full) = re.findall(
-        r"The adapter explains (\S+) ± .* fine-tune, with one seed, explains (\.\d+)", MEASURED.read_text(encoding="utf-8")
-    )[0]
-    assert_shows(own, explained)
-    assert_shows(full, *result.full(800).explained())
+    said = re.sub(r"\s+", " ", README.read_text(encoding="utf-8"))
+    (of_photographs,) = re.findall(r"the Fréchet distance is (.*?) of the guidance\. With", said)
+    drawn = ("unguided", "cfg", "agd")
+    assert_shows(of_photographs, *(means[arm][0] for arm in drawn), *(means[arm][1] for arm in drawn), explained)
+    (of_calibrated,) = re.findall(r"AGD's Fréchet distance is (.*?), CFG's own", said)
+    assert_shows(of_calibrated, *means["calibrated"])
+    said = re.sub(r"\s+", " ", MEASURED.read_text(encoding="utf-8"))
+    (of_text,) = re.findall(r"The adapter explains (.*?)\. As trained.*?which loses (\S+) of .*? which explains (\.\d+)", said)
+    assert_shows(of_text[0], explained, statistics.stdev(group.explained()), *full.explained())
+    assert_shows(of_text[1], *(-value for value in result.beside_cfg(full, "accuracy")))
+    assert_shows(of_text[2], *full.where_calibrated(omega)[1].explained())
+    (of_longer,) = re.findall(
+        r"the adapter explains (\S+) of the guidance as trained, (.*?) lower.*? explains (.*?) higher", said
+    )
+    assert_shows(of_longer[0], *longer.explained())
+    for one, text, sign in ((longer, of_longer[1], -1), (longer.where_calibrated(omega)[1], of_longer[2], 1)):
+        values = [*result.beside_cfg(one, "frechet"), sign * result.beside_cfg(one, "accuracy")[0]]
+        assert_shows(text, *([] if one is longer else one.explained()), *values)
+    assert trained.rows == group.rows
+
+
+def test_what_a_calibration_gives_and_costs():
+    _, rows = table(MEASURED, "as trained → calibrated, three seeds; images at ω = 2")
+    for column, (name, kind) in enumerate((("cifar10-16-unet", "modulation+gated_lora"), ("digits-dit", "modulation")), start=1):
+        result = Result(RESULTS / "fidelity" / f"{name}.json")
+        groups = [one for one in result.groups if one.recipe == (kind, "ours", 0.05, "trajectories", 800)]
+        ((before, after),) = [pair for one in groups if len((pair := one.where_calibrated(result.omega))[0].rows) == 3]
+        for measured, cells in zip(
+            (
+                lambda group, _: [row["explained"]["guided"]["strength"] for row in group.rows],
+                lambda group, _: group.explained(),
+                lambda group, found: found.beside_cfg(group, "frechet"),
+                lambda group, found: found.beside_cfg(group, "accuracy"),
+                lambda group, found: found.beside_cfg(group, "rmse"),
+            ),
+            rows,
+            strict=True,
+        ):
+            assert_shows(cells[column], *(statistics.mean(measured(group, result)) for group in (before, after)))

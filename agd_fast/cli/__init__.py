@@ -1,4 +1,4 @@
-"""The command line: agd-fast demo | distill | estimate | sample | evaluate | convert | push | info; one command a file.
+"""The command line: agd-fast demo | distill | estimate | sample | evaluate | convert | push | info; one command per file.
 
 A command imports torch, and what depends on it, only when it runs, so `--help` does not wait for these imports.
 """

@@ -48,7 +48,7 @@ def of_all(
 
 
 def main() -> None:
-    """Expected errors and warnings as one line, without a traceback."""
+    """Runs the program; shows expected errors and warnings as one line, without a traceback."""
     stderr = Console(stderr=True, highlight=False, soft_wrap=True)
     warnings.showwarning = lambda message, *_, **__: stderr.print(f"[yellow]warning:[/yellow] {escape(str(message))}")
     try:

@@ -1,4 +1,4 @@
-"""Where commands print to."""
+"""The console that commands print to."""
 
 from rich.console import Console
 

@@ -30,7 +30,7 @@ def info(
 
 
 def describe_kernels() -> list[tuple[str, str]]:
-    """Whether the Triton kernels run here, and what was measured of them, in rows for a reader."""
+    """Whether the Triton kernels run here, and what was measured for them, as rows of (name, text)."""
     from agd_fast import ops
 
     found = ops.kernels_info()
@@ -46,7 +46,7 @@ def describe_kernels() -> list[tuple[str, str]]:
 
 
 def describe(adapter: Path) -> list[tuple[str, str]]:
-    """What an adapter's config says, in rows for a reader."""
+    """What an adapter's config says, as rows of (name, text)."""
     from agd_fast.storage import read_config
 
     config = read_config(adapter)

@@ -1,4 +1,4 @@
-"""What the texts of options stand for."""
+"""Parsers and checks of the values of options."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def given(options: dict[str, Any]) -> dict[str, Any]:
-    """Those that were."""
+    """The options that were given."""
     return {name: value for name, value in options.items() if value is not None}
 
 
 def require_one(**options: Any) -> None:
-    """Raises: typer.BadParameter for options that stand for the same and are given together."""
+    """Raises: typer.BadParameter when more than one of these mutually exclusive options is given."""
     names, found = ([f"--{name}" for name in some] for some in (options, given(options)))
     if len(found) > 1:
         raise typer.BadParameter(f"expected one of {', '.join(names)}; found {' and '.join(found)}")
 
 
 def require_pipeline(model: str, **options: Any) -> None:
-    """Raises: typer.BadParameter for options that the digits do not have."""
+    """Raises: typer.BadParameter when one of these options is given with the digits, which do not have it."""
     if model == "digits" and given(options):
         names = ", ".join(f"--{name}" for name in given(options))
         raise typer.BadParameter(f"{names} go(es) with a pipeline; expected --model as well")
@@ -55,7 +55,7 @@ def parse_scales(text: str) -> list[float]:
 
 
 def parse_metrics(text: str) -> dict[str, str]:
-    """'lpips,clip=FOLDER' as which network by metric, the default one where none is named. Raises: ValueError for another."""
+    """'lpips,clip=FOLDER' as {metric: network}, by default the metric's own network. Raises: ValueError for unknown ones."""
     from agd_fast.evaluation.networks import DEFAULTS, require_known
 
     parts = [part.strip().partition("=") for part in text.split(",") if part.strip()]
@@ -64,7 +64,7 @@ def parse_metrics(text: str) -> dict[str, str]:
 
 
 def parse_call(text: str) -> dict[str, Any]:
-    """Arguments of a pipeline's call from JSON."""
+    """Arguments of a pipeline's call, parsed from JSON."""
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
@@ -85,9 +85,9 @@ def find_adapter(source: str) -> Path:
 
 
 def load_model(name: str, dtype: str = "float32", *, place: bool = True) -> Any:
-    """A model on the GPU, if there is one. place: False leaves that to who saves memory.
+    """A model, on the GPU if there is one. place: False keeps it on the CPU, for callers that move it themselves to save memory.
 
-    It may take minutes: what does not need the model is checked before.
+    Loading may take minutes: check first what can be checked without the model.
     """
     import torch
 

@@ -85,7 +85,7 @@ def sample(
 def _sample_inputs(
     pipe: Any, inputs: Any, call: dict[str, Any], guidance: float, steps: int, seed: int, arms: Any, output: Path
 ) -> int:
-    """One row an arm, one column a row of the inputs."""
+    """Writes a grid: one row per arm, one column per row of the inputs."""
     from agd_fast.distillation.preview import grid_of, pictures
     from agd_fast.files import replacing
     from agd_fast.pipelines import PipelineTeacher

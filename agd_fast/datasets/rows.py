@@ -69,6 +69,6 @@ def _opened(value: Any, where: str, folder: Path) -> Any:
     if not (folder / value).is_file():
         raise FileNotFoundError(f"{where}: found no picture {folder / value}")
     with Image.open(folder / value) as picture:
-        if picture.mode.startswith(("I", "F")):  # which PIL would cut off at 255
+        if picture.mode.startswith(("I", "F")):  # PIL would clip its values at 255
             raise ValueError(f"{where}: expected a picture of 8 bits a channel, found mode {picture.mode} in {folder / value}")
         return ImageOps.exif_transpose(picture).convert("RGB")

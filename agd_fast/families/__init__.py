@@ -1,4 +1,4 @@
-"""The backbones of diffusers that are known: one entry a denoiser class, found through its MRO."""
+"""The known diffusers backbones: one spec per denoiser class, found through the MRO of a denoiser's class."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ from agd_fast.spec import DenoiserSpec
 
 __all__ = ["SPECS", "VARIANTS", "discover", "find_spec"]
 
-# by the name under which diffusers exports the class: it is imported only where it is met, and may be newer than diffusers is
+# by the name under which diffusers exports the class: no class is imported here, and the installed diffusers may lack it
 SPECS: dict[str, DenoiserSpec] = {
     **allegro.SPECS,
     **animatediff.SPECS,
@@ -128,14 +128,14 @@ SPECS: dict[str, DenoiserSpec] = {
     **zimage.SPECS,
 }
 
-# of a class, bases that are conditioned or built otherwise: by the entry of their config that has this value, or another's
+# by class, specs of models that are conditioned or built differently, by the config entry (name=value) that marks them
 VARIANTS: dict[str, dict[str, DenoiserSpec]] = {
     name: {**audioldm.VARIANTS[name], **deepfloyd_if.VARIANTS[name], **kandinsky2.VARIANTS[name]} for name in unet.SPECS
 }
 
 
 def find_spec(denoiser: nn.Module) -> DenoiserSpec:
-    """The spec of a denoiser's class or of its nearest known base class, or the variant of it that its config asks for.
+    """The spec of a denoiser's class or of its nearest known base class, or the variant that the denoiser's config asks for.
 
     Raises: TypeError when there is none.
     """
@@ -157,4 +157,4 @@ def _has(denoiser: nn.Module, entry: str) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    return [*value] if isinstance(value, tuple) else value  # as a config is, read from a file
+    return [*value] if isinstance(value, tuple) else value  # as in a config read from a file

@@ -1,6 +1,6 @@
 """AllegroTransformer3DModel: Allegro, text to video by cross-attention, latents [B, C, F, H, W].
 
-A block adds its own table to one vector that all blocks are handed, [B, 6·D]. Rotary tables come as an argument.
+Each block adds its own table to one vector shared by all blocks, [B, 6·D]. Rotary tables are passed as an argument.
 """
 
 from agd_fast.spec import Condition, DenoiserSpec, PipelineSpec, Site

@@ -1,8 +1,8 @@
 """UNetMotionModel: AnimateDiff on Stable Diffusion 1.5 and XL, their U-Net with motion modules, latents [B, C, F, H, W].
 
-Frames are entries of the batch in all but the motion modules, whose batch is of pixels; the pipelines repeat the prompt for each
-frame. As in the U-Net of pictures no conditioning projection reaches the blocks: modulation moves the γ of norms, those of the
-motion modules too.
+Frames are batch entries everywhere except in the motion modules, where pixels are; the pipelines repeat the prompt for each
+frame. As in the image U-Net, no conditioning projection reaches the blocks: modulation acts on the γ of norms, including those of
+the motion modules.
 """
 
 from agd_fast.spec import Condition, DenoiserSpec, PipelineSpec, Site

@@ -1,6 +1,7 @@
-"""UNet2DConditionModel as AudioLDM 1 and MusicLDM have it: one embedding of the whole text, beside that of t.
+"""UNet2DConditionModel as AudioLDM 1 and MusicLDM have it: conditioned by one embedding of the whole text, beside that of t.
 
-All its attention is of the spectrogram to itself, whose width it therefore has; the embedding, [B, D], is handed as class labels.
+All its attention is self-attention over the spectrogram, so cross_attention_dim is the blocks' width; the embedding, [B, D], is
+passed as class labels.
 """
 
 from dataclasses import replace

@@ -1,7 +1,8 @@
 """AudioLDM2UNet2DConditionModel: AudioLDM 2, a U-Net over latents [B, C, T, F] of spectrograms, conditioned by two texts.
 
-Every layer has a transformer over itself, one with cross-attention to what a language model generates, and one to an encoder's
-text. As in the U-Net of pictures no conditioning projection reaches them: modulation moves the γ of norms.
+Every layer has a transformer with self-attention only, one with cross-attention to what a language model generates, and one with
+cross-attention to an encoder's text. As in the image U-Net, no conditioning projection reaches them: modulation acts on the γ of
+norms.
 """
 
 from agd_fast.spec import Condition, DenoiserSpec, PipelineSpec, Site

@@ -1,7 +1,7 @@
-"""BriaTransformer2DModel: Bria 3.2, blocks of two streams, then of one over [text; image], packed latents [B, N, 4·C].
+"""BriaTransformer2DModel: Bria 3.2, two-stream blocks, then single-stream blocks over [text; image], packed latents [B, N, 4·C].
 
-Tokens of padding are zeros, and count as tokens; without a negative prompt the unconditional text is zeros. A block of one
-stream has attention and feed-forward side by side.
+Tokens of padding are zeros, and count as tokens; without a negative prompt the unconditional text is zeros. A single-stream block
+runs attention and feed-forward in parallel.
 """
 
 from agd_fast.spec import Condition, DenoiserSpec, PipelineSpec, Site

@@ -1,4 +1,5 @@
-"""BriaFiboTransformer2DModel: Bria FIBO, blocks of two streams, then of one over [text; image], packed latents [B, N, C].
+"""BriaFiboTransformer2DModel: Bria FIBO, two-stream blocks, then single-stream blocks over [text; image], packed latents
+[B, N, C].
 
 Every block reads a layer of the language model, `text_encoder_layers`, a list of [B, L, D]: adapters see the last two, of which
 `encoder_hidden_states` is made. The mask covers the text and, behind it, the image; it is passed where a prompt of the batch is

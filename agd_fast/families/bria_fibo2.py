@@ -1,10 +1,10 @@
-"""BriaFibo2Transformer2DModel: Bria FIBO 2, one stream over the image and what a resampler made of the text, latents [B, C, H,
-W].
+"""BriaFibo2Transformer2DModel: Bria FIBO 2, one stream over the image and a resampler's output for the text, latents
+[B, C, H, W].
 
-Text is bundles of layers of the language model, [B, bundles, L, D], of which some blocks read one by cross-attention. Where the
-image's tokens are depends on the prompts of a batch, so sites act on all tokens. A block is modulated by t at the image's
-tokens and by t = 0 at others; δ acts on both. The pipeline passes t/1000, and no mask where no prompt of the batch is padded.
-Prompts that ask for text to be drawn change the condition from step to step, and are refused.
+Text is bundles of layers of the language model, [B, bundles, L, D], and some blocks each read one bundle by cross-attention.
+Where the image's tokens are depends on the prompts of a batch, so sites act on all tokens. A block is modulated by t at the
+image's tokens and by t = 0 at the others; δ acts on both. The pipeline passes t/1000, and no mask when no prompt of the batch is
+padded. Prompts that ask for text to be drawn change the condition from step to step, and are refused.
 """
 
 from agd_fast.spec import Condition, DenoiserSpec, PipelineSpec, Site

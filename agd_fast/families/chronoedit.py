@@ -1,6 +1,6 @@
-"""ChronoEditTransformer3DModel: ChronoEdit, Wan's image to video of five frames, of which the last is the picture as edited.
+"""ChronoEditTransformer3DModel: ChronoEdit, Wan's image-to-video model with five frames, the last of which is the edited picture.
 
-With temporal reasoning the pipeline drops frames after some steps, so that later ones are conditioned otherwise.
+With temporal reasoning the pipeline drops frames after some steps, so later steps are conditioned differently.
 """
 
 from dataclasses import replace

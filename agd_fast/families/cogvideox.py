@@ -1,7 +1,7 @@
 """CogVideoXTransformer3DModel: CogVideoX, two streams [text; video] that share their weights, latents [B, F, C, H, W].
 
-Frames come before channels. `use_dynamic_cfg` makes ω a function of t: the pipeline then guides by it, whatever scale is
-asked for is only its height. The feed-forward sees the text first, then the video.
+Frames come before channels. `use_dynamic_cfg` makes ω a function of t: the scale passed to the pipeline then only sets its
+height. The feed-forward sees the text first, then the video.
 """
 
 from agd_fast.spec import Condition, DenoiserSpec, PipelineSpec, Site

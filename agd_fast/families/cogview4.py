@@ -1,7 +1,7 @@
 """CogView4Transformer2DModel: CogView4, image and text streams in joint attention, latents [B, C, H, W].
 
-`attn1` returns (image, text); one `ff` serves both streams in turn, so there is no site at it. Sizes and crop are arguments.
-Prompts are padded to their own multiple of 16, so that the two forwards of CFG may be given texts of different lengths.
+`attn1` returns (image, text); one `ff` serves both streams in turn, so there is no site at it. Sizes and crop are arguments. Each
+prompt is padded to a multiple of 16 of its own, so the two forwards of CFG may get texts of different lengths.
 """
 
 from agd_fast.spec import Condition, DenoiserSpec, PipelineSpec, Site

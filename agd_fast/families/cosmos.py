@@ -1,9 +1,9 @@
 """CosmosTransformer3DModel: Cosmos 2.5 (Predict), text by cross-attention, latents [B, C, F, H, W].
 
-t is σ, one a frame. Its projection to shift, scale and gate of each block is a thin pair of linears beside a shared vector. The
-states of all layers of the text encoder are one condition, 100,352 channels wide: adapters see what the base itself makes of it.
-The pipeline writes c + g·(c − u), the standard combination at ω = g + 1, but guides for g > 1 alone: ω from 1 to 2 has no target.
-Its default negative prompt is not empty. Pictures and videos to begin with replace a part of the prediction, and are refused.
+t is σ, one per frame. In each block, a low-rank pair of linears projects it to shift, scale and gate, added to a shared vector.
+The states of all layers of the text encoder are one condition, 100,352 channels wide: adapters see what the base itself makes of
+it. The pipeline writes c + g·(c − u), the standard combination at ω = g + 1, but guides only for g > 1: ω from 1 to 2 has no
+target. Its default negative prompt is not empty. Input pictures and videos replace a part of the prediction, and are refused.
 """
 
 from agd_fast.spec import Condition, DenoiserSpec, PipelineSpec, Site

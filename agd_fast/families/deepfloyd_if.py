@@ -1,7 +1,7 @@
 """UNet2DConditionModel as DeepFloyd IF has it: pixels, and attention to the image and the prompt at once.
 
-Each attention normalises what it is handed by a group norm of its own, over [B, C, H·W]; there is no feed-forward. The pipelines
-guide the first half of the channels and leave the learned sigma as the conditional pass gives it.
+Each attention normalises its input with a group norm of its own, over [B, C, H·W]; there is no feed-forward. The pipelines guide
+the first half of the channels and take the learned sigma from the conditional pass.
 """
 
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Proposing a spec for a denoiser that no family describes, from its modules and the names of its arguments."""
+"""Proposes a spec for a denoiser that no family describes, from its modules and the names of its arguments."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from agd_fast.spec import Condition, DenoiserSpec, Site
 
 _TIMESTEPS = ("timestep", "timesteps", "t", "time", "sigma")
 _PROMPT = "encoder_hidden_states"
-_PROMPT_WIDTHS = (  # as it is passed before as it is projected
+_PROMPT_WIDTHS = (  # the width as passed in comes before the width after projection
     "encoder_hid_dim",
     "caption_channels",
     "text_embed_dim",

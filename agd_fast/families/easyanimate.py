@@ -1,7 +1,7 @@
 """EasyAnimateTransformer3DModel: EasyAnimate 5.1, streams of video and text in joint attention, latents [B, C, F, H, W].
 
-`attn1` returns (video, text), and a block's norms make shift, scale and gate of both streams. Text is padded, and the denoiser is
-told of no mask. The pipeline guides only with a negative prompt; guidance may be rescaled (guidance_rescale).
+`attn1` returns (video, text), and a block's norms make shift, scale and gate of both streams. Text is padded, and the denoiser
+gets no mask. The pipeline guides only with a negative prompt; guidance may be rescaled (guidance_rescale).
 """
 
 from agd_fast.spec import Condition, DenoiserSpec, PipelineSpec, Site

@@ -1,7 +1,7 @@
 """ErnieImageTransformer2DModel: ERNIE-Image, one stream over [image; text], latents [B, C, H, W].
 
-One projection of t makes the modulation of all blocks, whose tokens come before the batch, [S, B, D], but in attention: δ acts
-on that projection and on what each attention gives. Instead of a mask there is the number of a prompt's tokens, [B].
+One projection of t makes the modulation of all blocks. Tokens come before the batch, [S, B, D], except in attention: δ acts on
+that projection and on each attention's output. Instead of a mask, the number of tokens of each prompt is passed, [B].
 """
 
 from agd_fast.spec import Condition, DenoiserSpec, PipelineSpec, Site

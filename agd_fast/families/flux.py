@@ -1,8 +1,8 @@
-"""FluxTransformer2DModel: FLUX without guidance embeddings under true CFG, blocks of two streams, then of one over [text; image],
-packed latents [B, N, 4·C].
+"""FluxTransformer2DModel: FLUX without guidance embeddings under true CFG, two-stream blocks, then single-stream blocks over
+[text; image], packed latents [B, N, 4·C].
 
 ω is `true_cfg_scale`, and guidance runs only with a negative prompt; `guidance_scale` is an input of guidance-distilled models
-(FLUX.1-dev), which are refused. A block of one stream has attention and feed-forward side by side. The pipeline passes t/1000.
+(FLUX.1-dev), which are refused. A single-stream block runs attention and feed-forward in parallel. The pipeline passes t/1000.
 """
 
 from agd_fast.spec import Condition, DenoiserSpec, PipelineSpec, Site

@@ -1,9 +1,9 @@
-"""Flux2Transformer2DModel: FLUX.2 [klein] base, blocks of two streams, then of one over [text; image], packed latents [B, N,
-4·C].
+"""Flux2Transformer2DModel: FLUX.2 [klein] base, two-stream blocks, then single-stream blocks over [text; image], packed latents
+[B, N, 4·C].
 
 Three projections of t make the modulation of all blocks, so blocks have none of their own: δ acts on the norms and on what the
-gates multiply, which is the same set of changes. FLUX.2-dev has its guidance embedded and is refused; so is a pipeline that
-calls its model distilled (is_distilled). The pipeline passes t/1000, and positions with one entry a sample.
+gates multiply, which is the same set of changes. FLUX.2-dev has its guidance embedded and is refused; so is a pipeline that calls
+its model distilled (is_distilled). The pipeline passes t/1000, and positions with one entry per sample.
 """
 
 from agd_fast.spec import Condition, DenoiserSpec, PipelineSpec, Site

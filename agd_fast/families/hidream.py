@@ -1,7 +1,8 @@
-"""HiDreamImageTransformer2DModel: HiDream-I1, blocks of two streams, then of one over [image; text], latents [B, C, H, W].
+"""HiDreamImageTransformer2DModel: HiDream-I1, two-stream blocks, then single-stream blocks over [image; text], latents
+[B, C, H, W].
 
 Every block reads a layer of a language model, `encoder_hidden_states_llama3` [layers, B, L, D], whose batch is not first:
-adapters see the T5 tokens and the pooled embedding. The pipeline turns the prediction's sign. In eval mode the mixture of experts
+adapters see the T5 tokens and the pooled embedding. The pipeline flips the prediction's sign. In eval mode the mixture of experts
 in the feed-forward of images runs under no_grad.
 """
 

@@ -1,8 +1,9 @@
-"""HunyuanImageTransformer2DModel: HunyuanImage 2.1, blocks of two streams, then of one over [image; text], latents [B, C, H, W].
+"""HunyuanImageTransformer2DModel: HunyuanImage 2.1, two-stream blocks, then single-stream blocks over [image; text], latents
+[B, C, H, W].
 
-Text comes from a language model and, for what is quoted in a prompt, from ByT5, whose tokens are all masked where nothing is.
-Attention returns (image, text) in blocks of either kind. The pipeline's call has no guidance scale: its guiders hold it, one
-for prompts with quotes, one for those without, and run one forward a condition. Models with guidance embeddings are refused.
+Text comes from a language model and, for text quoted in a prompt, from ByT5, whose tokens are all masked when nothing is quoted.
+Attention returns (image, text) in blocks of either kind. The pipeline's call has no guidance scale: its guiders hold it, one for
+prompts with quotes, one for those without, and run one forward per condition. Models with guidance embeddings are refused.
 """
 
 from agd_fast.spec import Condition, DenoiserSpec, PipelineSpec, Site

@@ -1,8 +1,8 @@
 """HunyuanDiT2DModel: Hunyuan-DiT, text by cross-attention, latents [B, C, H, W], blocks with long skips.
 
-Text comes from BERT and from T5, each with a mask; padding is replaced by tokens of its own. A block's projection of t gives a
-shift of its first norm alone, so δ also acts on γ there and on (γ, β) of the other norms. The pipeline drops the learned-sigma
-half, then guides.
+Text comes from BERT and from T5, each with a mask; padding is replaced by tokens of its own. A block's projection of t gives only
+a shift for its first norm, so δ also acts on γ there and on (γ, β) of the other norms. The pipeline drops the learned-sigma half,
+then guides.
 """
 
 from agd_fast.spec import Condition, DenoiserSpec, PipelineSpec, Site

@@ -1,8 +1,8 @@
 """HunyuanVideoTransformer3DModel: SkyReels-V1, two streams, then blocks over [video; text], latents [B, C, F, H, W].
 
 ω is `true_cfg_scale`, and guidance runs only with a negative prompt; `guidance_scale` is an input of models with
-`guidance_embeds`, such as HunyuanVideo itself, which are refused. Single blocks take both streams and join them inside: of their
-attention the video's part is the first of two outputs.
+`guidance_embeds`, such as HunyuanVideo itself, which are refused. Single blocks take both streams and join them inside: the
+video's part is the first of the two outputs of their attention.
 """
 
 from agd_fast.spec import Condition, DenoiserSpec, PipelineSpec, Site

@@ -1,8 +1,8 @@
 """HunyuanVideo15Transformer3DModel: HunyuanVideo 1.5, two streams, latents [B, C, F, H, W].
 
-Its input is (x_t, condition, its mask) along the channels, the prediction has x_t's alone. Text comes from a language model and,
-for what is quoted in a prompt, from ByT5, whose tokens are all masked where nothing is. The pipeline's call has no guidance
-scale: its guider holds it and runs one forward a condition.
+Its input is (x_t, condition, its mask) along the channels, the prediction has only x_t's channels. Text comes from a language
+model and, for text quoted in a prompt, from ByT5, whose tokens are all masked when nothing is quoted. The pipeline's call has no
+guidance scale: its guider holds it and runs one forward per condition.
 """
 
 from agd_fast.spec import Condition, DenoiserSpec, PipelineSpec, Site

@@ -1,10 +1,10 @@
 """JoyImage Edit and Edit Plus, JoyImageEditTransformer3DModel and JoyImageEditPlusTransformer3DModel, two streams.
 
-Edit has latents [B, items, C, 1, H, W], of a picture to edit, if any, and of the new one; Edit Plus has patches of the new one
-and of any number of pictures, [B, N, C, 1, p, p]. A block adds its own tables to one vector that all blocks are handed, [B, 6,
-D], for each stream. The pipelines rescale the guided prediction to the conditional one's norm along the channels, and put
-pictures to edit back into x_t before each step. Edit has no mask: a prompt that is padded beside a longer one is not what it is
-alone.
+Edit has latents [B, items, C, 1, H, W] of the picture to edit, if any, and of the new one; Edit Plus has patches of the new one
+and of any number of input pictures, [B, N, C, 1, p, p]. Each block adds its own tables, one per stream, to one vector shared by
+all blocks, [B, 6, D]. The pipelines rescale the guided prediction to the conditional one's norm along the channels, and put
+pictures to edit back into x_t before each step. Edit has no mask: a prompt padded to a longer one's length gives another
+prediction than alone.
 """
 
 from dataclasses import replace

@@ -1,7 +1,8 @@
 """UNet2DConditionModel as Kandinsky 2.1 and 2.2 have it: the blocks of DeepFloyd IF, conditioned on an embedding of a picture.
 
-A prior makes that embedding of a prompt; 2.1 has the prompt beside it, 2.2's ControlNet a hint that its first convolution sees.
-Half of the channels are a learned sigma: the conditional pass's, which 2.2's scheduler is handed and 2.1's is not.
+A prior makes that embedding from a prompt; 2.1 gets the prompt as well, and 2.2's ControlNet gets a hint that its first
+convolution sees. Half of the channels are a learned sigma, taken from the conditional pass; 2.2 hands it to the scheduler, 2.1
+does not.
 """
 
 from dataclasses import replace

@@ -1,8 +1,8 @@
 """Kandinsky3UNet: Kandinsky 3, a U-Net whose group norms are modulated by t and the pooled prompt, latents [B, C, H, W].
 
-The pipeline writes c + g·(c − u), the standard combination at ω = g + 1, but guides for g > 1 alone: ω from 1 to 2 has no target.
+The pipeline writes c + g·(c − u), the standard combination at ω = g + 1, but guides only for g > 1: ω from 1 to 2 has no target.
 Without a negative prompt the unconditional text is zeros. The pipeline cuts a batch of prompts to the longest one and pools over
-the padding, so that a prompt is not quite what it is alone.
+the padding, so a prompt in a batch does not give quite what it gives alone.
 """
 
 from agd_fast.spec import Condition, DenoiserSpec, PipelineSpec, Site

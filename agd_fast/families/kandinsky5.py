@@ -1,8 +1,8 @@
 """Kandinsky5Transformer3DModel: Kandinsky 5.0, text blocks, then video blocks with cross-attention; latents [B, F, H, W, C].
 
-Channels come last, in and out. With `visual_cond` the input is (x_t, condition, its mask) along them, and the prediction has
-x_t's alone. The pipeline writes each step into the latents it has, so what a denoiser was called with must be copied to be kept.
-Of videos its default negative prompt is not empty.
+Channels come last, in and out. With `visual_cond` the input is (x_t, condition, its mask) along the channels, and the prediction
+has only x_t's channels. The pipeline updates its latents in place at each step, so a denoiser's inputs must be copied to be kept.
+For videos its default negative prompt is not empty.
 """
 
 from agd_fast.spec import Condition, DenoiserSpec, PipelineSpec, Site

@@ -1,8 +1,8 @@
 """Krea2Transformer2DModel: Krea 2, one stream over [text; image], packed latents [B, N, 4·C].
 
-A block adds its own table to one vector that all blocks are handed, [B, 1, 6·D]. Text is the states of several layers of the
-language model, [B, L, layers, D]. The pipeline computes pos + g·(pos − neg), for g > 0: ω = g + 1. It passes t/1000. One that
-calls its model distilled (is_distilled) is refused.
+Each block adds its own table to one vector shared by all blocks, [B, 1, 6·D]. Text is the states of several layers of the
+language model, [B, L, layers, D]. The pipeline computes pos + g·(pos − neg), for g > 0: ω = g + 1. It passes t/1000. A pipeline
+that calls its model distilled (is_distilled) is refused.
 """
 
 from agd_fast.spec import Condition, DenoiserSpec, PipelineSpec, Site

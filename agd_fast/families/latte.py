@@ -1,8 +1,8 @@
-"""LatteTransformer3DModel: Latte-1, blocks over a frame's patches and over a patch's frames in turn, latents [B, C, F, H, W].
+"""LatteTransformer3DModel: Latte-1, alternating blocks over a frame's patches and over a patch's frames, latents [B, C, F, H, W].
 
-Frames are entries of the batch in the first, patches in the second. A block adds its own table to one vector that all blocks are
-handed, [B·F, 6·D]. The pipeline guides all channels, then drops the learned-sigma half. With `mask_feature` (the default) it cuts
-the text of a single prompt to its length: distil with `call={"mask_feature": False}`, or a number of prompts that fills all runs.
+Frames are batch entries in the former, patches in the latter. Each block adds its own table to one vector shared by all blocks,
+[B·F, 6·D]. The pipeline guides all channels, then drops the learned-sigma half. With `mask_feature` (the default) it cuts a
+single prompt's text to its length: distil with `call={"mask_feature": False}`, or with a number of prompts that fills all runs.
 """
 
 from agd_fast.spec import Condition, DenoiserSpec, PipelineSpec, Site

@@ -1,6 +1,6 @@
 """LongCatAudioDiTTransformer: LongCat-AudioDiT, text by cross-attention, latents [B, T, C].
 
-A block adds its own table to one vector of t and the text's mean that all blocks are handed, [B, 6·D]. Convolutions over the text
+Each block adds its own table to one vector, of t and the text's mean, shared by all blocks, [B, 6·D]. Convolutions over the text
 reach across its padding. t runs from 0 (noise) to 1; without a negative prompt the unconditional text is zeros.
 """
 

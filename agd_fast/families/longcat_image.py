@@ -1,5 +1,5 @@
-"""LongCatImageTransformer2DModel: LongCat-Image, blocks of two streams, then of one over [text; image], packed latents [B, N,
-4·C].
+"""LongCatImageTransformer2DModel: LongCat-Image, two-stream blocks, then single-stream blocks over [text; image], packed latents
+[B, N, 4·C].
 
 By default the guided prediction is shortened, token by token, to the conditional one's norm where it is longer
 (enable_cfg_renorm). The pipeline passes t/1000.

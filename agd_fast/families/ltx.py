@@ -1,7 +1,7 @@
 """LTXVideoTransformer3DModel: LTX-Video, text to video by cross-attention, on packed latents [B, N, C].
 
-A block adds its own table to one vector that all blocks are handed, [B, 1, 6·D]; where frames have a t of their own (image to
-video) it holds one a token, and t is [B, N]. Guidance may be rescaled (guidance_rescale). The scale of RoPE is a tuple.
+Each block adds its own table to one vector shared by all blocks, [B, 1, 6·D]; where frames have their own t (image to video), it
+holds one entry per token, and t is [B, N]. Guidance may be rescaled (guidance_rescale). The RoPE scale is a tuple.
 """
 
 from agd_fast.spec import Condition, DenoiserSpec, PipelineSpec, Site

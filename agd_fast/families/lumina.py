@@ -1,9 +1,8 @@
 """LuminaNextDiT2DModel: Lumina-Next (T2I), text by cross-attention beside self-attention, latents [B, C, H, W].
 
-One projection serves both attentions, `attn2.to_out`. t runs from 0 (noise) to 1, and the pipeline turns the prediction's sign.
-It guides the first three channels alone, the fourth is as the conditional pass gives it, and drops the learned-sigma half.
-Rotary positions are a table that all samples share; a `scaling_watershed` below 1 changes it in the middle of a run, and is
-refused.
+One output projection, `attn2.to_out`, serves both attentions. t runs from 0 (noise) to 1, and the pipeline flips the prediction's
+sign. It guides only the first three channels, takes the fourth from the conditional pass, and drops the learned-sigma half. All
+samples share one table of rotary positions; a `scaling_watershed` below 1 changes it in the middle of a run, and is refused.
 """
 
 from agd_fast.spec import Condition, DenoiserSpec, PipelineSpec, Site

@@ -1,8 +1,8 @@
 """Lumina2Transformer2DModel: Lumina-Image 2.0, one stream over [text; image; padding], latents [B, C, H, W].
 
 A sample's image follows its own text, however long that is, so sites act on all tokens: "last" would depend on the batch. t runs
-from 0 (noise) to 1, and the pipeline turns the prediction's sign. By default the guided prediction is rescaled to the
-conditional one's norm, row by row (cfg_normalization), and guidance may end early (cfg_trunc_ratio).
+from 0 (noise) to 1, and the pipeline flips the prediction's sign. By default the guided prediction is rescaled to the conditional
+one's norm, row by row (cfg_normalization), and guidance may end early (cfg_trunc_ratio).
 """
 
 from agd_fast.spec import Condition, DenoiserSpec, PipelineSpec, Site

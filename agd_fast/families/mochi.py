@@ -1,7 +1,7 @@
 """MochiTransformer3DModel: Mochi 1, streams of video and text of different widths in joint attention, latents [B, C, F, H, W].
 
-`attn1` returns (video, text). Rows of `norm1_context` are four chunks but in the last block, whose text goes nowhere: there it is
-one scale. t runs from 0 (noise) to 1000, and the scheduler inverts it: the prediction's sign is its own.
+`attn1` returns (video, text). `norm1_context` projects to four chunks, except in the last block, whose text output is not used:
+there to one scale. t runs from 0 (noise) to 1000, and the scheduler inverts it: the prediction's sign is its own.
 """
 
 from agd_fast.spec import Condition, DenoiserSpec, PipelineSpec, Site

@@ -1,8 +1,8 @@
 """MotifVideoTransformer3DModel: Motif-Video, two streams, then blocks over [video; text], latents [B, C, F, H, W].
 
-Its input is (x_t, condition, its mask) along the channels, the prediction has x_t's alone. The last single blocks are a decoder,
-which reads what the others made of the video in the place of the text. The pipeline's call has no guidance scale: its guider
-holds it and runs one forward a condition.
+Its input is (x_t, condition, its mask) along the channels, the prediction has only x_t's channels. The last single blocks are a
+decoder, which reads the other blocks' video states in place of the text. The pipeline's call has no guidance scale: its guider
+holds it and runs one forward per condition.
 """
 
 from agd_fast.spec import Condition, DenoiserSpec, PipelineSpec, Site

@@ -1,8 +1,8 @@
 """NucleusMoEImageTransformer2DModel: Nucleus-Image, text by keys and values in the image's attention, packed latents [B, N, 4·C].
 
-Most blocks have a mixture of experts for a feed-forward, where every expert chooses its tokens. The guided prediction is
-rescaled to the conditional one's norm, token by token, and the pipeline turns its sign. It passes t/1000, which `time_proj`
-scales back, and no mask where no prompt of the batch is padded.
+Most blocks have a mixture of experts for a feed-forward, where every expert chooses its tokens. The guided prediction is rescaled
+to the conditional one's norm, token by token, and the pipeline flips its sign. It passes t/1000, which `time_proj` scales back,
+and no mask when no prompt of the batch is padded.
 """
 
 from agd_fast.spec import Condition, DenoiserSpec, PipelineSpec, Site

@@ -1,7 +1,8 @@
-"""OvisImageTransformer2DModel: Ovis-Image, blocks of two streams, then of one over [text; image], packed latents [B, N, 4·C].
+"""OvisImageTransformer2DModel: Ovis-Image, two-stream blocks, then single-stream blocks over [text; image], packed latents
+[B, N, 4·C].
 
-Tokens of padding are zeros, and count as tokens. A block of one stream has attention and feed-forward side by side. The
-pipeline passes t/1000.
+Tokens of padding are zeros, and count as tokens. A single-stream block runs attention and feed-forward in parallel. The pipeline
+passes t/1000.
 """
 
 from agd_fast.spec import Condition, DenoiserSpec, PipelineSpec, Site

@@ -1,6 +1,6 @@
 """PixArtTransformer2DModel: PixArt-α and -Σ, text by cross-attention, latents [B, C, H, W].
 
-A block adds its own table to one vector that all blocks are handed, [B, 6·D]. α at 1024 pixels is given the size and the aspect
+Each block adds its own table to one vector shared by all blocks, [B, 6·D]. α at 1024 pixels is given the size and the aspect
 ratio as well; elsewhere they are None. The pipelines guide all channels, then drop the learned-sigma half.
 """
 

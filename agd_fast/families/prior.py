@@ -1,8 +1,8 @@
 """PriorTransformer: the priors of Kandinsky 2.1 and 2.2, from a prompt to the embedding of a picture, [B, D].
 
-Text, t and x_t are tokens of one sequence, so no conditioning projection reaches the blocks: as in the UNet, modulation moves the
-γ of their norms. The tokens of all sites are [text; prompt; t; x_t; prediction], of which the last is what is predicted.
-Of a negative prompt, an empty one too, the pipelines make a second embedding; without one they take a black picture's.
+Text, t and x_t are tokens of one sequence, so no conditioning projection reaches the blocks: as in the UNet, modulation acts on
+the γ of their norms. The tokens at all sites are [text; prompt; t; x_t; prediction]; the output is read at the last one. For a
+negative prompt, even an empty one, the pipelines make a second embedding; without one they take a black picture's.
 """
 
 from agd_fast.spec import Condition, DenoiserSpec, PipelineSpec, Site

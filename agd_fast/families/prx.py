@@ -1,7 +1,7 @@
 """PRXTransformer2DModel: PRX, image tokens that attend to themselves and to the text, latents [B, C, H, W].
 
-The pipeline passes t/1000, one for the whole batch, and with guidance takes one prompt a call. In pixels (PRXPixelPipeline)
-what is handed to the scheduler is mixed with x_t.
+The pipeline passes t/1000, one value for the whole batch, and with guidance takes one prompt per call. In pixel space
+(PRXPixelPipeline), what the scheduler gets is a mix of the prediction and x_t.
 """
 
 from agd_fast.spec import Condition, DenoiserSpec, PipelineSpec, Site

@@ -2,7 +2,7 @@
 
 ω is `true_cfg_scale`, and guidance runs only with a negative prompt; `guidance_scale` would be an input of a guidance-distilled
 model. The guided prediction is rescaled to the conditional one's norm, token by token. The pipeline passes t/1000, which
-`time_proj` scales back, and no mask where no prompt of the batch is padded.
+`time_proj` scales back, and no mask when no prompt of the batch is padded.
 """
 
 from agd_fast.spec import Condition, DenoiserSpec, PipelineSpec, Site

@@ -1,7 +1,7 @@
 """SanaTransformer2DModel: Sana, linear attention and text by cross-attention, latents [B, C, H, W] of a 32× autoencoder.
 
-A block adds its own table to one vector that all blocks are handed, [B, 6·D]; its feed-forward is made of convolutions. The
-pipeline multiplies t by config.timestep_scale, 1 but for Sana-Sprint, which is distilled and gains nothing from AGD.
+Each block adds its own table to one vector shared by all blocks, [B, 6·D]; its feed-forward is made of convolutions. The pipeline
+multiplies t by config.timestep_scale, 1 except for Sana-Sprint, which is distilled and gains nothing from AGD.
 """
 
 from agd_fast.spec import Condition, DenoiserSpec, PipelineSpec, Site

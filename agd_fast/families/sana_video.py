@@ -1,7 +1,7 @@
 """SanaVideoTransformer3DModel: SANA-Video, linear attention and text by cross-attention, latents [B, C, F, H, W].
 
-A block adds its own table to one vector that all blocks are handed, [B, 1, 6·D]; its feed-forward is made of convolutions, of
-which the last goes over the frames.
+Each block adds its own table to one vector shared by all blocks, [B, 1, 6·D]; its feed-forward is made of convolutions, the last
+of which runs over the frames.
 """
 
 from agd_fast.spec import Condition, DenoiserSpec, PipelineSpec, Site

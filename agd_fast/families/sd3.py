@@ -1,7 +1,8 @@
 """SD3Transformer2DModel: Stable Diffusion 3 and 3.5, image and text streams in joint attention, latents [B, C, H, W].
 
 `attn` returns (image, text). Layers with dual attention (3.5 medium) have a further `attn2`, self-attention of the image, and
-nine chunks of modulation for six. Skip-layer guidance (skip_guidance_layers) is a third forward, made only while CFG is on.
+nine chunks of modulation instead of six. Skip-layer guidance (skip_guidance_layers) is a third forward, made only while CFG is
+on.
 """
 
 from agd_fast.spec import Condition, DenoiserSpec, PipelineSpec, Site

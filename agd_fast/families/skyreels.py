@@ -1,7 +1,7 @@
 """SkyReelsV2Transformer3DModel: SkyReels-V2, Wan's blocks, text to video by cross-attention, latents [B, C, F, H, W].
 
-A block adds its own table to one vector that all blocks are handed, [B, 6, D]. The pipelines of diffusion forcing, where every
-frame has a t and a scheduler of its own, have nothing that could be recorded, and blocks are handed another shape there.
+Each block adds its own table to one vector shared by all blocks, [B, 6, D]. The diffusion-forcing pipelines, where every frame
+has its own t and scheduler, have nothing that could be recorded, and their blocks get a vector of another shape.
 """
 
 from agd_fast.spec import Condition, DenoiserSpec, PipelineSpec, Site

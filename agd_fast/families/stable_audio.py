@@ -1,8 +1,8 @@
 """StableAudioDiTModel: Stable Audio Open, text and duration by cross-attention, latents [B, C, T].
 
-Time and duration are one more token before the audio's, so no conditioning projection reaches the blocks: as in the UNet,
-modulation moves the γ of their norms. The tokens of all sites are [1 + T]. t is what the scheduler makes of σ, one for the
-whole batch, shape [1]. Without a negative prompt the unconditional text, duration included, is zeros.
+Time and duration are one more token, before the audio's, so no conditioning projection reaches the blocks: as in the UNet,
+modulation acts on the γ of their norms. All sites have 1 + T tokens. The scheduler computes t from σ, one value for the whole
+batch, shape [1]. Without a negative prompt the unconditional text, duration included, is zeros.
 """
 
 from agd_fast.spec import Condition, DenoiserSpec, PipelineSpec, Site

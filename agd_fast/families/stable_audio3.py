@@ -1,8 +1,8 @@
 """StableAudio3DiTModel: Stable Audio 3, text and duration by cross-attention, latents [B, C, T].
 
-A block adds its own table to one vector of t and the duration that all blocks are handed, [B, 6·D]. The duration is one more
-token behind the text's, whose padding is a learned embedding that the base attends to. t is σ in 0 … 1; memory tokens come before
-the audio's and are dropped again.
+Each block adds its own table to one vector, of t and the duration, shared by all blocks, [B, 6·D]. The duration is one more token
+after the text's, whose padding is a learned embedding that the base attends to. t is σ in 0 … 1; memory tokens come before the
+audio's and are dropped again.
 """
 
 from agd_fast.spec import Condition, DenoiserSpec, PipelineSpec, Site

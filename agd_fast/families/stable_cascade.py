@@ -1,8 +1,9 @@
 """StableCascadeUNet: Stable Cascade's prior and its decoder, convolutions and attention, latents [B, C, H, W].
 
-A block of t is its own projection of features of t, and of two numbers that the pipelines leave at 0. The prior is conditioned
-on tokens and a pooled prompt, the decoder on the pooled prompt and the prior's latents, which guidance drops as well; adapters
-see what both have. t runs from 1 (noise) to 0. Only the decoder makes pictures, and is called without guidance by default.
+Each timestep block has its own projection of features of t, and of two numbers that the pipelines leave at 0. The prior is
+conditioned on tokens and a pooled prompt, the decoder on the pooled prompt and the prior's latents, which the unconditional pass
+drops as well; adapters see the pooled prompt, which both have. t runs from 1 (noise) to 0. Only the decoder makes pictures; it is
+called without guidance by default.
 """
 
 from agd_fast.spec import Condition, DenoiserSpec, PipelineSpec, Site

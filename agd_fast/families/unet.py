@@ -1,6 +1,6 @@
-"""UNet2DConditionModel: Stable Diffusion 1.x, 2.x, XL and their like, conditioned by cross-attention to a prompt.
+"""UNet2DConditionModel: Stable Diffusion 1.x, 2.x, XL and similar models, conditioned by cross-attention to a prompt.
 
-It has no conditioning projection that reaches the transformer blocks, so modulation moves the γ of its norms: at the same
+It has no conditioning projection that reaches the transformer blocks, so modulation acts on the γ of its norms: at the same
 number of parameters γ alone, at twice the rank, measured better than (γ, β). The output norm has both.
 """
 

@@ -1,7 +1,7 @@
 """UNet3DConditionModel: ModelScope's and Zeroscope's text to video, latents [B, C, F, H, W].
 
-Frames are entries of the batch in all but the temporal convolutions and attentions, where pixels are. As in the U-Net of pictures
-no conditioning projection reaches the blocks: modulation moves the γ of the norms of single frames. The pipelines hand their
+Frames are batch entries everywhere except in the temporal convolutions and attentions, where pixels are. As in the image U-Net,
+no conditioning projection reaches the blocks: modulation acts on the γ of the norms of single frames. The pipelines hand their
 scheduler the frames of all videos as one batch.
 """
 

@@ -1,8 +1,8 @@
 """WanTransformer3DModel: Wan 2.1 and 2.2, text to video by cross-attention, latents [B, C, F, H, W].
 
-A block adds its own table to one vector that all blocks are handed, [B, 6, D], or [B, S, 6, D] where every token has a t of its
-own (Wan 2.2 TI2V-5B). Wan 2.2 A14B has two of it in one pipeline, each with its guidance scale: `transformer` down to the
-boundary timestep, then `transformer_2`; the second scale is the first's where none is given.
+Each block adds its own table to one vector shared by all blocks, [B, 6, D], or [B, S, 6, D] where every token has a t of its own
+(Wan 2.2 TI2V-5B). Wan 2.2 A14B has two such denoisers in one pipeline, each with its own guidance scale: `transformer` down to
+the boundary timestep, then `transformer_2`; the second scale defaults to the first.
 """
 
 from agd_fast.spec import Condition, DenoiserSpec, PipelineSpec, Site

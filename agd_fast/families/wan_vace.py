@@ -1,7 +1,7 @@
-"""WanVACETransformer3DModel: Wan 2.1 and 2.2 VACE, Wan's blocks beside ones that control them, latents [B, C, F, H, W].
+"""WanVACETransformer3DModel: Wan 2.1 and 2.2 VACE, Wan's blocks with control blocks beside them, latents [B, C, F, H, W].
 
 Video, mask and reference pictures are one input of the control blocks, the same at every step; adapters act on the main blocks,
-as in Wan. The pipeline takes one prompt a call.
+as in Wan. The pipeline takes one prompt per call.
 """
 
 from dataclasses import replace

@@ -1,6 +1,6 @@
 """ZImageTransformer2DModel: Z-Image, one stream over [image; text], each padded to a multiple of 32 tokens.
 
-Latents and captions are lists with one tensor a sample. t runs from 0 (noise) to 1, and the pipeline turns the prediction's sign.
+Latents and captions are lists with one tensor per sample. t runs from 0 (noise) to 1; the pipeline flips the prediction's sign.
 It computes pos + g·(pos − neg), for g > 0: ω = g + 1. Z-Image-Turbo is called with g = 0 and gains nothing from AGD.
 """
 

@@ -1,1 +1,1 @@
-"""What distillation keeps in memory: a budget from shapes alone, and how it is measured."""
+"""What distillation keeps in memory: a budget from shapes alone, and measurements."""

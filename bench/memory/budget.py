@@ -1,6 +1,6 @@
-"""What a forward keeps for its backward, on paper: elements from a model's shapes, times the bytes that each mode takes for one.
+"""What a forward keeps for its backward, on paper: elements from a model's shapes, times the bytes per element in each mode.
 
-For the default kind of adapter: modulation, and on UNets modulation+gated_lora. Of its own tensors, those of every token count.
+For the default adapter: modulation, and on UNets modulation+gated_lora; of its own tensors, only per-token ones count.
 Written before anything was measured; docs/memory.md holds both.
 """
 
@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 MODES = ("eager", "exact", "8bit", "4bit", "recompute")
-B16, B8, B4 = 2.0, 1 + 2 / 64, 0.5 + 2 / 32  # bytes an element; 64 share a scale of 16 bits, of those in 4 bits 32
+B16, B8, B4 = 2.0, 1 + 2 / 64, 0.5 + 2 / 32  # bytes per element; 64 share a 16-bit scale, in 4 bits 32
 RANK = 16  # of gated_lora
 
 
 @dataclass(frozen=True)
 class Line:
-    """elements: for every token and channel. bytes: of one, by mode."""
+    """elements: per token and channel. bytes: per element, by mode."""
 
     what: str
     elements: float
@@ -35,7 +35,7 @@ SELF = (
 
 
 def cross(recomputed: float) -> tuple[Line, ...]:
-    """Frozen keys and values. recomputed: bytes of a query where it is made again; it cannot be of what is no norm's output."""
+    """With frozen keys and values. recomputed: bytes of a query in the last mode; only a norm's output can give it again."""
     return (
         Line("cross-attention: q", 1, (B16, B16, B8, B8, recomputed)),
         Line("cross-attention: output", 1, (B16, 0, 0, 0, 0)),
@@ -54,7 +54,7 @@ ADALN_BLOCK = (  # DiT, and SD3's two streams that attend together
     *SELF,
     GATES,
     Line("GELU: its input, or gelu′", 4, (B16, B16, B8, B4, 0)),
-    GATES,  # of the feed-forward: making it again would take two products of four times the width
+    GATES,  # of the feed-forward: recomputing it would take two products of four times the width
 )
 PIXART_BLOCK = (*ADALN_BLOCK, *cross(B8))
 GROUP_NORM = NORMS
@@ -70,7 +70,7 @@ PROMPT = (Line("cross-attention: k, v of the prompt", 2, (B16, B16, B16, B16, 0)
 
 @dataclass(frozen=True)
 class Part:
-    """size: tokens times channels, over all places that are like it."""
+    """size: tokens times channels, summed over all places of this kind."""
 
     lines: Sequence[Line]
     size: int
@@ -85,8 +85,8 @@ def unet(
     prompt: int,
     out: int,
 ) -> list[Part]:
-    """blocks: (edge, channels, how many) of transformer blocks; shells: of what holds them, a group norm; resnets: (edge, sum of
-    the channels of both norms, how many); resampled: (edge, channels) of what convolutions of resamplers are given."""
+    """blocks: (edge, channels, how many) of transformer blocks; shells: the same of the modules around them, a group norm each;
+    resnets: (edge, sum of the channels of both norms, how many); resampled: (edge, channels) of resamplers' inputs."""
     return [
         Part(UNET_BLOCK, sum(edge**2 * width * count for edge, width, count in blocks)),
         Part(GROUP_NORM, sum(edge**2 * width * count for edge, width, count in shells)),

@@ -1,12 +1,12 @@
-"""Does training give the same with passes as CUDA graphs? A small SDXL with random weights, way by way.
+"""Does training give the same result with passes as CUDA graphs? A small SDXL with random weights, way by way.
 
 python -m memory.graph_checks --json checks.json    # in bench/
 
 Each way distils the same states four times, over different batches in micro-batches of two sizes, with a validation in between:
-without graphs; with them; without, on states that are rounded otherwise; and without, on the first batch over and over, which is
-what a graph would do that takes in nothing new. Adapters are apart by a share of what training changed, that of the tensor where
-it is largest. Graphs may move them no further than twice what the rounding does, atomic additions included, which has to be less
-than what is looked for: the first batch over and over, and a tensor that was not trained, which is apart by 1.
+without graphs; with them; without, on states that are rounded differently; and without, on the first batch over and over, as a
+graph that ignores new inputs would. The distance of two adapters is the largest over all tensors, as a share of what training
+changed in the tensor. Graphs may move the adapter at most twice as far as rounding does, atomic additions included, which has to
+be less than the errors looked for: the first batch over and over, and a tensor that was not trained, whose distance is 1.
 """
 
 from __future__ import annotations
@@ -60,20 +60,20 @@ SMALL = replace(  # large enough that activations are packed
     sample=(4, 16, 16),
     conditions={"encoder_hidden_states": (16, 64), "added_cond_kwargs.text_embeds": (32,), "added_cond_kwargs.time_ids": (6,)},
 )
-DTYPES = (torch.float32, torch.bfloat16)  # the first tells small errors, the second is what is trained in
+DTYPES = (torch.float32, torch.bfloat16)  # the first shows small errors, the second is what training runs in
 STEPS = 12
 Row = dict[str, Any]
 
 
 class Rounded(Trajectories):
-    """States that are off by a unit in the last place, up or down."""
+    """States moved by one unit in the last place, up or down."""
 
     def batches(self, rows: Tensor) -> list[Batch]:
         return [replace(batch, sample=_rounded(batch.sample)) for batch in super().batches(rows)]
 
 
 class First(Trajectories):
-    """The first batch that was asked for, over and over."""
+    """Always the batch that was asked for first."""
 
     first: Tensor | None = None
 
@@ -84,7 +84,7 @@ class First(Trajectories):
 
 @dataclass(frozen=True)
 class Trained:
-    """weights: of the adapter, in float64 on the CPU. losses: of every step. passes: of DistillResult."""
+    """weights: the adapter's, in float64 on the CPU. losses: one per step. passes: those of DistillResult."""
 
     weights: Mapping[str, Tensor]
     losses: list[float]
@@ -94,10 +94,10 @@ class Trained:
 def check(way: str, architecture: Architecture = SMALL, dtype: torch.dtype = DTYPES[0], steps: int = STEPS) -> Row:
     """The row of a way: how far graphs move the adapter and the losses, and how far rounding does."""
     row = {"way": way, "dtype": str(dtype).removeprefix("torch."), "steps": steps}
-    torch.backends.cudnn.allow_tf32 = False  # or convolutions round float32 to 10 bits
+    torch.backends.cudnn.allow_tf32 = False  # otherwise convolutions round float32 to 10 bits
     try:
         return row | compare(way, architecture, dtype, steps)
-    except Exception as error:  # red, not the end of the checks
+    except Exception as error:  # a red row, not the end of the checks
         return row | {"ok": False, "reason": described(error)}
 
 
@@ -127,7 +127,7 @@ def compare(way: str, architecture: Architecture, dtype: torch.dtype, steps: int
 
 
 def verdict(plain: Trained, graphed: Trained, rounded: Trained, first: Trained, start: Mapping[str, Tensor]) -> Row:
-    """start: weights that all began with."""
+    """start: the weights that all runs began with."""
     off, rounding, stale = (apart(one.weights, plain.weights, start) for one in (graphed, rounded, first))
     loss_off, loss_rounding = (_losses_apart(one.losses, plain.losses) for one in (graphed, rounded))
     found = {"off": off, "rounding": rounding, "first_batch": stale, "loss_off": loss_off, "loss_rounding": loss_rounding}
@@ -136,19 +136,19 @@ def verdict(plain: Trained, graphed: Trained, rounded: Trained, first: Trained, 
         reason = f"not all passes ran as graphs: {graphed.passes['plain_because']}"
     elif not 2 * rounding < min(stale, 1):
         reason = "rounding alone moves the adapter as far as what is looked for"
-    elif not (off <= 2 * rounding and loss_off <= 2 * loss_rounding + torch.finfo(torch.float32).eps):  # which losses are in
+    elif not (off <= 2 * rounding and loss_off <= 2 * loss_rounding + torch.finfo(torch.float32).eps):  # the dtype of losses
         reason = "graphs move the adapter or its losses further than rounding does"
     return {**found, "equal": off == loss_off == 0, "passes": dict(graphed.passes), "ok": not reason, "reason": reason}
 
 
 def apart(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> float:
-    """The largest of all tensors' differences, as a share of what training changed of it; NaN and infinite are as they are."""
+    """The largest difference over all tensors, as a share of what training changed in the tensor; NaN and infinity are kept."""
     shares = [(found[name] - value).norm() / (value - start[name]).norm() for name, value in expected.items()]
     return float(torch.stack(shares).max())
 
 
 def _begin(denoiser: nn.Module, folder: Path) -> dict[str, Tensor]:
-    """Writes an adapter none of whose weights are zero; what it holds."""
+    """Writes an adapter with no zero weights; returns its weights."""
     torch.manual_seed(0)
     adapter = agd.attach(denoiser, agd.AdapterConfig(hidden=8, guidance_range=(2.0, 4.0)))
     randomise_zeros(adapter)
@@ -175,7 +175,7 @@ def _distilled(
             trajectories=states,
             sampling_steps=3,
             validation=1,
-            validate_every=train.steps // 2 + 1,  # which is once before the end
+            validate_every=train.steps // 2 + 1,  # so once before the end
             progress=False,
             **WAYS[way],
         )

@@ -1,4 +1,4 @@
-"""What keeps less for backward, switched on one thing after another."""
+"""The ideas that keep less for backward, switched on one after another."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ _8BIT = MODES["8bit"]
 
 @dataclass(frozen=True)
 class Way:
-    """One way to run a training pass. kept: what is kept for backward; None leaves it to autograd. handlers: the only ones that
-    act, by file; None for all. autocast: to bfloat16. base: how the base's weights are held."""
+    """One way to run a training pass. kept: what is kept for backward; None leaves it to autograd. handlers: files of the only
+    handlers that act; None for all. autocast: to bfloat16. base: how the base's weights are stored."""
 
     kept: Mode | None = None
     handlers: tuple[str, ...] | None = None
@@ -34,7 +34,7 @@ class Way:
 
     @contextmanager
     def scope(self, denoiser: nn.Module, smallest: int | None = None) -> Iterator[None]:
-        """smallest: elements from which a tensor is packed, in place of the mode's."""
+        """smallest: the least number of elements of a packed tensor, instead of the mode's."""
         with ExitStack() as stack:
             stack.enter_context(torch.autocast("cpu", torch.bfloat16) if self.autocast else nullcontext())
             if self.base is not None:
@@ -66,7 +66,7 @@ IDEAS = {
     "+ x̂ that nothing else reads in 4 bits (4bit)": Way(MODES["4bit"]),
     "+ q, k, v and feed-forwards made again (recompute)": Way(MODES["recompute"]),
 }
-NOT_TAKEN = {  # each in place of what "4bit" does
+NOT_TAKEN = {  # each instead of what "4bit" does
     "4bit, attention in 4 bits too": Way(replace(MODES["4bit"], attention=4)),
     "4bit, x̂ in 4 bits everywhere": Way(replace(MODES["4bit"], fine=4)),
 }

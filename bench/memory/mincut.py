@@ -21,7 +21,7 @@ from agd_fast.spec import DenoiserSpec
 
 
 class _Trained(nn.Module):
-    """A denoiser with its adapter as one module of tensors only. constants: arguments that are none."""
+    """A denoiser and its adapter as one module that takes only tensors. constants: the arguments that are not tensors."""
 
     def __init__(self, denoiser: nn.Module, names: list[str], constants: Mapping[str, Any]) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class _Trained(nn.Module):
 
 
 def count_mincut(denoiser: nn.Module, spec: DenoiserSpec, arguments: Mapping[str, Any]) -> dict[str, int]:
-    """Bytes by the operation that made them, of one forward of an adapted denoiser on meta."""
+    """Bytes kept by one forward of an adapted denoiser on meta, by the operation that made them."""
     tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
     constants = {name: value for name, value in arguments.items() if name not in tensors}
     module = _Trained(denoiser, list(tensors), constants)
@@ -60,7 +60,7 @@ def count_mincut(denoiser: nn.Module, spec: DenoiserSpec, arguments: Mapping[str
 
 
 def _saved(graph: Graph, weights: int) -> dict[str, int]:
-    """weights: how many placeholders, the first, are parameters and buffers."""
+    """weights: how many of the first placeholders are parameters and buffers."""
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     seen = {_storage(node) for node in placeholders[:weights]}
     by_op: Counter[str] = Counter()

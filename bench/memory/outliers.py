@@ -1,4 +1,4 @@
-"""Channels of large values, as trained transformers have them and small or random ones lack: the function stays the same."""
+"""Adds channels of large values, which trained transformers have and small or random ones lack; the function stays the same."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ SHARE, FACTOR = 0.01, 100.0
 
 @torch.no_grad()
 def inject_outliers(denoiser: nn.Module, share: float = SHARE, factor: float = FACTOR, seed: int = 0) -> int:
-    """Multiply a share of channels, at least one a place, by `factor`, and divide the weights that read them by it.
+    """Multiply a share of channels, at least one per place, by `factor`, and divide the weights that read them by it.
 
     Places: norms with an affine before linears, values of attention, queries against keys, the linear half of a GEGLU. Returns
-    how many there are.
+    the number of places.
     """
     random = torch.Generator().manual_seed(seed)
     places = 0
@@ -35,7 +35,7 @@ def inject_outliers(denoiser: nn.Module, share: float = SHARE, factor: float = F
 
 
 def _places(module: Any) -> list[tuple[list[Tensor], list[tuple[Tensor, int]]]]:
-    """What makes the channels, along dimension 0, and what reads them, along which dimension."""
+    """The tensors that make the channels, along dimension 0, and those that read them, each with the dimension."""
     found: list[tuple[list[Tensor], list[tuple[Any, int]]]] = []
     if isinstance(getattr(module, "to_v", None), nn.Linear) and isinstance(module.to_out, (nn.ModuleList, nn.Sequential)):
         found.append((_rows(module.to_v), [(module.to_out[0].weight, 1)]))
@@ -52,7 +52,7 @@ def _places(module: Any) -> list[tuple[list[Tensor], list[tuple[Tensor, int]]]]:
 
 
 def _norms(block: Any) -> list[tuple[Any, list[Any]]]:
-    """Each with the linears behind it."""
+    """Each norm with the linears that follow it."""
     attention, cross = block.attn1, [] if block.attn2 is None else [(block.norm2, [block.attn2.to_q])]
     return [(block.norm1, [attention.to_q, attention.to_k, attention.to_v]), *cross, (block.norm3, [block.ff.net[0].proj])]
 

@@ -1,4 +1,4 @@
-"""Host time of a training pass, by the way to keep less: of models as deep as the public ones, and narrow."""
+"""Host time of a training pass for each way to keep less, on models as deep as the public ones but narrow."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PLAIN, CHECKPOINTING, BLOCKS = "plain", "checkpointing", "blocks"
 WAYS = (PLAIN, CHECKPOINTING, *MODES, BLOCKS)
 PERCENTILES = {"p20": 0.2, "median": 0.5, "p80": 0.8}
 _WIDTH, _HEADS, _PROMPT = 32, 2, (4, 32)
-_NARROW: Mapping[str, tuple[dict[str, Any], dict[str, tuple[int, ...]]]] = {  # what of a config changes, and of the conditions
+_NARROW: Mapping[str, tuple[dict[str, Any], dict[str, tuple[int, ...]]]] = {  # changes to the config and the conditions
     "sdxl-1024": (
         {
             "sample_size": 8,
@@ -59,7 +59,7 @@ MODELS = tuple(_NARROW)
 
 
 def narrow(name: str) -> Architecture:
-    """As deep as the public model."""
+    """The public model at full depth and small width."""
     full = ARCHITECTURES[name]
     config, conditions = _NARROW[name]
     return replace(
@@ -72,7 +72,7 @@ def narrow(name: str) -> Architecture:
 
 @contextmanager
 def launched() -> Iterator[None]:
-    """On a CPU the packing ops do what they do where the extension is: all but the kernels, so that results stay unwritten."""
+    """On a CPU the packing ops do what they do with the extension, except run its kernels: results are left unwritten."""
     library = torch.library.Library(ops.NAMESPACE, "IMPL")
     for name, launch in ops.LAUNCHERS.items():
         library.impl(name, launch, "CPU")
@@ -111,7 +111,7 @@ class Pass:
             return self.denoiser(**self.call, return_dict=False)[0].sum()
 
     def run(self) -> tuple[Tensor, tuple[float, float], tuple[float, float]]:
-        """The output; wall and CPU seconds of the forward, and of it with the backward."""
+        """The output; wall and CPU seconds of the forward, and of forward and backward."""
         start = _now()
         output = self.forward()
         middle = _now()
@@ -122,7 +122,7 @@ class Pass:
 
 
 def _large(mode: Mode) -> Mode:
-    """What it does to the tensors of a wide model."""
+    """The mode, which packs narrow tensors as it does those of a wide model."""
     return replace(mode, smallest=1, narrow=0)
 
 
@@ -135,14 +135,14 @@ def _since(start: tuple[float, float], end: tuple[float, float]) -> tuple[float,
 
 
 def measure(name: str, ways: Sequence[str], rounds: int, kernels: bool, architecture: Architecture | None = None) -> list[Row]:
-    """A row a way. kernels: whether the packing ops compute, as PyTorch does it on a CPU."""
+    """One row per way. kernels: whether the packing ops compute, in PyTorch on the CPU."""
     with ExitStack() as stack:
         if not kernels:
             stack.enter_context(launched())
         passes = {way: Pass(architecture or narrow(name), way, stack) for way in ways}
         rows = {way: {"model": name, "way": way, "packing": "in PyTorch" if kernels else "launched"} for way in ways}
         for way, one in passes.items():
-            for _ in range(2):  # the first finds out which norms are read
+            for _ in range(2):  # the first pass finds out which norms are read
                 one.run()
             with counting("cpu") as counts:
                 output = one.forward()
@@ -155,11 +155,11 @@ def measure(name: str, ways: Sequence[str], rounds: int, kernels: bool, architec
 
 
 def _interleaved(passes: Mapping[str, Pass], rounds: int) -> dict[str, list[tuple[float, ...]]]:
-    """Wall and CPU seconds of the forward, then of the whole, a round: every way once in each, the order turned."""
+    """Per round, wall and CPU seconds of the forward, then of the whole pass: every way once in each round, in rotated order."""
     names = [*passes]
     seconds: dict[str, list[tuple[float, ...]]] = {name: [] for name in passes}
     gc.collect()
-    gc.freeze()  # what is there before a pass is no part of its collections
+    gc.freeze()  # what exists before a pass is not part of its collections
     for turn in range(rounds):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             gc.collect()

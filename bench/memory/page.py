@@ -87,7 +87,7 @@ def kind_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def ideas_table(gradients: Sequence[dict[str, Any]]) -> str:
-    """One column of bytes, where a file has them, and three of errors a model; without, only ideas that round."""
+    """One column of bytes, if a file has them, and three of errors per model; without bytes, only the ideas that round."""
     counted = next((found["rows"] for found in gradients if found["rows"][0]["saved_bytes"] is not None), None)
     header = ["", *(["kept, SDXL, GiB"] if counted else [])]
     for found in gradients:

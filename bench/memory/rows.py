@@ -1,4 +1,4 @@
-"""Rows of the benchmark: one a model, batch, adapter and way to keep less; what is kept for backward, what it takes in all."""
+"""Rows of the benchmark, one per model, batch, adapter and way to keep less: what is kept for backward, and total use."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ WAYS = {
     "recompute": "ours",
     "blocks": "ours: checkpointing, and 8 bits while a block runs again",
 }
-KEY = (  # what a row is one of
+KEY = (  # what identifies a row
     *("model", "batch", "adapter", "mode", "dtype", "base", "optimizer", "device", "cap_bytes", "search"),
     "whole",  # a distillation from end to end, not training steps alone
     "graphed",  # training steps whose passes are CUDA graphs, as `distill` runs them
@@ -42,11 +42,11 @@ KEY = (  # what a row is one of
 FIGURES = (
     "parameters",  # trained
     "saved_bytes",
-    "budget_bytes",  # of these, on paper
+    "budget_bytes",  # the same, on paper
     "by_op",
-    "peak_bytes",  # of all that is allocated; of graphs while they are made, and asked for the room of the optimizer's step
+    "peak_bytes",  # of all allocations; with graphs, also while they are made, with the room asked for the optimizer's step
     "reserved_bytes",
-    "phases",  # of a whole distillation: the most that each allocated, and whether weights were streamed while states were made
+    "phases",  # of a whole distillation: each one's peak allocation, and whether weights were streamed while states were made
     "flops",  # of a forward and backward
     "seconds_per_step",  # a forward and backward of one batch, and its share of the optimizer's step
     "update_seconds",  # of the optimizer's step alone
@@ -66,7 +66,7 @@ def count_row(row: Row, architecture: Architecture | None = None) -> Row:
     call = arguments(architecture, row["batch"], meta, dtype)
     found = {**empty_row(row), "parameters": count_parameters(require_attachment(denoiser).adapter)}
     if mode == MINCUT:
-        from memory.mincut import count_mincut  # which imports inductor
+        from memory.mincut import count_mincut  # imports inductor
 
         by_op = count_mincut(denoiser, find_spec(denoiser), call)
         return {**found, "by_op": by_op, "saved_bytes": sum(by_op.values())}
@@ -79,7 +79,7 @@ def count_row(row: Row, architecture: Architecture | None = None) -> Row:
 
 
 def count_flops(denoiser: nn.Module, call: Mapping[str, Any], mode: str) -> int:
-    """Of products, convolutions and attention in a forward and its backward; mode: of `estimate_memory`."""
+    """FLOPs of products, convolutions and attention in a forward and its backward; mode: as for `estimate_memory`."""
     attachment = require_attachment(denoiser)
     omega = torch.full((len(call[attachment.spec.sample]),), 3.0, device="meta")
     with keeping(denoiser, mode), armed(attachment, omega), counting() as counts:
@@ -90,18 +90,18 @@ def count_flops(denoiser: nn.Module, call: Mapping[str, Any], mode: str) -> int:
 
 
 def empty_row(row: Row) -> Row:
-    """What a row is one of, and no figures."""
+    """The row's key entries, all figures None."""
     return {**{name: row.get(name, False) for name in KEY}, **dict.fromkeys(FIGURES)}
 
 
 def key(row: Row) -> tuple[Any, ...]:
-    """What tells it from others; the batch that was searched for does not. Rows of before `whole` are of steps alone, those
-    of before `graphed` of passes as they are."""
+    """What tells a row from others, without the batch where that was searched for. Rows older than `whole` are of training
+    steps alone, those older than `graphed` of passes without graphs."""
     return tuple(None if name == "batch" and row["search"] else row.get(name, False) for name in KEY)
 
 
 def print_rows(rows: Sequence[Row], console: Console | None = None) -> None:
-    """A table a model; columns without any value are left out."""
+    """One table per model; columns without any value are left out."""
     console = console or Console(width=150)
     for model in dict.fromkeys(row["model"] for row in rows):
         own = [{**row, "mode": f"{row['mode']}, graphed"} if row.get("graphed") else row for row in rows if row["model"] == model]

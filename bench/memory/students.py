@@ -36,7 +36,7 @@ def student(architecture: Architecture, adapter: str, device: torch.device, dtyp
 
 
 def arguments(architecture: Architecture, batch: int, device: torch.device, dtype: torch.dtype, seed: int = 0) -> dict[str, Any]:
-    """Of a call of the denoiser, by (dotted) name: random, and no scheduler behind them."""
+    """Arguments of a call of the denoiser, by (dotted) name: random, not from a scheduler."""
     spec = SPECS[architecture.cls]
     random = torch.Generator().manual_seed(seed)
     x = torch.randn(batch, *architecture.sample, generator=random).to(device, dtype)

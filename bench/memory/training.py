@@ -30,8 +30,8 @@ from speed.architectures import Architecture, find_architecture
 from speed.hardware import quiet
 from speed.measure import kernels as kernels_of
 
-IMAGES = 32  # a step of the optimizer, as presets have it
-NEARLY = 0.95  # of what is left of a card that a batch may be thought to fill
+IMAGES = 32  # per step of the optimizer, as in the presets
+NEARLY = 0.95  # share of the card's remaining memory that the first guess of a batch fills
 
 
 class Training:
@@ -46,14 +46,14 @@ class Training:
         parameters = list(self.attachment.adapter.parameters())
         self.optimizer: torch.optim.Optimizer = (HostAdamW if host else torch.optim.AdamW)(parameters, lr=1e-4, weight_decay=0.0)
         self.graphs = Passes(parameters, device, host=host) if row.get("graphed") else None
-        # The most that was allocated while a graph was made: of what is in use in it no counter tells. The room that it was asked
-        # to leave the optimizer's step counts, too.
+        # The most that was allocated while a graph was made: no counter tells what is in use inside a graph. It includes the room
+        # that was asked for the optimizer's step.
         self.recording_bytes = 0
         self.call: Any = torch.compile(self.denoiser, dynamic=False) if self.mode == MINCUT else self.denoiser
 
     @contextmanager
     def scope(self) -> Iterator[None]:
-        """What holds around all steps."""
+        """The context of all steps."""
         with ExitStack() as stack:
             if self.base is not None:
                 stack.enter_context(packed_base(self.denoiser, self.base))
@@ -65,7 +65,7 @@ class Training:
 
     def passes(self, batch: int, graphed: bool = True) -> Callable[[], Tensor]:
         """Forward and backward of a fixed batch → its loss. Gradients add up until the optimizer's step. graphed: whether as a
-        graph, where the row says so."""
+        graph, if the row asks for one."""
         inputs = arguments(self.architecture, batch, self.device, self.dtype)
         call, x = nest(inputs), inputs[self.spec.sample]
         omega = torch.linspace(2.0, 5.0, batch, device=self.device)
@@ -87,7 +87,7 @@ class Training:
         self.optimizer.zero_grad()
 
     def _end_batch(self, graphs: Passes) -> None:
-        """Where a graph is made."""
+        """Tells the graphs that a batch has ended, which is when one is made; notes its peak memory."""
         counted = self.device.type == "cuda" and not graphs.held
         if counted:
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -99,8 +99,8 @@ class Training:
 def train_row(
     row: Row, seconds: float, architecture: Architecture | None = None, images: int = IMAGES, lock: Path | None = None
 ) -> Row:
-    """`row` with its figures, measured on its device for about so long; the note says where memory ran out. images: a step of
-    the optimizer. lock: see `speed.hardware.quiet`."""
+    """`row` with its figures, measured on its device for about `seconds`; the note says where memory ran out. images: per step
+    of the optimizer. lock: see `speed.hardware.quiet`."""
     device = torch.device(row["device"])
     cap(row["cap_bytes"], device)
     found = empty_row(row)
@@ -120,7 +120,7 @@ def train_row(
 
 
 def _measure(training: Training, batch: int, seconds: float, images: int, lock: Path | None) -> Row:
-    """Of groups of passes with one step of the optimizer behind them, as where a batch of images is made of smaller ones."""
+    """Measures groups of passes, each followed by one step of the optimizer, as when a batch is split into micro-batches."""
     run, device = training.passes(batch), training.device
     group = max(1, -(-images // batch))
     for _ in range(2):
@@ -158,8 +158,8 @@ def _measure(training: Training, batch: int, seconds: float, images: int, lock: 
 
 
 def _largest(training: Training, size: int) -> int:
-    """The largest batch, but for a sixteenth, that two steps of the optimizer fit with into so many bytes: after 1 and 2 the one
-    that should fit, then others near it.
+    """The largest batch, to within a sixteenth, with which two steps of the optimizer fit into `size` bytes: tries 1 and 2, then
+    the batch that should fit, then others near it.
 
     Raises: torch.OutOfMemoryError where not even one sample fits.
     """
@@ -182,7 +182,7 @@ def _largest(training: Training, size: int) -> int:
 
 
 def _peak(training: Training, batch: int) -> int | None:
-    """The most that is allocated; None where it does not fit."""
+    """The peak allocation in bytes; None where the batch does not fit."""
     cuda = training.device.type == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats(training.device)
@@ -209,7 +209,7 @@ def _steps(training: Training, batch: int) -> None:
 
 
 def cap(size: int | None, device: torch.device) -> None:
-    """No allocation of this process beyond it."""
+    """Limits the memory that this process can allocate to `size` bytes."""
     if size is not None:
         total = torch.cuda.get_device_properties(device).total_memory
         index = torch.cuda.current_device() if device.index is None else device.index

@@ -29,7 +29,7 @@ PROMPTS = ["a red cat", "a green house"]
 
 
 def sdxl(architecture: Architecture, device: torch.device, dtype: torch.dtype) -> diffusers.StableDiffusionXLPipeline:
-    """As published but for its weights, and for tokenizers that know characters alone."""
+    """The published pipeline, except for random weights and tokenizers that know only characters."""
     text = {"vocab_size": 49408, "bos_token_id": 72, "eos_token_id": 73, "pad_token_id": 73}
     first = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
     second = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20}
@@ -68,9 +68,9 @@ PIPELINES: dict[str, Callable[[Architecture, torch.device, torch.dtype], Any]] =
 
 
 def whole_row(row: Row, pipe: Any = None, **settings: Any) -> Row:
-    """`row` with its figures; the note says where memory ran out. The card is capped before a model is there.
+    """`row` with its figures; the note says where memory ran out. The cap is set while the models are on the CPU.
 
-    pipe: None makes that of the row's model. settings: further arguments of `distill`.
+    pipe: None builds the pipeline of the row's model. settings: further arguments of `distill`.
     """
     device, found = torch.device(row["device"]), empty_row(row)
     if pipe is None:

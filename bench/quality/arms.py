@@ -1,4 +1,4 @@
-"""What is compared: ways to make one pass do the work of two, each at a size, from a source of states, with a seed."""
+"""The arms that are compared: ways to make one pass do the work of two, each with a size, a source of states and a seed."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ OTHER_RATES = {FULL: 5e-4, TEXT: 1e-3}
 class Arm:
     """One student to train and to score.
 
-    kind: of adapter; FULL trains all of the base's weights (the ceiling), TEXT only moves the text embedding.
+    kind: of the adapter; FULL trains all of the base's weights (the ceiling), TEXT only changes the text embedding.
     form: "paper" has random Fourier features of ω, no factor (ω − 1) and an unweighted loss.
-    fraction: most parameters, as a share of the base's; None where the kind decides.
-    steps: of training, whatever the source. trajectories: to train on; keep: states of each, None for all.
+    fraction: the most parameters, as a share of the base's; None leaves it to the kind.
+    steps: of training, for every source. trajectories: how many to train on; keep: states kept of each, None for all.
     """
 
     kind: str
@@ -83,7 +83,7 @@ def make_arms(
 ) -> list[Arm]:
     """Every combination, seed by seed; FULL and TEXT are trained once a seed, on guided trajectories.
 
-    learning_rates: None takes each kind's own.
+    learning_rates: None takes each kind's default.
     """
     if unknown := sorted(set(sources) - set(get_args(Source))):
         raise ValueError(f"expected sources of {', '.join(get_args(Source))}; found {', '.join(unknown)}")

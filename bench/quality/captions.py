@@ -14,14 +14,14 @@ PADDING = 0  # the token of a place without a word
 
 
 class ClassLabels(nn.Module):
-    """The number of the class, and one more for none."""
+    """The class as a number, with one more number for no class."""
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
         self.num_classes = num_classes
 
     def forward(self, labels: Tensor, dropped: Tensor) -> dict[str, Tensor]:
-        """Classes [B] and which are to be unknown [B] → the denoiser's arguments."""
+        """Classes [B] and which of them to drop [B] → the denoiser's arguments."""
         return {"class_labels": labels.masked_fill(dropped, self.num_classes)}
 
     def tables(self) -> dict[str, Tensor]:
@@ -31,7 +31,7 @@ class ClassLabels(nn.Module):
 class CaptionEncoder(nn.Module):
     """One vector a word: a learnt token embedding plus a learnt position.
 
-    templates: captions with one `{}` for the class, e.g. "a photo of a {}". class_names: a word each, or several.
+    templates: captions with one `{}` for the class, e.g. "a photo of a {}". class_names: one or several words each.
     The empty caption, which is the unconditional one, is padding alone.
     Raises: ValueError when a template has no `{}`.
     """
@@ -53,14 +53,14 @@ class CaptionEncoder(nn.Module):
         self.positions = nn.Parameter(torch.randn(length, width) * 0.1)
 
     def forward(self, labels: Tensor, dropped: Tensor) -> dict[str, Tensor]:
-        """Classes [B] and which are to get the empty caption [B] → [B, L, D], each in a template drawn at random."""
+        """Classes [B] and which of them get the empty caption [B] → [B, L, D], each in a random template."""
         templates = torch.randint(len(self.captions), labels.shape, device=labels.device)
         tokens = self.captions[templates, labels].masked_fill(dropped[:, None], PADDING)
         return {"encoder_hidden_states": self._embed(tokens)}
 
     @torch.no_grad()
     def tables(self) -> dict[str, Tensor]:
-        """captions: every one, template by template and class by class [T, K, L, D]; null: the empty one [1, L, D]."""
+        """captions: all, template by template and class by class [T, K, L, D]; null: the empty one [1, L, D]."""
         empty = torch.full_like(self.captions[0, :1], PADDING)
         return {"captions": self._embed(self.captions), "null": self._embed(empty)}
 

@@ -1,4 +1,4 @@
-"""The paper's other claims, measured with the default adapter: one JSON a claim, so that it continues where it stopped."""
+"""The paper's other claims, measured with the default adapter: one JSON per claim, so that it continues where it stopped."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from quality.tuning import Shift, faded, tuned_teacher, upside_down
 Values = dict[str, float]
 
 ADAPTER = "claims-adapter"  # the default adapter, for all claims that train none of their own
-OMEGA = 2.0  # of the claims that draw images
+OMEGA = 2.0  # for the claims that draw images
 SEED = 0
 TUNING_STEPS = 300
 RMSE_IMAGES = 500
@@ -51,7 +51,7 @@ class Claim:
 
 @dataclass(frozen=True)
 class Lab:
-    """A teacher and how large everything is: steps of an adapter's training, trajectories it sees."""
+    """A teacher, and the sizes of the measurements: training steps and trajectories of an adapter."""
 
     bench: BenchTeacher
     output: Path
@@ -76,7 +76,7 @@ class Lab:
         adapter: AdapterConfig | None = None,
         **training: Any,
     ) -> Iterator[None]:
-        """An adapter of the teacher, or of another one, attached; trained once, into `folder`. training: of the TrainConfig."""
+        """An adapter of the teacher, or of another one, attached; trained once, into `folder`. training: for the TrainConfig."""
         teacher = teacher or self.teacher
         agd.distill(
             teacher,
@@ -103,7 +103,7 @@ class Lab:
         scales: tuple[float, ...] = SCALES,
         steps: int | None = None,
     ) -> Values:
-        """By scale, "ω=…", and "mean": on the guided states that all students of the bench are scored on."""
+        """Guidance explained by scale, "ω=…", and "mean", on the guided states that all students of the bench are scored on."""
         table = self.bench.table if table is None else table
         rows = torch.arange(self.sizes.trajectories) % len(next(iter(table.values())))
         found = guidance_explained(
@@ -126,9 +126,9 @@ def run_claims(
     steps: int = 800,
     trajectories: int = 400,
 ) -> None:
-    """Measure what is missing of the claims, each into output/claim-NAME.json.
+    """Measure the claims that have no result yet, each into output/claim-NAME.json.
 
-    names: of CLAIMS; None takes all that the teacher allows. steps, trajectories: of every adapter's training.
+    names: in CLAIMS; None takes all that the teacher allows. steps, trajectories: for the training of every adapter.
     Raises: ValueError for an unknown name, a claim on captions with a teacher that takes none, or a folder of other sizes.
     """
     names = [name for name in CLAIMS if name != "unseen_captions" or bench.held_out] if names is None else names
@@ -148,7 +148,7 @@ def run_claims(
 
 
 def _moved(lab: Lab, kinds: dict[str, tuple[Shift, int | None]], prefix: str) -> Values:
-    """Explained of the default adapter on its own base and on changed ones, beside what bounds it there."""
+    """Guidance explained by the default adapter on its own base and on changed ones, beside its bounds there."""
     with lab.distilled():
         values = {"original": lab.explained()["mean"]}
     for label, (shift, rank) in kinds.items():
@@ -254,7 +254,7 @@ def guiders(lab: Lab) -> Claim:
 
 
 def _trainings(lab: Lab, variants: dict[str, dict[str, Any]]) -> Values:
-    """Explained by mean and at the ends of the scales, for entries of a TrainConfig; {} is the default adapter."""
+    """Guidance explained, in the mean and at the lowest and highest scale, by TrainConfig entries; {} is the default adapter."""
     with lab.distilled():
         states = Trajectories(lab.output / ADAPTER / "trajectories")
     values: Values = {}
@@ -279,7 +279,7 @@ def weightings(lab: Lab) -> Claim:
 
 def ema(lab: Lab) -> Claim:
     values = _trainings(lab, {"none": {}, "0.95": {"ema": 0.95}, "0.99": {"ema": 0.99}})
-    longest = (1 + lab.steps) / (10 + lab.steps)  # how agd_fast warms the decay up
+    longest = (1 + lab.steps) / (10 + lab.steps)  # the decay's warm-up in agd_fast
     note = (
         f"After {lab.steps} steps the decay has warmed up to {longest:.3f} at most: 0.999 would give what 0.99 gives. One seed."
     )
@@ -287,7 +287,7 @@ def ema(lab: Lab) -> Claim:
 
 
 def training_length(lab: Lab) -> Claim:
-    """Of the default adapter at two sizes and of the full fine-tune, from a quarter of the steps to four times as many."""
+    """The default adapter at two sizes and the full fine-tune, from a quarter of the steps to four times as many."""
     with lab.distilled():
         states = Trajectories(lab.output / ADAPTER / "trajectories")
     values: Values = {}
@@ -308,7 +308,7 @@ def more_trajectories(lab: Lab) -> Claim:
     values: Values = {}
     for count, keep in ((few, None), (many, 6), (many, None)):
         label = f"{count}, {keep or 'all'} steps"
-        with tempfile.TemporaryDirectory() as folder:  # collected afresh, for the time it takes
+        with tempfile.TemporaryDirectory() as folder:  # collected anew, to time it
             start = time.perf_counter()
             options: dict[str, Any] = {"guidance_range": GUIDANCE_RANGE, "seed": SEED, "progress": False}
             states = collect(lab.teacher, lab.bench.table, folder, trajectories=count, keep=keep, **options)

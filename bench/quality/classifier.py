@@ -21,7 +21,7 @@ from quality.data import ImageData, mirror_at_random, to_pixels
 from quality.training import has_fast_bf16
 
 BATCH = 512
-PADDING = 4  # pixels a training image is moved by at most
+PADDING = 4  # most pixels that a training image is moved by
 
 
 class _Residual(nn.Module):
@@ -40,7 +40,7 @@ def _convolution(inputs: int, outputs: int, *after: nn.Module) -> nn.Sequential:
 
 
 class PhotoClassifier(nn.Module):
-    """A small residual network. Features end in a tanh, as those of agd_fast's DigitsClassifier do and for its reason."""
+    """A small residual network. Features end in a tanh, for the same reason as in agd_fast's DigitsClassifier."""
 
     def __init__(self, num_classes: int, width: int = 48, num_features: int = 128) -> None:
         super().__init__()
@@ -75,16 +75,16 @@ def features_of(reference: Reference, images: Tensor) -> Tensor:
 
 
 def accuracy_of(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """Share of `images` whose class is right; both on the model's device."""
+    """Share of `images` classified correctly; images and labels on the model's device."""
     with torch.inference_mode():
         predicted = torch.cat([model(to_pixels(part)).argmax(1) for part in images.split(BATCH)])
     return (predicted == labels).double().mean().item()
 
 
 def load_reference(data: ImageData, directory: Path, device: torch.device | str = "cpu") -> Reference:
-    """Real images and the features to compare in: of the shipped classifier for the digits, else of the one in `directory`.
+    """Real images and the features to compare in: those of the shipped classifier for the digits, else of the one in `directory`.
 
-    Raises: FileNotFoundError when that was never trained.
+    Raises: FileNotFoundError when the latter was never trained.
     """
     if data.name == "digits":
         return digits_reference()
@@ -96,7 +96,7 @@ def load_reference(data: ImageData, directory: Path, device: torch.device | str 
 
 
 def classifier_record(data: ImageData, directory: Path) -> dict[str, Any]:
-    """What is known of the classifier that `load_reference` loads: its accuracy and on how many images it was measured."""
+    """What is known of the classifier that `load_reference` loads: its accuracy, and the number of images behind it."""
     if data.name == "digits":
         settings = read_json(ASSETS / "training.json")
         return {"name": "agd_fast.datasets.digits_classifier", "accuracy": settings["classifier_accuracy"]}
@@ -104,13 +104,13 @@ def classifier_record(data: ImageData, directory: Path) -> dict[str, Any]:
 
 
 def ensure_classifier(data: ImageData, directory: Path, device: torch.device, epochs: int) -> None:
-    """Train the classifier of `data` once and keep it in `directory`; digits have one that ships."""
+    """Train the classifier of `data` once and keep it in `directory`; for the digits one is shipped."""
     file = _file(data, directory)
     if data.name == "digits" or file.with_suffix(".json").is_file():
         return
     start = time.perf_counter()
     model = _train(data, device, epochs)
-    model.half().float()  # what is measured is what is kept
+    model.half().float()  # so that what is measured is what is saved
     accuracy = accuracy_of(model, data.test_images.to(device), data.test_labels.to(device))
     write_tensors(file, {n: value.half() if value.is_floating_point() else value for n, value in model.state_dict().items()})
     record = {
@@ -149,7 +149,7 @@ def _train(data: ImageData, device: torch.device, epochs: int, seed: int = 0) ->
 
 
 def _augmented(x: Tensor) -> Tensor:
-    """Each image mirrored or not, and moved by up to PADDING pixels. x: [B, 3, S, S]"""
+    """Each image mirrored at random and moved by up to PADDING pixels. x: [B, 3, S, S]"""
     count, _, size, _ = x.shape
     x = F.pad(mirror_at_random(x), (PADDING,) * 4, mode="reflect").permute(0, 2, 3, 1)  # [B, S + 8, S + 8, 3]
     top, left = torch.randint(2 * PADDING + 1, (2, count, 1), device=x.device)

@@ -1,4 +1,4 @@
-"""The images that teachers learn, and the real ones that samples are compared with."""
+"""The images that teachers are trained on, and the real ones that samples are compared with."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from agd_fast.datasets import digits_images
 DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 DIGIT_TEMPLATES = ("a photo of a {}", "a drawing of a {}", "the digit {}", "a handwritten {}", "a picture of the {}")
 PHOTO_TEMPLATES = ("a photo of a {}", "a snapshot of a {}", "the {}", "a small {}", "a picture of the {}")
-COMPARED = 10_000  # real images of each set whose features are compared: what precision and recall can hold
+COMPARED = 10_000  # real images of each set whose features are compared: as many as precision and recall can handle
 
 
 @dataclass(frozen=True)
 class ImageData:
-    """Labelled images [N, C, S, S], uint8 or float in [−1, 1], and what must be known of them.
+    """Labelled images [N, C, S, S], uint8 or float in [−1, 1], and facts about them.
 
-    name: e.g. "digits", "cifar10". labels: [N], of `class_names`.
-    test_images, test_labels: never trained on; empty where every image is.
-    real: two disjoint sets of real images: how far apart they lie is the floor of what samples can reach.
+    name: e.g. "digits", "cifar10". labels: [N], indices into `class_names`.
+    test_images, test_labels: never trained on; empty where all images are trained on.
+    real: two disjoint sets of real images; their distance is the lowest that samples can be expected to reach.
     templates: captions of a class, with `{}` for its name; the last one is kept from distillation.
-    mirrored: whether a mirrored image is as real as the image.
+    mirrored: whether a mirrored image is as realistic as the original.
     """
 
     name: str
@@ -58,7 +58,7 @@ def to_pixels(images: Tensor) -> Tensor:
 
 
 def mirror_at_random(images: Tensor) -> Tensor:
-    """Every other image [N, C, H, W] on average, left to right."""
+    """Images [N, C, H, W], each mirrored left to right with probability 1/2."""
     mirrored = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5
     return torch.where(mirrored, images.flip(-1), images)
 
@@ -66,7 +66,7 @@ def mirror_at_random(images: Tensor) -> Tensor:
 def load_data(name_or_path: str | Path, limit: int | None = None, size: int | None = None) -> ImageData:
     """'digits', or the path of the training half of a set of JPEG files in npz; the test half lies beside it.
 
-    limit: take that many images of each half, for smoke runs. size: shrink photographs to that side, for a CPU.
+    limit: take only that many images of each half, for smoke runs. size: shrink photographs to that side, for a CPU.
     Raises: FileNotFoundError, ValueError naming what was expected and found.
     """
     if str(name_or_path) != "digits":
@@ -124,7 +124,7 @@ def _read(path: Path) -> dict[str, np.ndarray[Any, Any]]:
 
 
 def _shrunk(images: Tensor, size: int) -> Tensor:
-    """uint8 images [N, C, S, S] → [N, C, size, size], each pixel the mean of those that it stands for"""
+    """uint8 images [N, C, S, S] → [N, C, size, size], each pixel the mean of those that it replaces"""
     side = images.shape[-1]
     if size < 1 or side % size:
         raise ValueError(f"expected a size that divides the images' side of {side}, found {size}")

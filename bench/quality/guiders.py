@@ -1,4 +1,4 @@
-"""Rules of guidance other than CFG that an adapter can distil: functions of a module, which agd_fast tells apart by their names.
+"""Rules of guidance other than CFG that an adapter can distil: functions at module level, which agd_fast identifies by name.
 
 ω is in the standard convention: both give ε(c) at ω = 1, which an adapter with identity_at_one assumes.
 """
@@ -23,13 +23,13 @@ def apg(uncond: Tensor, cond: Tensor, omega: Tensor) -> Tensor:
     uncond, cond: [B, C, ...]; omega: [B].
     """
     scale = (omega - 1).view(-1, *[1] * (cond.ndim - 1)).to(cond.dtype)
-    threshold = APG_THRESHOLD * math.sqrt(cond[0].numel())  # on the norm of a sample
+    threshold = APG_THRESHOLD * math.sqrt(cond[0].numel())  # for the norm of a sample
     return normalized_guidance(cond, uncond, scale, eta=0.0, norm_threshold=threshold, use_original_formulation=True)
 
 
 def cfg_zero_star(uncond: Tensor, cond: Tensor, omega: Tensor) -> Tensor:
-    """CFG-Zero* (arXiv 2503.18886): CFG from α·ε(∅), α = ⟨ε(c), ε(∅)⟩ / ‖ε(∅)‖² a sample. Its zeroed first step is left out,
-    for it depends on the step's number, which no rule of two predictions is told.
+    """CFG-Zero* (arXiv 2503.18886): CFG from α·ε(∅), α = ⟨ε(c), ε(∅)⟩ / ‖ε(∅)‖² per sample. Its zeroed first step is left
+    out: it depends on the step's number, which a rule of two predictions does not get.
 
     uncond, cond: [B, C, ...]; omega: [B].
     """

@@ -14,9 +14,9 @@ SOURCE = "https://github.com/toshas/torch-fidelity/releases (pt_inception-2015-1
 
 
 def load_inception(weights: Path, images: Tensor, device: torch.device | str = "cpu") -> Reference:
-    """`images` (real ones [N, C, H, W] in [−1, 1]) and the 2048 features that FID is measured in; one channel is taken thrice.
+    """`images` (real ones [N, C, H, W] in [−1, 1]) and the 2048 features that FID is measured in; one channel is repeated thrice.
 
-    Raises: FileNotFoundError without the weights; ModuleNotFoundError (torchmetrics') without the package torch-fidelity.
+    Raises: FileNotFoundError without the weights; ModuleNotFoundError (from torchmetrics) without the package torch-fidelity.
     """
     if not weights.is_file():
         raise FileNotFoundError(f"expected the weights of Inception, found no file {weights}; they are at {SOURCE}")

@@ -1,4 +1,4 @@
-"""The panels of a teacher: guidance explained and Fréchet distance of its arms."""
+"""The panels for a teacher: guidance explained and Fréchet distance of its arms."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ ARM_STYLES: list[dict[str, Any]] = [
     {"color": "#c8385a", "marker": "D"},
     {"color": "#1b9aaa", "marker": "P"},
 ]
-ARMS = len(ARM_STYLES) - 1  # most in a panel; the last style is for the curve against NFE
-LOWEST = -0.25  # explained below that is cut off: a failed arm must not flatten the others
+ARMS = len(ARM_STYLES) - 1  # most arms in a panel; the last style is for the curve against NFE
+LOWEST = -0.25  # lower values of explained are cut off: a failed arm must not flatten the others
 
 
 @dataclass

@@ -29,7 +29,7 @@ SOURCES = {
     "data": "noised data",
     "student": "guided, then its own (half of the steps each)",
 }
-HOISTABLE = {"modulation", "offset", FULL, TEXT}  # none of their own work sees x_t
+HOISTABLE = {"modulation", "offset", FULL, TEXT}  # the adapter's own computations do not depend on x_t
 GRID_COLUMNS = 10
 INTRODUCTION = """# How faithfully one pass reproduces classifier-free guidance
 
@@ -48,9 +48,9 @@ Do not read a Fréchet distance alone: an adapter that guides too weakly can hav
 
 
 def write_report(files: list[Path], output: Path) -> None:
-    """Write fidelity.md and, a merged file each, fidelity_NAME.png and fidelity_NAME_grid.png into `output`.
+    """Write fidelity.md and, for each merged file, fidelity_NAME.png and fidelity_NAME_grid.png into `output`.
 
-    NAME: that of the file; the images of the grid are in NAME_grid.safetensors beside it, if there are any.
+    NAME: the file's name; the images of the grid are in NAME_grid.safetensors beside it, if there are any.
     """
     sections = [section(Result(file), output) for file in sorted(files)]
     write_text(output / "fidelity.md", "\n".join([INTRODUCTION, *(sections or [f"{MISSING}\n"])]))
@@ -153,7 +153,7 @@ def _of(found: Iterable[Mapping[str, float]], name: str) -> list[float]:
 
 
 def states_text(result: Result) -> str:
-    """What arms were trained on, where they took as many trajectories."""
+    """What the arms were trained on, if all have the same number of trajectories."""
     trajectories, kept = ({group.arm[name] for group in result.groups} for name in ("trajectories", "keep"))
     if len(trajectories) != 1:
         return ""
@@ -199,7 +199,7 @@ def screening_table(result: Result) -> str:
 
 
 def calibrated_table(result: Result) -> str:
-    """Arms that were scored once more after a calibration."""
+    """Arms that were scored again after a calibration."""
     rows = []
     for group in result.chosen:
         both = group.where_calibrated(result.omega)
@@ -303,9 +303,9 @@ def claim_table(values: Mapping[str, float]) -> str:
 
 
 def panels_of(result: Result) -> Panels:
-    """The curves of the finalists, or of the best of the screening where no arm has seeds enough, and of the full fine-tune."""
+    """The curves of the finalists, or of the best arms of the screening if no arm has enough seeds, and of the full fine-tune."""
     screened = [group for group in result.chosen if group.arm["source"] == "trajectories" and group.arm["kind"] != FULL]
-    # of finalists that share a label, the learning rates of an arm, the best
+    # the best of the finalists that share a label: an arm with several learning rates
     finalists = {result.label(group): group for group in reversed(result.finalists)}
     pictured = (list(reversed(finalists.values())) or screened)[:ARMS]
     explaining = {result.label(group): group for group in pictured}
@@ -349,7 +349,7 @@ def save_samples(result: Result, output: Path) -> bool:
 
 
 def spread(values: Sequence[float], form: str = ".3f") -> str:
-    """Mean, ± standard deviation over seeds where there are several."""
+    """Mean, and ± standard deviation over seeds if there are several."""
     if not values:
         return MISSING
     deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""

@@ -24,9 +24,9 @@ MODEL_NAMES = {"dit": "DiT", "unet": "UNet"}
 
 @dataclass(frozen=True)
 class Bar:
-    """A limit and what one arm measures against it, a value a seed.
+    """A limit and one arm's values against it, one per seed.
 
-    side: of the limit, "min", "max", or "abs" where it holds for both signs.
+    side: of the limit, "min", "max", or "abs" for a limit on both signs.
     """
 
     name: str
@@ -75,7 +75,7 @@ class Group:
         return mean_curve([value(row) for row in self.rows])
 
     def where_calibrated(self, omega: str | None) -> tuple[Group, Group]:
-        """The rows that were drawn at this ω once calibrated too, as they measure without it and with it."""
+        """The rows that were also drawn at this ω after a calibration: as measured without it, and with it."""
         rows = [row for row in self.rows if omega in row.get("calibrated", {}).get("images", {})]
         return Group(self.arm, rows), Group({**self.arm, "calibrated": True}, [{**row, **row["calibrated"]} for row in rows])
 
@@ -85,7 +85,7 @@ def first_seed(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
 
 
 def mean_curve(curves: Sequence[Mapping[str, float]]) -> dict[float, float]:
-    """Point by point, over the curves that have the point."""
+    """The mean at each point, over the curves that have it."""
     points = sorted({x for curve in curves for x in curve}, key=float)
     return {float(x): statistics.mean(curve[x] for curve in curves if x in curve) for x in points}
 
@@ -129,9 +129,9 @@ def best_scale(references: Sequence[Mapping[str, Any]]) -> str | None:
 
 
 def beside_cfg(group: Group, references: Mapping[int, Mapping[str, Any]], omega: str | None, name: str) -> list[float]:
-    """A value a seed, against CFG's images from the same noise: Fréchet or FID ratio, accuracy difference, RMSE ratio.
+    """One value per seed, against CFG's images from the same noise: Fréchet or FID ratio, accuracy difference, RMSE ratio.
 
-    The RMSE is to CFG, beside that of unguided. Without a value where it was not measured.
+    The RMSE ratio is the arm's RMSE to CFG over that of unguided. Seeds without the measurement have no value.
     """
     values = []
     for row in group.rows:
@@ -151,7 +151,7 @@ def beside_cfg(group: Group, references: Mapping[int, Mapping[str, Any]], omega:
 
 
 def minus_full(group: Group, full: Group | None) -> list[float]:
-    """Explained, less that of the full fine-tune of the same seed, or of its mean where it has not that seed."""
+    """Explained minus that of the full fine-tune with the same seed, or minus its mean if it lacks that seed."""
     if full is None or not full.rows:
         return []
     ceiling = {row["arm"]["seed"]: row["explained"]["guided"]["mean"] for row in full.rows}
@@ -199,14 +199,14 @@ class Result:
         return f"{teacher['data']}, {MODEL_NAMES[teacher['model']]}"
 
     def full(self, steps: int) -> Group | None:
-        """The ceiling of as many steps of training."""
+        """The full fine-tune with this number of training steps, if any."""
         return next((group for group in self.chosen if group.arm["kind"] == FULL and group.arm["steps"] == steps), None)
 
     def beside_cfg(self, group: Group, name: str) -> list[float]:
         return beside_cfg(group, self.references, self.omega, name)
 
     def label(self, group: Group) -> str:
-        """Kind and what sets it apart; steps and states only where arms differ in them."""
+        """Kind and what sets the arm apart; steps and states only if arms differ in them."""
         arm = group.arm
         parts = [{FULL: "full fine-tune", "zero": "zero adapter"}.get(arm["kind"], arm["kind"].replace("_", " "))]
         parts += ["paper form"] if arm["form"] == "paper" else []

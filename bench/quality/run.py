@@ -1,4 +1,4 @@
-"""Train every arm, score it, and keep one JSON a run: what is there already is not done again."""
+"""Train and score every arm, and keep one JSON per run: finished runs are not repeated."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ def run_arms(
     scales: tuple[float, ...] = SCALES,
     minutes: float | None = None,
 ) -> Path:
-    """Run what is missing and merge all of the folder; returns the merged file, `output`.json.
+    """Run the missing arms and merge the whole folder; returns the merged file, `output`.json.
 
-    An arm that cannot be as small as its fraction is said and left out.
+    An arm that cannot be as small as its fraction is reported and skipped.
 
-    scales: ω of the images. minutes: start no further run after that long; the same call goes on.
+    scales: ω of the images. minutes: start no further run after that long; the same call then continues.
     Raises: ValueError when the folder holds runs of other sizes.
     """
     require_sizes(output, sizes)
@@ -76,7 +76,7 @@ def run_arms(
 
 
 def require_sizes(output: Path, sizes: Sizes) -> None:
-    """What is there is not measured again, so that a folder is of one size. Raises: ValueError when it is of another."""
+    """Runs are not repeated, so a folder must have one set of sizes. Raises: ValueError when it has others."""
     path = output / SIZES_NAME
     if path.is_file() and (found := differences(asdict(sizes), read_json(path))):
         raise ValueError(f"{output} holds runs of other sizes ({found}); expected another --output")
@@ -91,7 +91,7 @@ def run_arm(
     sizes: Sizes,
     scales: tuple[float, ...],
 ) -> dict[str, Any]:
-    """Train one student and score it; the row of the result file."""
+    """Train one student and score it; returns its row of the result file."""
     start = time.perf_counter()
     student, parameters, owner = train_student(bench, arm, output)
     trained = time.perf_counter()
@@ -133,7 +133,7 @@ def calibrated(
 
 
 def train_student(bench: BenchTeacher, arm: Arm, output: Path) -> tuple[Student, int, Teacher | None]:
-    """A student that is trained as the arm says, its number of parameters, and whose adapter predicts, where one does."""
+    """A student trained as the arm says, its number of parameters, and the teacher whose adapter predicts, if one does."""
     config = TrainConfig(steps=arm.steps, learning_rate=arm.learning_rate, weighting=arm.weighting, seed=arm.seed)
     if arm.kind == FULL:
         owner, parameters = full_finetune(bench.teacher, _states(bench, arm, "trajectories", output), config)
@@ -183,7 +183,7 @@ def _states(bench: BenchTeacher, arm: Arm, source: str, output: Path) -> Traject
 def references(
     bench: BenchTeacher, seed: int, output: Path, sizes: Sizes, scales: tuple[float, ...] = SCALES
 ) -> dict[str, Tensor]:
-    """Images without guidance and of CFG at every scale, from the noise of a seed; each drawn and measured once."""
+    """Images without guidance and of CFG at every scale, from the noise of a seed; drawn and measured only once."""
     file = reference_file(output, seed)
     if file.with_suffix(".json").is_file():
         images, row = dict(read_tensors(file)[0]), read_json(file.with_suffix(".json"))
@@ -206,7 +206,7 @@ def reference_file(output: Path, seed: int) -> Path:
 
 
 def merge(bench: BenchTeacher, output: Path, sizes: Sizes) -> Path:
-    """All runs of a folder in one file beside it."""
+    """Merges all runs of a folder into one file beside it."""
     rows = {path.stem: read_json(path) for path in sorted(output.glob("*.json"))}
     of_reference = [row for name, row in rows.items() if name.startswith("reference-")]
     merged = {

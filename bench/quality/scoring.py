@@ -17,13 +17,13 @@ from quality.data import to_pixels
 from quality.teachers import BenchTeacher
 
 BATCH = 250
-STATES_SEED = 10_000  # of the states that all students are scored on
-CALIBRATION_SEED = 20_000  # of those that adapters are calibrated on
+STATES_SEED = 10_000  # for the states that all students are scored on
+CALIBRATION_SEED = 20_000  # for the states that adapters are calibrated on
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is drawn: images an arm and scale, trajectories for the explained share, steps of the schedule."""
+    """Sizes of the measurements: images per arm and scale, trajectories for the explained share, steps of the schedule."""
 
     samples: int = 2000
     trajectories: int = 100
@@ -62,9 +62,9 @@ def real_images(bench: BenchTeacher, count: int | None = None) -> tuple[Tensor, 
 
 
 def draw(bench: BenchTeacher, predict: Student, omega: float, seed: int, sizes: Sizes, scheduler: Any = None) -> Tensor:
-    """Images [N, C, H, W] on the CPU, the classes in turn; the same noise for the same seed."""
+    """Images [N, C, H, W] on the CPU, cycling through the classes; the same noise for the same seed."""
     teacher = bench.teacher
-    generator = torch.Generator().manual_seed(seed)  # of the steps' noise too, where a scheduler draws any
+    generator = torch.Generator().manual_seed(seed)  # also for the steps' noise, if the scheduler draws any
     noise = torch.randn(sizes.samples, *teacher.sample_shape, generator=generator)
     rows = image_rows(bench, sizes.samples)
     images = []

@@ -1,4 +1,4 @@
-"""Students that are no adapters: the ceiling, where every weight of the base is trained, and a moved text embedding."""
+"""Students that are not adapters: the ceiling, where every weight of the base is trained, and a changed text embedding."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from agd_fast.evaluation.explained import Student
 from agd_fast.freezing import frozen
 from agd_fast.trajectories import Trajectories
 
-ADAPTER_RATE = 2e-2  # of the modulation that tells a fully trained base its ω
+ADAPTER_RATE = 2e-2  # for the modulation that tells a fully trained base its ω
 GUIDANCE_RANGE = (1.0, 6.0)
 
 
@@ -88,7 +88,7 @@ def text_embedding(teacher: Teacher, states: Trajectories, config: TrainConfig, 
 def _train(
     student: Student, groups: list[dict[str, Any]], states: Trajectories, config: TrainConfig, device: torch.device, name: str
 ) -> None:
-    """As agd_fast.distill trains an adapter: the same states in the same order, the same loss and schedule."""
+    """Trains as agd_fast.distill trains an adapter: the same states in the same order, the same loss and schedule."""
     optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
     schedule = get_cosine_schedule_with_warmup(optimizer, int(config.warmup * config.steps), config.steps)
     parameters = [parameter for group in groups for parameter in group["params"]]

@@ -1,4 +1,4 @@
-"""Small teachers of real images, made by the bench: by class number (DiT) or by caption (UNet)."""
+"""Small teachers of real images, trained by the bench: conditioned on class numbers (DiT) or captions (UNet)."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ RECIPES: dict[tuple[str, int], Recipe] = {
         label_noise=0.2,
         bf16=False,
     ),
-    # photographs shrunk for a CPU: it took 95 minutes of two cores with bf16, which did other work too
+    # photographs shrunk for a CPU: training took 95 minutes on two cores with bf16, shared with other work
     ("unet", 16): Recipe(
         config={
             **_UNET,
@@ -113,7 +113,7 @@ def make_scheduler() -> DDIMScheduler:
 
 
 def build(model: str, data: ImageData, recipe: Recipe) -> tuple[nn.Module, ClassLabels | CaptionEncoder]:
-    """A denoiser of the data's shape and what turns classes into its conditions, freshly initialised."""
+    """A freshly initialised denoiser of the data's shape, and the module that turns classes into its conditions."""
     torch.manual_seed(recipe.seed)
     channels, size, _ = data.shape
     if model == "dit":
@@ -126,12 +126,12 @@ def build(model: str, data: ImageData, recipe: Recipe) -> tuple[nn.Module, Class
 
 @dataclass(frozen=True)
 class BenchTeacher:
-    """A teacher and what it takes to distil it and to measure that.
+    """A teacher, and what distilling it and measuring the result need.
 
     table: the conditions to distil, batch first; row_labels: their classes.
-    held_out: both of the template that is kept from distillation; None without captions.
+    held_out: both for the template that is kept from distillation; None without captions.
     data, reference, floor (Fréchet distance of two sets of real images): None when the data were not given.
-    record: what teacher.json says. inception, inception_floor: as reference and floor, where the weights were given.
+    record: what teacher.json says. inception, inception_floor: like reference and floor, if Inception's weights were given.
     """
 
     teacher: Teacher
@@ -149,7 +149,7 @@ class BenchTeacher:
 def save_teacher(
     directory: Path, denoiser: Any, scheduler: DDIMScheduler, tables: Mapping[str, Tensor], record: Mapping[str, Any]
 ) -> None:
-    """A diffusers denoiser and all else in float16; teacher.json comes last and says that the rest is there."""
+    """Saves a diffusers denoiser and everything else in float16; teacher.json is written last and marks the rest as complete."""
     with tempfile.TemporaryDirectory() as name:
         denoiser.half().save_pretrained(name)
         scheduler.save_pretrained(name)
@@ -170,7 +170,7 @@ def load_teacher(
     """A finished teacher, in float32.
 
     data: what it was trained on; the digits need not be given. inception: file of its weights, to measure in its features too.
-    Raises: FileNotFoundError when the teacher is not finished, ValueError when the data are others.
+    Raises: FileNotFoundError when the teacher is not finished, ValueError for other data than its own.
     """
     directory = Path(directory)
     if not (directory / TEACHER_NAME).is_file():
@@ -223,11 +223,11 @@ def make_teacher(
     smoke: bool = False,
     device: torch.device | str | None = None,
 ) -> Path:
-    """Train a teacher, and the classifier of its data if there is none, into a folder; one that is finished stays as it is.
+    """Train a teacher, and the classifier of its data if there is none, into a folder; a finished teacher is left as it is.
 
-    minutes, steps: in place of the recipe's. limit: images of each half of the data.
+    minutes, steps: override the recipe's. limit: images of each half of the data.
     size: shrink photographs to that side.
-    smoke: a tiny denoiser for a few steps, to see that all runs. device: None takes the GPU where there is one.
+    smoke: a tiny denoiser for a few steps, to see that everything runs. device: None takes the GPU where there is one.
     Raises: ValueError when no recipe fits the data.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))

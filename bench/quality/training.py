@@ -1,4 +1,4 @@
-"""Training a teacher within a time: bf16 where it is fast, resumable, the EMA of the weights kept."""
+"""Trains a teacher within a time limit: bf16 where it is fast, resumable, keeping the EMA of the weights."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from agd_fast.files import fingerprint
 from quality.data import ImageData, mirror_at_random, to_pixels
 
 SAVE_EVERY = 60.0  # seconds between checkpoints
-SHOW_EVERY = 20  # steps between readings of the loss, each of which waits for the device
+SHOW_EVERY = 20  # steps between readings of the loss: each one waits for the device
 
 
 @dataclass(frozen=True)
 class Recipe:
     """A denoiser's config and how it is trained: to `steps` or for `minutes`, whichever comes first.
 
-    decay: the share of the run, at its end, over which the learning rate falls to zero.
+    decay: the last share of the run, over which the learning rate falls to zero.
     label_noise: share of labels replaced by random ones, as wrong captions are in web-scale data.
     bf16: autocast where the device has fast bf16.
     """
@@ -48,7 +48,7 @@ class Recipe:
 
 
 class Clock:
-    """Seconds spent on a run, over all its sittings, and the share of the run that is done."""
+    """Seconds spent on a run, over all its resumptions, and the share of the run that is done."""
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
@@ -88,8 +88,8 @@ def train_denoiser(
 ) -> dict[str, Any]:
     """Train both modules in place to the EMA of their weights; returns steps, seconds and the mean of the last losses.
 
-    conditioner: classes [B], dropped [B] → the denoiser's arguments. checkpoint: written every minute, continued from if there.
-    Both stay in eval mode: `.train()` would drop a DiT's labels a block.
+    conditioner: classes [B], dropped [B] → the denoiser's arguments. checkpoint: written every minute, resumed from if it exists.
+    Both stay in eval mode: in train mode each block of a DiT would drop labels on its own.
     """
     device = torch.device(device)
     modules = nn.ModuleDict({"denoiser": denoiser, "conditioner": conditioner}).eval().to(device)

@@ -1,4 +1,4 @@
-"""Copies of a teacher trained further on changed images: what an adapter meets when it is moved."""
+"""Copies of a teacher trained further on changed images: the bases that an adapter meets when it is moved."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def faded(images: Tensor) -> Tensor:
 
 
 class TableConditions(nn.Module):
-    """What the distilled table says of classes, in the place of the conditioner that the base was trained with."""
+    """The conditions of classes in the distilled table, in place of the conditioner that the base was trained with."""
 
     def __init__(self, bench: BenchTeacher) -> None:
         super().__init__()
         self.bench, self.classes = bench, int(bench.row_labels.max()) + 1
 
     def forward(self, labels: Tensor, dropped: Tensor) -> dict[str, Tensor]:
-        """Classes [B] and which are to be unknown [B] → the denoiser's arguments; captions in a template drawn at random."""
+        """Classes [B] and which of them to drop [B] → the denoiser's arguments; captions in a random template."""
         templates = torch.randint(len(self.bench.row_labels) // self.classes, labels.shape, device=labels.device)
         rows = (labels + self.classes * templates).cpu()  # the table is made template by template
         found = {name: value[rows].to(labels.device) for name, value in self.bench.table.items()}
@@ -58,7 +58,7 @@ class LowRank(nn.Module):
 
 
 def tuned_teacher(bench: BenchTeacher, file: Path, shift: Shift, steps: int, rank: int | None = None) -> Teacher:
-    """A copy of the teacher trained on shifted images, all of it or by a LoRA that is merged; its weights are kept in `file`."""
+    """A copy of the teacher trained on shifted images, in full or by a LoRA that is merged; its weights are kept in `file`."""
     assert bench.data is not None
     teacher = bench.teacher
     data = replace(bench.data, images=shift(to_pixels(bench.data.images)))

@@ -1,1 +1,1 @@
-"""A session on a GPU that ends at a fixed time: which tasks there are, in which order, how they run, what of them is kept."""
+"""A session on a GPU that ends at a fixed time: its tasks, their order, how they run, and what is kept of them."""

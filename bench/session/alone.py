@@ -1,4 +1,4 @@
-"""A command that takes times from its beginning to its end: all others of the session are stopped meanwhile.
+"""Runs a command that takes times from beginning to end: all others of the session are stopped meanwhile.
 
 python -m session.alone LOCK COMMAND...    # in bench/
 """

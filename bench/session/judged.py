@@ -1,4 +1,4 @@
-"""A check that says by its exit code whether it is red, and what becomes of it as JSON.
+"""Runs a check whose exit code says whether it is red, and writes the result as JSON.
 
 python -m session.judged --json checks.json -- packing_kernels.py --check-only    # in bench/
 python -m session.judged --json checks.json --sanitizer -- -m speed.kernel_checks --odd
@@ -25,14 +25,14 @@ CUDA = [os.path.join(home, "bin") for home in (os.environ.get("CUDA_HOME"), "/us
 
 
 def judge(command: Sequence[str]) -> Row:
-    """command: of Python."""
+    """command: the arguments of Python."""
     done = subprocess.run([sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     return {"checked": list(command), "ok": done.returncode == 0, "end": done.stdout[-2000:]}
 
 
 def sanitize(command: Sequence[str], tool: str) -> Row:
-    """What compute-sanitizer says of accesses outside of what was allocated. Red, too, where it ends without a summary."""
-    own = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # or tensors would be parts of larger allocations
+    """What compute-sanitizer reports of accesses outside of allocated memory. Also red if it ends without a summary."""
+    own = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # otherwise tensors would be parts of larger allocations
     whole = [tool, "--tool", "memcheck", "--error-exitcode", "1", sys.executable, *command]
     done = subprocess.run(whole, env=own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     summary = re.findall(r"ERROR SUMMARY: .*", done.stdout)

@@ -1,4 +1,4 @@
-"""What tasks have written: what is whole, what is green, what counts; and all of it as one tar."""
+"""What tasks have written: what is complete, what is green, what counts; and all of it as one tar."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ DTYPES = ("_bfloat16", "_float16", "_float32")
 
 
 class Results:
-    """JSON by the names of tasks. output: folder that is written to. earlier: one of what was measured before."""
+    """JSON files by task name. output: the folder that is written to. earlier: the folder of earlier measurements."""
 
     def __init__(self, output: Path, earlier: Path) -> None:
         self.output, self.earlier = output, earlier
 
     def whole(self, name: str) -> Content | None:
-        """What a task wrote that needs not run again."""
+        """What a task wrote, if it need not run again."""
         found = self._read(name)
         return found if found is not None and found.get("complete", not found.get("red")) else None
 
     def green(self, name: str) -> bool:
-        """Whether a check was made to its end, and nothing is wrong."""
+        """Whether a check has finished and found nothing wrong."""
         found = self.whole(name)
         return found is not None and not wrong(found)
 
     def place(self, name: str, needs: Sequence[str]) -> Path:
-        """Where a task is to write: among what counts for nothing yet, unless all that it needs is green. What is there of
-        it is there."""
+        """The file that a task is to write: in `unchecked/`, unless all that it needs is green. It begins as a copy of
+        earlier results, if there are any."""
         path = self.output / f"{name}.json"
         if not all(map(self.green, needs)):
             path = self._unchecked(name)
@@ -48,36 +48,36 @@ class Results:
         return path
 
     def bring(self, name: str) -> None:
-        """A folder that a task goes on with, where only an earlier session has it."""
+        """Copies the folder that a task continues with, if only an earlier session has it."""
         if not (self.output / name).exists() and (self.earlier / name).exists():
             shutil.copytree(self.earlier / name, self.output / name)
 
     def waits(self, name: str) -> bool:
-        """Whether all of it is there, but for what it needs."""
+        """Whether its result is complete and waits only for the checks that it needs."""
         path = self._unchecked(name)
         return path.exists() and bool(read_json(path).get("complete", True))
 
     def publish(self, name: str, needs: Sequence[str]) -> None:
-        """What was written before its checks were green counts from when they are."""
+        """Moves a result out of `unchecked/` once its checks are green: it counts from then on."""
         if all(map(self.green, needs)):
             folder = (self.output / name).parent
             folder.mkdir(parents=True, exist_ok=True)
             for file in self._unchecked(name).parent.glob(f"{Path(name).name}.*"):
-                if not file.name.endswith(PARTIAL):  # which its task, that may still run, is about to rename
+                if not file.name.endswith(PARTIAL):  # a task that still runs is about to rename it
                     file.replace(folder / file.name)
 
     def red(self) -> dict[str, Content]:
-        """By name, the first thing that is wrong."""
+        """The first wrong row of each check, by name."""
         names = {path.relative_to(folder).with_suffix("").as_posix() for folder in self._folders for path in _judging(folder)}
         found = {name: wrong(content) for name in sorted(names) if (content := self._read(name))}
         return {name: rows[0] for name, rows in found.items() if rows}
 
     def pack(self, tar: Path) -> None:
-        """All of the output in one file, but for checkpoints."""
+        """All of the output in one file, except for checkpoints."""
         with replacing(tar) as partial, tarfile.open(partial, "w:gz", compresslevel=1) as file:
             for path in sorted(self.output.rglob("*")):
                 if path.is_file() and not path.name.endswith(PARTIAL) and path.name not in (CHECKPOINT_NAME, "lock"):
-                    with suppress(FileNotFoundError):  # its task goes on writing
+                    with suppress(FileNotFoundError):  # its task is still writing
                         content = path.read_bytes()
                         entry = tarfile.TarInfo(path.relative_to(self.output).as_posix())
                         entry.size, entry.mtime = len(content), int(time.time())
@@ -99,7 +99,7 @@ class Results:
 
 
 def wrong(content: Content) -> list[Content]:
-    """What is not ok, of a check's rows."""
+    """The rows of a check that are not ok."""
     return [*content.get("red", ()), *(row for row in content.get("rows", ()) if not row.get("ok", True))]
 
 
@@ -109,7 +109,7 @@ def _judging(folder: Path) -> Iterator[Path]:
 
 
 def _spellings(name: str) -> Iterator[str]:
-    """Of kernels, earlier sessions checked all dtypes at once."""
+    """The name, and for kernels the older one: earlier sessions checked all dtypes at once."""
     yield name
     if name.startswith("checks/kernel_") and (ending := next((one for one in DTYPES if name.endswith(one)), "")):
         yield name.removesuffix(ending)

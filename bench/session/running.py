@@ -1,4 +1,4 @@
-"""Tasks in their order, many at a time, until the session's end."""
+"""Runs tasks in order, many at a time, until the session's end."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ BENCH = Path(__file__).parents[1]
 TICK, PACK_EVERY = 0.2, 15.0  # seconds
 PATIENCE = 60.0  # seconds that the slowest model's times take
 LAST_ROW = 45.0  # seconds that a row of distill_memory.py takes
-THREADS = {"OMP_NUM_THREADS": "2", "TORCHINDUCTOR_COMPILE_THREADS": "2"}  # of each of many processes
+THREADS = {"OMP_NUM_THREADS": "2", "TORCHINDUCTOR_COMPILE_THREADS": "2"}  # for each of many processes
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Running:
 
 
 class Session:
-    """stages: of tasks; what is there of them is left alone. deadline: of `time.monotonic`; what still runs then is killed.
+    """stages: lists of tasks; finished ones are not run again. deadline: by `time.monotonic`; what still runs then is killed.
     jobs: processes at the same time. tar: file that holds all results, from the beginning on and after every task."""
 
     def __init__(self, stages: Sequence[Stage], results: Results, deadline: float, jobs: int, tar: Path | None = None) -> None:
@@ -49,7 +49,7 @@ class Session:
         self.waiting = [(number, task) for number, task in self.tasks if not self._is_done(task)]
 
     def run(self) -> None:
-        """Raises: whatever ends it; no process of a task outlives it, and the tar is written."""
+        """Runs the tasks. Whatever exception ends it, no process of a task outlives it, and the tar is written."""
         self.results.output.mkdir(parents=True, exist_ok=True)
         self._publish()
         packed = -math.inf
@@ -75,7 +75,7 @@ class Session:
         return self.results.whole(task.name) is not None or self.results.waits(task.name)
 
     def _begin(self) -> None:
-        """What has its turn, unless times are being taken. What stood still for someone who was killed goes on."""
+        """Starts the tasks whose turn it is, unless times are being taken. Continues processes that a killed task had stopped."""
         with self.lock.open("a+") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -129,13 +129,13 @@ class Session:
         return [one.process.pid for one in self.running]
 
     def _end(self) -> bool:
-        """Take note of what has ended; whether anything has."""
+        """Record the tasks that have ended; returns whether any has."""
         ended = [one for one in self.running if one.process.poll() is not None]
         for one in ended:
             self.running.remove(one)
-            signal_groups([one.process.pid], signal.SIGKILL)  # what it may have left behind
+            signal_groups([one.process.pid], signal.SIGKILL)  # processes that it may have left behind
             code = one.process.returncode
-            if code and not (one.task.is_check and self.results.whole(one.task.name)):  # a check that is red has done its work
+            if code and not (one.task.is_check and self.results.whole(one.task.name)):  # a red check has done its work
                 self.failed.append(one.task.name)
             self._say(one, "done" if not code else f"failed ({code})")
         if ended:
@@ -156,7 +156,7 @@ class Session:
 
 
 def _cache() -> Path:
-    """Of what inductor compiles, a folder a task: who is stopped may hold a lock in its own."""
+    """Folder of inductor's caches, one per task: a stopped process may hold a lock in its own."""
     return Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or Path(tempfile.gettempdir()) / "agd_fast_inductor")
 
 
@@ -167,6 +167,6 @@ def _filled(part: str, values: Mapping[str, Any]) -> str:
 
 
 def _apart(niceness: int) -> None:
-    """In a process that begins: a group of its own, so that it can be stopped and ended with all that it starts."""
+    """Run at the start of a process: gives it its own group, so that it can be stopped and ended with all that it starts."""
     os.setpgrp()
     os.nice(niceness)

@@ -15,13 +15,13 @@ from speed.engine_checks import FAMILIES, SETTINGS
 RESULTS = Path(__file__).parents[1] / "results"
 COUNTS = sorted(map(str, RESULTS.glob("nfe_speed_meta*.json")))
 SHORT = ("--steps", "30", "--eager-steps", "8", "--rounds", "6")
-SHORTER = {  # where a step takes a card long, or a host that is not rid of its work
+SHORTER = {  # where a step takes long on the card, or on a host that is not relieved of its work
     ("sdxl-1024", 1): ("--steps", "30", "--eager-steps", "4", "--rounds", "6"),
     ("sdxl-1024", 4): ("--steps", "10", "--eager-steps", "3", "--rounds", "4"),
     ("sdxl-1024", 16): ("--steps", "6", "--eager-steps", "2", "--rounds", "3"),
 }
 NFE = ("unguided", "cfg", "agd", "cfg_compiled", "unguided_engine", "agd_engine")
-AT_ONE = ("agd_naive", "cfg_engine")  # at batch 1 alone
+AT_ONE = ("agd_naive", "cfg_engine")  # only at batch 1
 CHOSEN = ("unguided", "agd", "unguided_engine", "agd_engine")
 MODELS = {  # family of the tiny denoiser that the engine is checked on
     "sdxl-1024": "sdxl",
@@ -36,7 +36,7 @@ FIRST = (("sdxl-1024", 1), ("sdxl-1024", 16), ("dit-xl2-256", 1))
 SECOND = (("dit-xl2-256", 16), ("dit-xl2-256", 4), ("sdxl-1024", 4))
 LAST = tuple((model, 1) for model in MODELS if model not in ("sdxl-1024", "dit-xl2-256"))
 OURS = ("recompute", "blocks", "4bit", "8bit", "exact")
-MEMORY = {  # of distilling SDXL at 1024²
+MEMORY = {  # options for distilling SDXL at 1024²
     "cap8": ("--cap", "8GiB", "--modes", *OURS),
     "int8_cap6": ("--cap", "6GiB", "--base", "int8", "--modes", *OURS[:2]),
     "whole_cap8": ("--cap", "8GiB", "--whole", "--modes", "blocks"),
@@ -55,13 +55,13 @@ PACKING, GRAPHED = "checks/packing", "checks/graphed_passes"
 
 @dataclass(frozen=True)
 class Task:
-    """A command of Python that writes the JSON at its name. {json}, {lock}, {output}, {minutes} and {patience} stand for its
+    """A Python command that writes the JSON at its name. {json}, {lock}, {output}, {minutes} and {patience} stand for its
     file, the session's lock and folder, the minutes that are left, and the seconds after which none are left for taking times.
 
-    needs: names of checks. While they are not all green, what it writes counts for nothing.
+    needs: names of checks. Until they are all green, what it writes does not count.
     times: whether it takes times, for which it stops all others (see `speed.hardware.quiet`).
-    processes: that it keeps busy at the same time. least: seconds in which it can't be done, as far as earlier sessions tell.
-    settings: of its environment.
+    processes: how many it keeps busy at the same time. least: with fewer seconds left it is not started, by experience.
+    settings: environment variables.
     """
 
     name: str
@@ -77,7 +77,7 @@ class Task:
         return self.name.startswith("checks/")
 
 
-Stage = list[Task]  # whose times are taken before those of the next one
+Stage = list[Task]  # its times are taken before those of the next stage
 
 
 def all_stages() -> list[Stage]:
@@ -99,7 +99,7 @@ def all_stages() -> list[Stage]:
 def photographs(data: Path) -> list[Stage]:
     """A session of its own: a teacher is trained by the clock, so that nothing may run beside it."""
     command = ["fidelity.py", "photographs", "--data", str(data.resolve()), "--output", "{output}/photographs"]
-    command += ["--minutes", "{minutes}", "--teacher-minutes", "6"]  # which is in time, with all before and after it
+    command += ["--minutes", "{minutes}", "--teacher-minutes", "6"]  # in time, with everything before and after it
     return [[Task("photographs", command, settings={"OMP_NUM_THREADS": "8"})]]
 
 
@@ -110,7 +110,7 @@ def of_engine(family: str) -> Task:
 
 
 def of_kernel(op: str) -> list[Task]:
-    """One a dtype, the longest first."""
+    """One task per dtype, the longest first."""
     own = ["-m", "speed.kernel_checks", "--op", op, "--json", "{json}", "--dtype"]
     return [Task(f"checks/kernel_{op}_{dtype}", [*own, dtype]) for dtype in reversed(DTYPES)]
 
@@ -121,11 +121,11 @@ def kernel_speed(op: str) -> Task:
 
 
 def speed(model: str, batch: int) -> Task:
-    """Without our kernels: whether they win can only be measured on a card that is otherwise idle."""
+    """Speed without our kernels: whether they win can only be measured on an otherwise idle card."""
     arms = [*NFE, *(AT_ONE if batch == 1 else ())]
     command = [*nfe(model, batch), *arms, "--lock", "{lock}"]
     processes = sum(ARMS[arm].compiled for arm in arms) + 1
-    if model == "qwen-image":  # no card holds it four times
+    if model == "qwen-image":  # no card can hold it four times
         processes = 1
     else:
         command += ["--processes", "--patience", "{patience}"]
@@ -135,7 +135,7 @@ def speed(model: str, batch: int) -> Task:
 
 
 def chosen_kernels(model: str) -> Task:
-    """With those that win here, measured in the run."""
+    """Speed with the kernels that win here, as measured in the run."""
     needs = [engine_of(model), *(task.name for op in sorted(OPS) for task in of_kernel(op))]
     own = {"AGD_FAST_KERNELS": "auto", "TORCHINDUCTOR_COMPILE_THREADS": "8"}
     return Task(f"nfe_speed_kernels/{model}_1", alone(*nfe(model, 1), *CHOSEN), needs, True, least=90, settings=own)
@@ -163,9 +163,9 @@ def engine_of(model: str) -> str:
 
 
 def memory(name: str, adapter: str = "default") -> Task:
-    """The optimizer's step is taken after 8 images, not 32, where only one at a time fits; its share in a time is then larger."""
+    """Where only one image at a time fits, the optimizer steps after 8 images, not 32; its share of a time is then larger."""
     needs = [PACKING, *([GRAPHED] if "--graphed" in MEMORY[name] else [])]
-    times = "--whole" not in MEMORY[name]  # of which only what it takes of the card counts
+    times = "--whole" not in MEMORY[name]  # for --whole, only its use of the card counts
     own = [
         "distill_memory.py",
         "--model",
@@ -189,7 +189,7 @@ def packing_check() -> Task:
 
 
 def sanitizer() -> list[Task]:
-    """Every kernel at small shapes: accesses outside of what was allocated."""
+    """Checks every kernel at small shapes for accesses outside of allocated memory."""
     checked = {"packing": ("packing_kernels.py", "--check-only"), "kernels": ("-m", "speed.kernel_checks", "--odd")}
     return [Task(f"checks/sanitizer_{name}", judged("--sanitizer", "--", *command)) for name, command in checked.items()]
 
@@ -199,6 +199,6 @@ def judged(*command: str) -> list[str]:
 
 
 def alone(*command: str) -> list[str]:
-    """A command that takes times from its beginning to its end."""
+    """A command that takes times from beginning to end."""
     own = command if "--json" in command else (*command, "--json", "{json}")
     return ["-m", "session.alone", "{lock}", sys.executable, *own]

@@ -1,1 +1,1 @@
-"""What a step of sampling costs: architectures with random weights, arms, counts, times and how they are shown."""
+"""What a sampling step costs: architectures with random weights, arms, counts, times and reports."""

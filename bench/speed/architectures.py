@@ -1,4 +1,4 @@
-"""Denoisers of public models, by their configs, with random weights: nothing is downloaded.
+"""Denoisers of public models, built from their configs with random weights: nothing is downloaded.
 
 Sources: the config.json of each model's denoiser on the Hugging Face Hub, and what its pipeline calls it with.
 """
@@ -21,10 +21,10 @@ Shape = tuple[int, ...]
 class Architecture:
     """One denoiser at one size of image or video.
 
-    cls: of diffusers. config: its arguments. parameters: how many it has. sample: shape of x_t without the batch.
-    conditions: shapes of the conditioning arguments without the batch, by (dotted) name. masks: the same of masks, all ones.
-    labels: number of classes, the null label left out; 0 where there are none.
-    constants: further arguments, of a batch of that size. scheduler: class and config; its timesteps are divided by `time_unit`.
+    cls: of diffusers. config: its arguments. parameters: their number in all. sample: shape of x_t without the batch.
+    conditions: shapes of the conditioning arguments without the batch, by (dotted) name. masks: the same for masks, all ones.
+    labels: number of classes without the null label; 0 where there are none.
+    constants: further arguments, for a batch of that size. scheduler: class and config; its timesteps are divided by `time_unit`.
     guided: leading channels that guidance acts on, None for all.
     reference_hidden: width of the reference's adapters, as its code sets it for this kind of denoiser.
     """
@@ -43,14 +43,14 @@ class Architecture:
     reference_hidden: int = 320
 
     def timesteps(self, steps: int) -> Tensor:
-        """Those of the scheduler [T], on the CPU."""
+        """The scheduler's timesteps [T], on the CPU."""
         name, config = self.scheduler
         scheduler = getattr(diffusers, name)(**config)
         scheduler.set_timesteps(steps)
         return scheduler.timesteps
 
     def inputs(self, batch: int, device: torch.device, dtype: torch.dtype, seed: int) -> dict[str, Tensor]:
-        """Conditions by (dotted) name, batch first: random, and the null label for the seed 0."""
+        """Conditions by (dotted) name, batch first: random, except that labels are the null label for seed 0."""
         random = torch.Generator(device="cpu").manual_seed(seed)
         found = {name: torch.randn(batch, *shape, generator=random).to(device, dtype) for name, shape in self.conditions.items()}
         found |= {name: torch.ones(batch, *shape, dtype=torch.long, device=device) for name, shape in self.masks.items()}
@@ -61,14 +61,14 @@ class Architecture:
 
 
 def build(architecture: Architecture, device: torch.device, dtype: torch.dtype, seed: int = 0) -> nn.Module:
-    """The denoiser in eval mode, in the dtypes that from_pretrained(torch_dtype=dtype) gives it. As after that its parameters
-    require gradients, which decides how torch folds a linear on strided tokens.
+    """The denoiser in eval mode, in the dtypes that from_pretrained(torch_dtype=dtype) gives it. As with from_pretrained, its
+    parameters require gradients, which decides how torch folds a linear on strided tokens.
 
-    On the meta device its weights have no values; elsewhere they are random, each at a scale that keeps its layer's.
+    On the meta device its weights have no values; elsewhere they are random, scaled so that a layer keeps its input's scale.
     """
     cls = getattr(diffusers, architecture.cls)
     default = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)  # as from_pretrained does: buffers that are made in it are in it
+    torch.set_default_dtype(dtype)  # as from_pretrained does: buffers are made in this dtype
     try:
         with init_empty_weights(include_buffers=False):
             denoiser: nn.Module = cls(**architecture.config)
@@ -254,7 +254,7 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 
 def find_architecture(name: str) -> Architecture:
-    """Raises: ValueError that lists those that exist."""
+    """Raises: ValueError that lists the known names."""
     if name not in ARCHITECTURES:
         raise ValueError(f"expected a model of {', '.join(ARCHITECTURES)}; found {name!r}")
     return ARCHITECTURES[name]

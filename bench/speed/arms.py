@@ -1,4 +1,4 @@
-"""The ways to make one step of sampling that are compared, on a denoiser that is called in a bare loop."""
+"""The compared ways to make one sampling step, on a denoiser that is called in a bare loop."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from speed.architectures import Architecture, build
 from speed.counting import Counts, counting
 from speed.reference import ReferenceAdapters
 
-UNFUSED = agd.EngineConfig(compile=False, graph=False, kernels="never")  # runs operation by operation: what can be counted
+UNFUSED = agd.EngineConfig(compile=False, graph=False, kernels="never")  # runs operation by operation, so that it can be counted
 OPTIMIZED = agd.EngineConfig()
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What an arm is one of.
+    """The kind of an arm.
 
-    plain: the arm that gives the same, as it is. engine: how it is optimized; None where it is not. torch_compiled: whether the
+    plain: the unoptimized arm that gives the same. engine: how it is optimized; None where it is not. torch_compiled: whether the
     denoiser goes through torch.compile instead.
     """
 
@@ -43,7 +43,7 @@ class Kind:
 
     @property
     def compiled(self) -> bool:
-        """Whether making it takes a compiler long."""
+        """Whether making it needs a lengthy compilation."""
         return self.torch_compiled or (self.engine is not None and self.engine.compile is not False)
 
 
@@ -71,7 +71,7 @@ Step = Callable[[Tensor, Tensor], Tensor]  # x_t [B, ...], t [1] → prediction 
 class Arm:
     """One way to make a step.
 
-    denoiser: what the step calls, uncompiled. scope: what holds during one run of the schedule. passes: evaluations a sample and
+    denoiser: what the step calls, uncompiled. scope: the context of one run of the schedule. passes: evaluations per sample and
     step. weight_bytes: of all parameters that a step reads. adapter: how ours was configured, where there is one.
     """
 
@@ -84,9 +84,9 @@ class Arm:
 
 
 class Workbench:
-    """A denoiser with random weights and one batch of inputs, and its arms.
+    """A denoiser with random weights, one batch of inputs, and the arms on it.
 
-    kind: of our adapter; None takes the backbone's. omega: the guidance scale. reference: the paper's own code.
+    kind: of our adapter; None takes the backbone's default. omega: the guidance scale. reference: the paper's own code.
     counted: whether arms are made to be counted, so that nothing is compiled. compiled: whether the engine compiles.
     """
 
@@ -119,7 +119,7 @@ class Workbench:
         self.doubled = {name: torch.cat([null[name], value]) for name, value in self.cond.items()}
 
     def arm(self, name: str) -> Arm:
-        """Raises: ValueError for an arm that there is not."""
+        """Raises: ValueError for an unknown arm."""
         require_arms([name])
         kind, denoiser = ARMS[name], shared_copy(self.denoiser)
         if kind.method == "agd":
@@ -138,18 +138,18 @@ class Workbench:
         return Arm(denoiser, step, passes, weight_bytes(denoiser), scope)
 
     def run(self, arm: Arm, steps: int | None = None) -> Tensor:
-        """One run of the whole schedule, or of its last steps, on the same x_t at every step; the last prediction."""
+        """One run of the whole schedule, or of its last steps, on the same x_t at every step; returns the last prediction."""
         with torch.no_grad(), arm.scope():
             for time in self.times[-(steps or len(self.times)) :]:
                 prediction = arm.step(self.x, time)
         return prediction
 
     def count(self, arm: Arm) -> Counts:
-        """Of one run of the schedule. Its first two steps hold what is computed ahead; the others are like the third."""
+        """The counts of one run of the schedule. Its first two steps hold what is computed ahead; the others equal the third."""
         with torch.no_grad():
             if engine_of(arm.denoiser) is not None:
                 with arm.scope():
-                    arm.step(self.x, self.times[0])  # where the engine captures
+                    arm.step(self.x, self.times[0])  # the step in which the engine captures
             with ExitStack() as stack:
                 with counting(self.device.type) as total:
                     stack.enter_context(arm.scope())
@@ -165,11 +165,11 @@ class Workbench:
         config = AdapterConfig(kind=self.kind)
         if name == "agd_naive":
             config = reference_config(self.kind, self.architecture.reference_hidden)
-        torch.manual_seed(0)  # arms with the same adapter give the same
+        torch.manual_seed(0)  # so that arms with the same adapter agree
         adapter = agd.attach(denoiser, config)
         randomise_zeros(adapter)
         if name == "agd_naive":
-            adapter.to(self.dtype)  # as its code has it
+            adapter.to(self.dtype)  # as in its own code
         if (engine := ARMS[name].engine) is not None:
             agd.optimize(denoiser, engine_config(engine, counted=self.counted, compiled=self.compiled))
         size = weight_bytes(denoiser) + weight_bytes(adapter)
@@ -225,14 +225,14 @@ def require_arms(names: Iterable[str]) -> None:
 
 
 def engine_config(engine: agd.EngineConfig, *, counted: bool = False, compiled: bool = True) -> agd.EngineConfig:
-    """Of an optimized arm. Without a GPU nobody can say which kernels would win, so that none is counted, or every one."""
+    """The config of an optimized arm. Which kernels would win is unknown without a GPU, so counts are with none or with all."""
     if counted:
         return replace(UNFUSED, kernels="always" if engine.kernels == "always" else "never")
     return engine if compiled else replace(engine, compile=False)
 
 
 def untimed(name: str, device: torch.device) -> str:
-    """Why an arm has no times on this device; empty where it has."""
+    """Why an arm has no times on this device; empty if it has."""
     engine = ARMS[name].engine
     if engine is None or engine.kernels != "always":
         return ""
@@ -241,19 +241,19 @@ def untimed(name: str, device: torch.device) -> str:
 
 
 def shared_copy(denoiser: nn.Module) -> nn.Module:
-    """The denoiser's modules anew around the same weights: nothing else is shared."""
+    """A copy of the denoiser's modules around the same weights: nothing else is shared."""
     tensors = [*denoiser.parameters(), *denoiser.buffers()]
     return copy.deepcopy(denoiser, {id(tensor): tensor for tensor in tensors})
 
 
 def note_of(denoiser: nn.Module) -> str | None:
-    """Why the engine, if there is one, does not run a denoiser that was called; None where it does."""
+    """Why the engine, if any, does not run for a denoiser that has been called; None if it does."""
     reasons = (agd.info(denoiser)["engine"] or {}).get("plain_because")
     return f"not optimized: {'; '.join(reasons)}" if reasons else None
 
 
 def reference_config(kind: str | None, hidden: int) -> AdapterConfig:
-    """The reference's form of the adapter nearest to this kind of ours."""
+    """The reference's adapter that is nearest to this kind of ours."""
     return AdapterConfig(
         kind="reference_offset" if kind == "offset" else "reference_cross_attention",
         hidden=hidden,
@@ -263,7 +263,7 @@ def reference_config(kind: str | None, hidden: int) -> AdapterConfig:
 
 
 def randomise_zeros(module: nn.Module) -> None:
-    """What a fresh adapter multiplies by is zero; a GPU draws less power for that."""
+    """Fills zero parameters with random values: a fresh adapter multiplies by zeros, for which a GPU draws less power."""
     random = torch.Generator().manual_seed(0)
     for parameter in module.parameters():
         if not parameter.is_meta and not parameter.any():

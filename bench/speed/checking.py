@@ -1,4 +1,4 @@
-"""Checks that run at the same time, a process each."""
+"""Runs checks at the same time, each in its own process."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from nfe_speed import commit
 
 
 def all_right(checks: Sequence[Callable[[], dict[str, Any]]], processes: int, path: Path | None) -> bool:
-    """Whether every row says that it is `ok`. path: of the JSON that holds those so far."""
+    """Whether every check's row is `ok`. path: the JSON that the rows so far are written to."""
     rows: list[dict[str, Any]] = []
     with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
         for one in as_completed([pool.submit(check) for check in checks]):

@@ -1,9 +1,9 @@
-"""FLOPs and kernel launches of a piece of PyTorch, counted by what it dispatches: on the meta device nothing is computed.
+"""FLOPs and kernel launches of PyTorch code, counted from what it dispatches: on the meta device nothing is computed.
 
 A launch is an operation that writes a tensor: no view, no `_unsafe_view`, no allocation, no reading of metadata. Attention counts
-as the one kernel that CUDA runs for it, while meta would decompose it to the products and the softmax of its definition.
-Counts are of operations as they are dispatched, before a compiler fuses anything; those of agd_fast's kernels have a FLOP
-formula and say how many launches they are.
+as the one kernel that CUDA runs for it, although meta would decompose it into the products and the softmax of its definition.
+Counts are of operations as they are dispatched, before a compiler fuses anything; agd_fast's kernels have FLOP formulas
+and state how many launches they are.
 """
 
 from __future__ import annotations
@@ -78,14 +78,14 @@ class _Counting(TorchDispatchMode):
 
 @contextmanager
 def counting(device: str = "meta") -> Iterator[Counts]:
-    """Counts the forwards that run inside; of launches, those on this type of device. Attention on "meta" is one kernel."""
+    """Counts the forwards that run inside; launches only on this type of device. Attention on "meta" is one kernel."""
     counts = Counts()
     with FusedAttention(), _Counting(counts, device):
         yield counts
 
 
 def _is_composite(func: Any) -> bool:
-    """Whether an operation is made of others; under inference_mode these reach a mode whole."""
+    """Whether an operation is composed of others; under inference_mode such operations reach a dispatch mode undecomposed."""
     return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), _COMPOSITE)
 
 

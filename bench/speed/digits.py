@@ -28,13 +28,13 @@ from speed.counting import counting
 from speed.measure import Keep, Measured, Row, Run, attempt, compare, kernels, rows_of, time_runs
 from speed.models import Settings
 
-HIDDEN = 16  # width of the reference's adapters on so small a base: near the share of it that they have of theirs
+HIDDEN = 16  # width of the reference's adapters on so small a base: about the same share of it as on their own bases
 
 
 def measure_teacher(teacher: agd.Teacher, table: Conditions, batch: int, settings: Settings, keep: Keep) -> list[Row]:
-    """Rows of a teacher, an arm each. table: the conditions to sample, one after another. keep: see `measure_model`.
+    """Rows of a teacher, one per arm. table: the conditions to sample, one after another. keep: see `measure_model`.
 
-    Launches are those of what is not compiled, the scheduler's among them.
+    Launches are those of uncompiled code, including the scheduler's.
     """
     require_arms(settings.arms)
     rows = torch.arange(batch) % len(next(iter(table.values())))
@@ -72,7 +72,7 @@ def _measure_arm(
     one.nfe = evaluated[0] / len(noise)
     if kind.engine is not None:
         agd.optimize(model, engine_config(kind.engine, counted=True))
-        run()  # where the engine captures
+        run()  # the run in which the engine captures
     with counting(settings.device.type) as counts:
         run()
     one.flops, one.launches = counts.flops, None if kind.torch_compiled else counts.launches.total()
@@ -80,7 +80,7 @@ def _measure_arm(
     one.adapter = None if attachment is None else attachment.adapter.config
     one.weight_bytes = weight_bytes(model.denoiser) + (0 if attachment is None else weight_bytes(attachment.adapter))
     if kind.torch_compiled:
-        mode = "reduce-overhead" if settings.device.type == "cuda" else None  # which is a CUDA graph
+        mode = "reduce-overhead" if settings.device.type == "cuda" else None  # with CUDA graphs
         compiled: Any = torch.compile(model.denoiser, fullgraph=True, dynamic=False, mode=mode)
         run = _sampler(replace(model, denoiser=compiled), name, conditions, noise, settings)
     elif kind.engine is not None:
@@ -101,7 +101,7 @@ def _model(teacher: agd.Teacher, name: str, kind: str | None) -> agd.Teacher:
     """The same weights in modules of their own, with an adapter where the arm has one."""
     model = replace(teacher, denoiser=shared_copy(teacher.denoiser))
     if ARMS[name].method == "agd":
-        torch.manual_seed(0)  # arms with the same adapter give the same
+        torch.manual_seed(0)  # so that arms with the same adapter agree
         config = reference_config(kind, HIDDEN) if name == "agd_naive" else agd.AdapterConfig(kind=kind)
         randomise_zeros(agd.attach(model, config))
     return model

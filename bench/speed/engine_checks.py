@@ -40,7 +40,7 @@ def check(name: str, device: str, setting: tuple[str | None, Kernels, torch.dtyp
     row = {"family": name, "kind": kind, "policy": policy, "dtype": str(dtype).removeprefix("torch.")}
     try:
         return row | compare(TINY[name], kind, policy, torch.device(device), dtype)
-    except Exception as error:  # red, not the end of the checks
+    except Exception as error:  # a red row, not the end of the checks
         return row | {"ok": False, "reason": described(error)}
 
 
@@ -73,7 +73,7 @@ def compare(family: Any, kind: str | None, policy: Kernels, device: torch.device
     exact = run(torch.device("cpu"), torch.float64)
     plain = run(device, dtype)
     agd.optimize(component, agd.EngineConfig(kernels=policy, gelu_epilogue=policy != "always"), spec=spec)
-    run(device, dtype)  # where it captures, compiles and records
+    run(device, dtype)  # the run that captures, compiles and records
     found = run(device, dtype)
     engine = engine_of(component)
     assert engine is not None
@@ -85,7 +85,7 @@ def compare(family: Any, kind: str | None, policy: Kernels, device: torch.device
 
 
 def moved(calls: list[Any], device: torch.device, dtype: torch.dtype) -> Any:
-    """Calls on a device and in a dtype, timesteps in their own; what is the same tensor in all of them stays one."""
+    """Calls moved to a device and dtype, timesteps keeping theirs; a tensor that calls share stays shared."""
     found: dict[int, torch.Tensor] = {}
 
     def one(leaf: Any) -> Any:
@@ -105,7 +105,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     args = parser.parse_args()
     checks = [partial(check, args.family, args.device, setting) for setting in SETTINGS]
-    sys.exit(not all_right(checks, len(SETTINGS), args.json))  # at once: of each, most is compilation
+    sys.exit(not all_right(checks, len(SETTINGS), args.json))  # at the same time: most of each check is compilation
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What is known of the card that is measured on."""
+"""What is known of the measured card."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 
 @dataclass(frozen=True)
 class Card:
-    """flops: dense FLOP/s in 16 bit. bandwidth: bytes/s. Both as measured on such a card, not as specified."""
+    """flops: dense FLOP/s in 16 bit. bandwidth: bytes/s. Both are measured on such a card, not taken from its specification."""
 
     flops: float
     bandwidth: float
@@ -26,7 +26,7 @@ CARDS = {"H200": Card(790e12, 4.3e12)}  # by a part of the device's name
 
 
 def roofline_ms(device: str, dtype: torch.dtype, flops: float, weight_bytes: int) -> float | None:
-    """Milliseconds below which no step can be that reads every weight once; None for an unknown card or dtype.
+    """The least milliseconds of a step that reads every weight once; None for an unknown card or dtype.
 
     device: its name.
     """
@@ -38,7 +38,7 @@ def roofline_ms(device: str, dtype: torch.dtype, flops: float, weight_bytes: int
 
 @contextmanager
 def quiet(lock: Path | None) -> Iterator[None]:
-    """While times are taken: nobody else takes any, and every other process group that the file `lock` names is stopped."""
+    """Context for taking times: no other process takes any, and all other process groups named in the file `lock` are stopped."""
     if lock is None:
         yield
         return
@@ -54,14 +54,14 @@ def quiet(lock: Path | None) -> Iterator[None]:
 
 
 def signal_groups(groups: Iterable[int], what: signal.Signals) -> None:
-    """Those that have ended are passed over."""
+    """Signals process groups; those that have ended are skipped."""
     for group in groups:
         with suppress(ProcessLookupError):
             os.killpg(group, what)
 
 
 def gpu_state() -> dict[str, str]:
-    """Clocks, power limit and driver as nvidia-smi tells them; empty where there is none."""
+    """Clocks, power limit and driver as nvidia-smi reports them; empty without nvidia-smi."""
     names = ("name", "driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit", "persistence_mode")
     try:
         found = subprocess.run(

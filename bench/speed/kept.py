@@ -1,4 +1,4 @@
-"""Rows as a file that is written anew with all that is new of them: who is ended leaves what there was."""
+"""Rows in a file that is rewritten whenever there are new ones: a killed process leaves the rows so far."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from speed.measure import Row
 
 
 class Kept:
-    """path: None keeps nothing. about: what stands beside the rows; it is asked for once, with the first of them.
+    """path: None keeps nothing. about: gives what is written beside the rows; called once, with the first of them.
 
-    Less than an earlier run has left does not take its place: rows stay until there are as many rounds in the new ones, or all.
+    The rows of an earlier run are replaced only once the new ones have as many rounds, or are complete.
     """
 
     def __init__(self, path: Path | None, about: Callable[[], dict[str, Any]]) -> None:
@@ -28,5 +28,5 @@ class Kept:
 
 
 def rounds(rows: Sequence[Row]) -> int:
-    """How many there are of all rows together."""
+    """The number of rounds of all rows together."""
     return sum(row["seconds"]["rounds"] for row in rows if row.get("seconds"))

@@ -26,8 +26,8 @@ from speed.kernels import Case, Random, Row, odd_cases, real_cases
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 BATCHES = (1, 4, 64)
-SLICED = 4  # the batch at which rows begin anywhere, too
-LARGEST = 2**29  # bytes of the arguments in float64: more is left to the speeds, which check what they time
+SLICED = 4  # the batch at which rows also begin at unaligned addresses
+LARGEST = 2**29  # most bytes of the arguments in float64: larger cases are left to kernel_speeds, which checks what it times
 
 
 def checks(
@@ -38,7 +38,7 @@ def checks(
     *,
     odd: bool = False,
 ) -> Iterator[Row]:
-    """A row a case, batch, dtype, layout and configuration of an op, or all; red where not ok. odd: no shapes of models."""
+    """One row per case, batch, dtype, layout and configuration, of one op or all; red if not ok. odd: no shapes of models."""
     for case in [*odd_cases(), *([] if odd else real_cases())]:
         if op is not None and case.op.name != op:
             continue
@@ -50,7 +50,7 @@ def checks(
 
 @torch.no_grad()
 def check_case(case: Case, batch: int, dtype: torch.dtype, device: torch.device | str, *, sliced: bool = False) -> Iterator[Row]:
-    """A row a configuration; none where it would be too large."""
+    """One row per configuration; none if the case would be too large."""
     meta = case.arguments(Meta(dtype), batch)
     if sum(8 * one.numel() for one in meta if isinstance(one, Tensor)) > LARGEST:
         return
@@ -66,7 +66,7 @@ def check_case(case: Case, batch: int, dtype: torch.dtype, device: torch.device 
             for index in changed:
                 args[index].copy_(before[index])
             reason = f"arguments {changed} were changed" if changed else reason
-        except Exception as error:  # what does not compile is red, not the end of the checks
+        except Exception as error:  # failed compilation is a red row, not the end of the checks
             reason = described(error)
         yield {
             "op": case.op.name,
@@ -82,7 +82,7 @@ def check_case(case: Case, batch: int, dtype: torch.dtype, device: torch.device 
 
 @contextmanager
 def poisoned() -> Iterator[None]:
-    """What is allocated is NaN, not what an earlier launch left there."""
+    """Fills new allocations with NaN instead of what an earlier launch left there."""
     torch.use_deterministic_algorithms(True)
     try:
         yield
@@ -91,7 +91,7 @@ def poisoned() -> Iterator[None]:
 
 
 class Meta(Random):
-    """Tensors that are shapes alone."""
+    """Meta tensors: only shapes, no values."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype

@@ -1,4 +1,4 @@
-"""How fast one op is on its kernel, in eager PyTorch and compiled, at the shapes of real models.
+"""The speed of one op with its kernel, in eager PyTorch and compiled, at the shapes of real models.
 
 python -m speed.kernel_speeds --op gated_lora --json speeds.json    # in bench/
 """

@@ -1,4 +1,4 @@
-"""The kernels, one op at a time: at shapes of real models, against PyTorch, beside what the card does at most."""
+"""The kernels, one op at a time: at shapes of real models, against PyTorch and against the card's peak."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ Row = dict[str, Any]
 Arguments = tuple[Any, ...]
 
 BATCHES = (1, 4, 16)
-CALLS = 20  # of one CUDA graph at least: its own launch is then nothing beside them
-L2 = 128 * 2**20  # bytes that no card's cache holds
-INPUTS = 512  # different ones at most: what is so small is in the cache when it is used in a model, too
+CALLS = 20  # at least, in one CUDA graph: the graph's own launch is then negligible
+L2 = 128 * 2**20  # more bytes than any card's L2 holds
+INPUTS = 512  # most different inputs: smaller tensors are in the cache in a model as well
 WARMUP, ROUNDS = 5, 50
 
 
 class Random:
-    """Random tensors. sliced: as pieces of larger ones, so that rows begin anywhere."""
+    """Random tensors. sliced: as slices of larger ones, so that rows begin at unaligned addresses."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device | str, *, seed: int = 0, sliced: bool = False) -> None:
         self.dtype, self.device, self.sliced = dtype, torch.device(device), sliced
@@ -44,7 +44,7 @@ class Random:
         return whole[..., 2:-1] if self.sliced else whole
 
     def weight(self, features: int, width: int) -> Tensor:
-        """[features, width], whose products are as large as what it is multiplied with."""
+        """[features, width], scaled so that products are as large as what it multiplies."""
         return self(features, width, scale=width**-0.5)
 
 
@@ -88,7 +88,7 @@ def _activated_linear(new: Random, B: int, T: int, C: int, N: int, activation: s
 def _gated_lora(
     new: Random, B: int, T: int, K: int, C: int, r: int, channels_first: bool = False, channels_last: str = ""
 ) -> Arguments:
-    """channels_last: "hidden output", or one of them: which images of channels_first lie so."""
+    """channels_last: "hidden output" or one of the two: which channels_first images are laid out so."""
 
     def image(name: str, width: int) -> Tensor:
         if not channels_first:
@@ -125,7 +125,7 @@ ARGUMENTS: dict[str, Callable[..., Arguments]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """An op at a shape; its arguments at a batch."""
+    """An op at a shape; gives its arguments at a batch size."""
 
     op: Op
     model: str
@@ -146,14 +146,14 @@ def _image(C: int, H: int) -> dict[str, int]:
     return {"C": C, "H": H, "W": H}
 
 
-# Tokens T and channels C of the models' blocks; S: what a token sees of ω, t and the prompt or label.
+# Tokens T and channels C of the models' blocks; S: the tokens of ω, t and the prompt or label that a token sees.
 SDXL, SD21 = (
     ({"T": 4096, "C": 640}, {"T": 1024, "C": 1280}),
     ({"T": 9216, "C": 320}, {"T": 2304, "C": 640}, {"T": 576, "C": 1280}),
 )
 DIT, SD3 = {"T": 256, "C": 1152}, {"T": 4096, "C": 1536}
 CONVOLUTIONS = {"sdxl-1024": ((320, 128), (640, 64), (1280, 32)), "sd21-768": ((320, 96), (640, 48), (1280, 24))}
-JOINED = ((2560, 32), (1920, 64), (960, 128))  # with what skips to there, of SDXL
+JOINED = ((2560, 32), (1920, 64), (960, 128))  # of SDXL, with skip connections concatenated
 LATENTS = {"sdxl-1024": (4, 128), "sd21-768": (4, 96), "dit-xl2-256": (4, 32), "sd3-medium-1024": (16, 128)}
 PROMPT, LABEL, RANK = 79, 3, 16
 _UNETS = [("sdxl-1024", block) for block in SDXL] + [("sd21-768", block) for block in SD21]
@@ -199,7 +199,7 @@ SHAPES: dict[str, list[tuple[str, Mapping[str, Any]]]] = {
     ],
     "residual_norm": [*((model, {**block, "gated": False}) for model, block in _UNETS), *_TRANSFORMERS],
 }
-# With tiles that are not full, rows that begin anywhere, all optional arguments.
+# With tiles that are not full, unaligned rows, all optional arguments.
 ODD: dict[str, list[Mapping[str, Any]]] = {
     "ada_group_norm": [
         {"C": 32, "H": 5, "W": 7},
@@ -252,7 +252,7 @@ def odd_cases() -> list[Case]:
 def contenders(op: Op) -> dict[str, Callable[..., Any]]:
     """By name: "eager", "compiled", and "kernel" with each configuration, where kernels run.
 
-    Forgets what was compiled: PyTorch refuses a function that it compiled for 8 shapes.
+    Resets the compiler: PyTorch refuses a function that it has compiled for 8 shapes.
     """
     torch.compiler.reset()
     ways = {"eager": op.reference, "compiled": torch.compile(op.reference, fullgraph=True, dynamic=False)}
@@ -268,19 +268,19 @@ def traffic(args: Any, outputs: Any) -> int:
 
 
 def flops(op: Op, args: Arguments) -> int:
-    """As its registered formula has it."""
+    """By the op's registered formula."""
     return int(flop_registry[op.overload._overloadpacket](*args, out_val=None))
 
 
 @dataclass(frozen=True)
 class Ceiling:
-    """bandwidth: bytes/s read and written by a copy. rate: FLOP/s of a product in bfloat16. Both as measured on this card."""
+    """bandwidth: bytes/s read and written by a copy. rate: FLOP/s of a matrix product in bfloat16. Both measured on this card."""
 
     bandwidth: float
     rate: float
 
     def milliseconds(self, moved: int, flops: int) -> float:
-        """Below which nothing can be that moves so many bytes and multiplies so much."""
+        """The least time for moving this many bytes and computing this many FLOPs."""
         return max(moved / self.bandwidth, flops / self.rate) * 1e3
 
 
@@ -296,15 +296,15 @@ def measure_ceiling() -> Ceiling:
 
 
 class Pass:
-    """Calls of a function on one of several arguments after another, as one CUDA graph."""
+    """Calls of a function on several arguments in turn, as one CUDA graph."""
 
     @torch.no_grad()
     def __init__(self, function: Callable[..., Any], inputs: Sequence[Arguments]) -> None:
-        self.inputs = inputs  # which the graph reads
+        self.inputs = inputs  # kept alive: the graph reads them
         self.calls = len(inputs) * math.ceil(CALLS / len(inputs))
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # where it compiles
+        with torch.cuda.stream(stream):  # this is where it compiles
             for args in inputs[:2]:
                 function(*args)
         torch.cuda.current_stream().wait_stream(stream)
@@ -318,14 +318,14 @@ class Pass:
 
 
 def rotated(case: Case, batch: int, dtype: torch.dtype, device: str = "cuda") -> list[Arguments]:
-    """Different arguments of the same shapes, so many that none is in L2 when its turn comes, or INPUTS."""
+    """Different arguments of the same shapes, enough that none is in L2 when its turn comes, at most INPUTS."""
     first = case.arguments(Random(dtype, device), batch)
     count = min(max(2, math.ceil(L2 / traffic(first, ()))), INPUTS)
     return [first, *(case.arguments(Random(dtype, device, seed=seed), batch) for seed in range(1, count))]
 
 
 def time_passes(passes: Mapping[str, Callable[[], Any]], rounds: int = ROUNDS) -> dict[str, tuple[float, float, float]]:
-    """Milliseconds of each by CUDA events, 20th percentile, median and 80th, interleaved, the order turned every round."""
+    """Milliseconds of each by CUDA events: 20th percentile, median and 80th, interleaved, in rotated order every round."""
     names = list(passes)
     found: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(-WARMUP, rounds):
@@ -344,7 +344,7 @@ def time_passes(passes: Mapping[str, Callable[[], Any]], rounds: int = ROUNDS) -
 
 
 def figures(op: Op, args: Arguments, milliseconds: float, ceiling: Ceiling) -> Row:
-    """What a time means. share_of_ceiling: of what the card does at most of the bytes and products that there must be."""
+    """What a time means. share_of_ceiling: share of the card's peak, for the bytes and products that cannot be avoided."""
     with torch.no_grad():
         moved, products = traffic(args, op.reference(*args)), flops(op, args)
     return {
@@ -358,7 +358,7 @@ def figures(op: Op, args: Arguments, milliseconds: float, ceiling: Ceiling) -> R
 def passes_of(
     case: Case, inputs: Sequence[Arguments], wanted: Callable[[str], bool] = lambda name: True
 ) -> tuple[dict[str, Pass], dict[str, str]]:
-    """What can be timed of the wanted contenders, and of the rest of them why not: it fails, or is not right."""
+    """The wanted contenders that can be timed, and why the others cannot: they fail, or give wrong results."""
     args = inputs[0]
     passes: dict[str, Pass] = {}
     reasons: dict[str, str] = {}
@@ -371,7 +371,7 @@ def passes_of(
                 reasons[name] = reason
             else:
                 passes[name] = Pass(function, inputs)
-        except Exception as error:  # whatever a compiler may raise: the others are timed all the same
+        except Exception as error:  # compilers may raise anything: the others are timed all the same
             reasons[name] = described(error)
     return passes, reasons
 
@@ -384,7 +384,7 @@ def measure_case(
     device: str = "cuda",
     lock: Path | None = None,
 ) -> list[Row]:
-    """A row a contender: milliseconds of a call, or why there are none."""
+    """One row per contender: milliseconds of a call, or why there are none."""
     inputs = rotated(case, batch, dtype, device)
     passes, reasons = passes_of(case, inputs)
     with quiet(lock):

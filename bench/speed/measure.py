@@ -1,4 +1,4 @@
-"""From arms to rows: counts, times, memory, and what follows from them."""
+"""From arms to rows: counts, times, memory, and what is derived from them."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from speed.hardware import roofline_ms
 
 Row = dict[str, Any]
 Run = Callable[[], Tensor]  # the last prediction, or samples
-Keep = Callable[[list[Row]], None]  # takes the rows so far, whenever there is more of them
+Keep = Callable[[list[Row]], None]  # takes the rows so far, whenever there are more
 
-AGREEMENT = 0.1  # relative: what rounding in another order may change over a deep network in 16 bit
+AGREEMENT = 0.1  # relative difference that another order of rounding may cause in a deep network in 16 bit
 
 
 @dataclass
 class Measured:
     """One arm at one batch, over one run of a schedule; None where it was not measured.
 
-    nfe: denoiser evaluations a sample. flops, launches: of the run. device_seconds: that kernels of the run take, without pauses
+    nfe: denoiser evaluations per sample. flops, launches: of the run. device_seconds: of the run's kernels, without pauses
     between them. peak_memory: in bytes, while the arm is made and first run. timing: of the last `timed_steps`; None: of all.
-    error: of what it gives, relative to the arm that it is to agree with. adapter: how ours was configured, where there is one.
-    note: what a reader must know of it. failed: whether it could not run, or not rightly; the note says why.
+    error: of the result, relative to the arm that it should agree with. adapter: how ours was configured, where there is one.
+    note: what a reader must know. failed: whether it could not run or gave a wrong result; the note says why.
     """
 
     nfe: float | None = None
@@ -49,7 +49,7 @@ class Measured:
 
 
 def attempt(one: Measured, action: Callable[[Measured], None]) -> None:
-    """An arm that a model or a card is too large for leaves the others their figures; its row says why."""
+    """Runs an action for one arm. If it fails, for want of memory say, only this arm's figures are lost; its note says why."""
     try:
         if not one.failed:
             action(one)
@@ -60,7 +60,7 @@ def attempt(one: Measured, action: Callable[[Measured], None]) -> None:
 def rows_of(
     measured: Mapping[str, Measured], *, model: str, batch: int, steps: int, dtype: torch.dtype, device: str
 ) -> list[Row]:
-    """One row an arm, for JSON. device: name of the card."""
+    """One row per arm, for JSON. device: name of the card."""
     timed = {name: one.timed_steps or steps for name, one in measured.items()}
     timings = {name: one.timing for name, one in measured.items() if one.timing is not None}
 
@@ -108,7 +108,7 @@ def time_runs(
     device: torch.device,
     keep: Callable[[], None],
 ) -> None:
-    """Interleaved times of what is there to run, into `measured`; none of an arm that has failed. keep: is called every round."""
+    """Interleaved times of the given runs, into `measured`; none for arms that have failed. keep: called every round."""
     sound = {name: run for name, run in runs.items() if not measured[name].failed}
     if sound:
         for timings in interleaved_rounds(sound, rounds=rounds, warmup=1, device=device, progress=True):
@@ -118,7 +118,7 @@ def time_runs(
 
 
 def compare(outputs: Mapping[str, Tensor], measured: Mapping[str, Measured]) -> None:
-    """An arm that does not give what it must has failed. outputs: float32."""
+    """Marks arms as failed that do not agree with their plain arm. outputs: float32."""
     for name in outputs:
         plain = ARMS[name].plain
         if plain in outputs:
@@ -129,7 +129,7 @@ def compare(outputs: Mapping[str, Tensor], measured: Mapping[str, Measured]) -> 
 
 
 class Kernels(NamedTuple):
-    """Of one call. longest: name, how many and seconds of those that take most, the longest first."""
+    """CUDA kernels of one call. longest: name, count and seconds of those that take the most time, longest first."""
 
     launches: int
     seconds: float
@@ -137,7 +137,7 @@ class Kernels(NamedTuple):
 
 
 def kernels(run: Run, shown: int = 12) -> Kernels:
-    """CUDA kernels of one call, those of a replayed graph among them, as the profiler sees them."""
+    """CUDA kernels of one call, including those of a replayed graph, as the profiler sees them."""
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         run()
         torch.cuda.synchronize()

@@ -1,4 +1,4 @@
-"""Measuring the arms on a model of full size with random weights."""
+"""Measuring the arms on a full-size model with random weights."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from speed.profiles import print_host_profile, print_kernels
 from speed.reference import ReferenceAdapters
 from speed.workers import Worker, workers
 
-# the same operations, where nothing is compiled
+# the arm with the same operations, uncompiled
 COUNTED_AS = {"cfg_compiled": "cfg", "agd_engine": "agd_hoisted", "agd_engine_whole": "agd_hoisted"}
 LATE = "not made in time"
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What holds for all arms of a benchmark.
+    """Settings for all arms of a benchmark.
 
-    kind: of our adapter; None takes the backbone's. compiled: whether the engine compiles.
-    counts: rows of an earlier run, for FLOPs without counting anew.
-    eager_steps: of the schedule's last steps, that arms are timed on which compute nothing ahead; None: all.
-    profile: whether to print the kernels and the host's functions that a run of each arm takes longest in.
-    processes: whether arms are made at the same time, each in its own. patience: seconds after which such an arm is left out.
+    kind: of our adapter; None takes the backbone's default. compiled: whether the engine compiles.
+    counts: rows of an earlier run, whose FLOPs are used instead of counting again.
+    eager_steps: how many last steps of the schedule to time arms on that compute nothing ahead; None: all.
+    profile: whether to print the kernels and host functions that take longest in a run of each arm.
+    processes: whether arms are made at the same time, each in its own. patience: seconds after which such an arm is skipped.
     lock: see `speed.hardware`.
     """
 
@@ -63,10 +63,10 @@ def measure_model(
     architecture: Architecture | None = None,
     keep: Keep = lambda rows: None,
 ) -> list[Row]:
-    """Rows of a model, arm by arm and batch by batch. architecture: None takes the model's. keep: is given the rows so far, after
-    every arm that was made and every round.
+    """Rows of a model, arm by arm and batch by batch. architecture: None takes the model's. keep: is given the rows so far,
+    after every arm that is made and every round.
 
-    FLOPs are counted on the meta device, as are launches where there is no CUDA to profile: of what is not compiled. Times,
+    FLOPs are counted on the meta device, uncompiled, as are launches where there is no CUDA to profile. Times,
     kernels and memory are taken on the settings' device, unless that is meta.
     Raises: ValueError for an unknown model.
     """
@@ -96,7 +96,7 @@ def measure_model(
 
 
 def _counted(name: str, batch: int, settings: Settings) -> dict[str, Measured]:
-    """The arms with what earlier rows say of their FLOPs."""
+    """The arms with their FLOPs from earlier rows."""
     own = (name, batch, settings.steps, str(settings.dtype).removeprefix("torch."))
     found = {arm: Measured() for arm in settings.arms}
     for row in settings.counts:
@@ -112,7 +112,7 @@ def _count(architecture: Architecture, batch: int, settings: Settings) -> dict[s
     counted = {COUNTED_AS.get(name, name): Measured() for name in settings.arms}
     for name, one in counted.items():
         attempt(one, partial(_count_arm, bench, name))
-        one.failed = False  # it may run all the same
+        one.failed = False  # it may still run
     measured = {name: replace(counted[COUNTED_AS.get(name, name)]) for name in settings.arms}
     if "cfg_compiled" in measured:
         measured["cfg_compiled"].launches = None
@@ -140,7 +140,7 @@ def _time(bench: Workbench, measured: dict[str, Measured], settings: Settings, k
 
 
 def _timed(measured: Mapping[str, Measured], device: torch.device) -> dict[str, Measured]:
-    """Without what has no times on this device, whose note says why."""
+    """Without the arms that are not timed on this device; their notes say why."""
     reasons = {name: untimed(name, device) for name in measured}
     for name, one in measured.items():
         one.note = "; ".join(filter(None, [one.note, reasons[name]])) or None
@@ -148,7 +148,7 @@ def _timed(measured: Mapping[str, Measured], device: torch.device) -> dict[str, 
 
 
 def _time_processes(name: str, batch: int, measured: dict[str, Measured], settings: Settings, keep: Callable[[], None]) -> None:
-    """As `_time`, on several denoisers of the same weights: one for each arm that is compiled, one for all others."""
+    """Like `_time`, but on several denoisers with the same weights: one for each compiled arm, one for all others."""
     timed = _timed(measured, settings.device)
     groups = {arm: [arm] for arm in timed if ARMS[arm].compiled}
     groups["eager"] = [arm for arm in timed if not ARMS[arm].compiled]
@@ -167,7 +167,7 @@ def _time_processes(name: str, batch: int, measured: dict[str, Measured], settin
         print(f"{name} at batch {batch}: made", flush=True)
         with quiet(settings.lock):
             runs = {arm: partial(worker.run, arm) for arm, worker in sound.items()}
-            time_runs(runs, measured, settings.rounds, torch.device("cpu"), keep)  # who runs waits for its own device
+            time_runs(runs, measured, settings.rounds, torch.device("cpu"), keep)  # workers wait for their own device
             for arm, worker in sound.items() if settings.device.type == "cuda" else ():
                 _count_kernels(arm, worker.kernels(arm), measured[arm], settings)
                 keep()
@@ -183,19 +183,19 @@ def _made_by(worker: Worker, arms: Sequence[str], late: float) -> dict[str, Meas
 
 
 def _made(arms: Sequence[str], name: str, batch: int, settings: Settings) -> tuple[dict[str, Measured], dict[str, Run]]:
-    """In a worker: arms that were run until all of it is compiled, and what was measured of them so far."""
+    """In a worker: what was measured of the arms so far, and their runs, compiled in full."""
     found, runs = {arm: Measured() for arm in arms}, dict[str, Run]()
     bench = _workbench(find_architecture(name), batch, settings, settings.device)
     for arm, one in found.items():
         attempt(one, partial(_make_run, bench, arm, settings, runs))
     gc.collect()
     if bench.device.type == "cuda":
-        torch.cuda.empty_cache()  # others need it
+        torch.cuda.empty_cache()  # other workers need the memory
     return found, runs
 
 
 def _take(made: Measured, one: Measured) -> None:
-    """What a worker measured, beside what was counted."""
+    """Adds what a worker measured to what was counted."""
     one.failed, one.note = made.failed, "; ".join(dict.fromkeys(filter(None, [one.note, made.note]))) or None
     for field in fields(made):
         if field.name not in ("failed", "note") and (value := getattr(made, field.name)) is not None:
@@ -203,7 +203,7 @@ def _take(made: Measured, one: Measured) -> None:
 
 
 def _make_run(bench: Workbench, name: str, settings: Settings, runs: dict[str, Run], one: Measured) -> None:
-    """Make an arm and run it until all of it is compiled and captured; its memory, as if only it and the base were there."""
+    """Make an arm and run it until it is fully compiled and captured; records its memory as if only it and the base existed."""
     cuda = bench.device.type == "cuda"
     if cuda:
         gc.collect()
@@ -233,7 +233,7 @@ def _count_kernels(name: str, found: Kernels, one: Measured, settings: Settings)
 
 
 def _describe(arm: Arm, bench: Workbench, one: Measured) -> None:
-    """What is known of an arm that was run."""
+    """Notes what is known of an arm that has run."""
     one.nfe, one.weight_bytes, one.adapter = arm.passes * len(bench.times), arm.weight_bytes, arm.adapter
     one.note = "; ".join(dict.fromkeys(filter(None, [one.note, note_of(arm.denoiser)]))) or None
 

@@ -12,14 +12,14 @@ from speed.measure import Kernels, Run
 
 
 def print_kernels(name: str, found: Kernels) -> None:
-    """name: of the arm, of which `found` is one run."""
+    """name: of the arm; `found`: the kernels of one run of it."""
     print(f"{name}: {found.launches} kernels, {found.seconds * 1e3:.2f} ms of a run on the device; the longest, in ms:")
     for kernel, count, seconds in found.longest:
         print(f"{seconds * 1e3:10.3f} {count:6d} x {kernel[:120]}", flush=True)
 
 
 def print_host_profile(name: str, run: Run, shown: int = 30) -> None:
-    """Of one run. Where others use the host its functions take longer than by themselves: what tells is their shares."""
+    """Host functions of one run. While other processes use the host they take longer than alone: only their shares matter."""
     profiler = cProfile.Profile()
     profiler.runcall(run)
     torch.cuda.synchronize()

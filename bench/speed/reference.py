@@ -15,13 +15,13 @@ from agd_fast.conditioning import condition_width, embed_time
 from agd_fast.sites import apply_modules, label_count, resolve_sites
 from agd_fast.spec import DenoiserSpec
 
-TOKENS = 250  # that its positional encoding has room for, ω and t among them
+TOKENS = 250  # that its positional encoding has room for, including ω and t
 
 
 class ReferenceAdapters:
-    """Its classes of adapters. repo: a checkout.
+    """The reference's adapter classes. repo: a checkout.
 
-    Raises: FileNotFoundError when it is none.
+    Raises: FileNotFoundError when it is not one.
     """
 
     def __init__(self, repo: Path) -> None:
@@ -38,10 +38,10 @@ class ReferenceAdapters:
     def inject(
         self, denoiser: nn.Module, spec: DenoiserSpec, conditions: Mapping[str, Tensor], kind: str | None, hidden: int
     ) -> Injected:
-        """Put one at each attention site of a denoiser, as the reference's code does for its models.
+        """Put an adapter at each attention site of a denoiser, as the reference's code does for its models.
 
         kind: "offset" takes its additive adapter, anything else its cross-attention.
-        Raises: ValueError for a model that its classes do not serve.
+        Raises: ValueError for a model that its classes do not support.
         """
         condition = spec.adapted[0]
         labels = label_count(denoiser, condition)
@@ -79,7 +79,7 @@ class ReferenceAdapters:
 
 
 class Injected:
-    """A denoiser with the reference's adapters. argument: the denoiser's, of the condition that they see; name: theirs."""
+    """A denoiser with the reference's adapters. argument, name: the denoiser's and the adapters' name of the condition."""
 
     def __init__(self, model: Any, argument: str, name: str) -> None:
         self.model, self.argument, self.name = model, argument, name

@@ -16,7 +16,7 @@ from agd_fast.reporting.tables import rich_table
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-WIDTH = 150  # characters of a line in a file
+WIDTH = 150  # characters per line in a file
 COLUMNS = (  # header, entry of a row, unit, format
     ("NFE", "nfe", 1, "g"),
     ("ms / step", "ms_per_step", 1, ".3f"),
@@ -43,7 +43,7 @@ COLOURS = {"unguided": "#8a8f98", "cfg": "#d9822b", "agd": "#2f6fde"}  # by the 
 
 
 def print_rows(rows: Sequence[dict[str, Any]], title: str, console: Console | None = None) -> None:
-    """A row an arm and batch; launches, FLOPs and the roofline are a step's. Columns without any value are left out."""
+    """One row per arm and batch; launches, FLOPs and the roofline are per step. Columns without any value are left out."""
     shown = [column for column in COLUMNS if any(row[column[1]] is not None for row in rows)]
     cells = [(row["arm"], str(row["batch"]), *(_cell(row[key], unit, form) for _, key, unit, form in shown)) for row in rows]
     console = console or (Console() if Console().is_terminal else Console(width=WIDTH))

@@ -1,4 +1,4 @@
-"""Arms in processes of their own, made at the same time: compiling takes a CPU for minutes, and a card hardly at all."""
+"""Arms in processes of their own, made at the same time: compiling keeps a CPU busy for minutes, and a card hardly at all."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ Runs = dict[str, Callable[[], Tensor]]
 
 @dataclass(frozen=True)
 class Worker:
-    """A process that keeps some arms."""
+    """A process that holds some arms."""
 
     process: Any
     connection: Any
 
     def made(self, seconds: float = math.inf) -> Any:
-        """What became of making its arms; waits for that. Raises: EOFError when the process has ended, TimeoutError when it has
-        not made them after so long and is ended."""
+        """The result of making its arms; waits for it. Raises: EOFError when the process has ended, TimeoutError when the arms
+        are not made in this time, after which the process is ended."""
         if not self.connection.poll(None if seconds == math.inf else seconds):
             self.process.kill()
             raise TimeoutError
@@ -39,19 +39,19 @@ class Worker:
         self.connection.recv()
 
     def output(self, arm: str) -> Tensor:
-        """What a run gives, float32 on the CPU."""
+        """The result of a run, float32 on the CPU."""
         self.connection.send((arm, "output"))
         return torch.from_numpy(self.connection.recv())
 
     def kernels(self, arm: str) -> Kernels:
-        """Those of a run, on CUDA."""
+        """The kernels of a run, on CUDA."""
         self.connection.send((arm, "kernels"))
         return self.connection.recv()
 
 
 @contextmanager
 def workers(make: Mapping[str, Callable[[], tuple[Any, Runs]]]) -> Iterator[dict[str, Worker]]:
-    """A worker a name. It begins with its function → what is to be told of its arms, and those that can run."""
+    """One worker per name. It first calls its function, which returns what to report of its arms, and those that can run."""
     context = multiprocessing.get_context("spawn")
     started: dict[str, Worker] = {}
     try:
@@ -64,7 +64,7 @@ def workers(make: Mapping[str, Callable[[], tuple[Any, Runs]]]) -> Iterator[dict
         yield started
     finally:
         for worker in started.values():
-            worker.connection.close()  # which ends it
+            worker.connection.close()  # this ends the worker
         for worker in started.values():
             worker.process.join()
 

@@ -1,4 +1,4 @@
-"""Triton kernels of agd_fast's operations: `<op>_fwd`, each in the module of its op's name, imported when asked for.
+"""Triton kernels of agd_fast's operations: `<op>_fwd`, each in the module named like its op, imported on first use.
 
 The shapes and their check are in `shapes` and need no Triton.
 """

@@ -1,6 +1,6 @@
-"""`ada_group_norm` of images whose channels lie side by side: programs take some places of several whole groups.
+"""`ada_group_norm` of channels-last images: each program takes some places of several whole groups.
 
-Again two kernels: the first gives mean and squared deviations of each piece of a group, the second combines them and normalises.
+Two kernels here too: the first gives each piece's mean and squared deviations, the second combines them and normalises.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from torch import Tensor
 
 from ._tiles import packed, per_sample
 
-WIDE, MOST = 128, 32  # channels and groups of a program at most; more channels where they are of one group
-PROGRAMS = 512  # of the first kernel, several a multiprocessor
-SUMMED, NORMED = 2, 4  # blocks of elements in a tile of either kernel: enough reading at a time to wait for nothing else
+WIDE, MOST = 128, 32  # most channels and groups of a program; more channels if a single group has more
+PROGRAMS = 512  # of the first kernel, several per multiprocessor
+SUMMED, NORMED = 2, 4  # blocks of elements in a tile of each kernel: enough loads in flight to hide their latency
 
 
 @triton.jit
@@ -34,7 +34,7 @@ def ada_group_norm_channels_last_sums_kernel(
     there = (channel < MANY * SIZE) & (first_group * SIZE + channel < channels)
     elements = x + sample * x_b + first_group * SIZE + channel
 
-    means = tl.zeros((PLACES, CHANNELS), tl.float32)  # of every PLACES-th place, by Welford's formula
+    means = tl.zeros((PLACES, CHANNELS), tl.float32)  # over every PLACES-th place, by Welford's formula
     deviations = tl.zeros((PLACES, CHANNELS), tl.float32)
     count = 0.0
     for first in range(start, end, PLACES):
@@ -116,7 +116,7 @@ def normed_channels_last(
     BLOCK: int,
     num_warps: int,
 ) -> Tensor:
-    """x: [B, C, ...], its channels side by side → like x. pieces: of a group at most."""
+    """x: [B, C, ...], channels last → like x. pieces: the most that a group is split into."""
     out = torch.empty_like(x)
     gamma, beta = (None if tensor is None else packed(tensor) for tensor in (gamma, beta))
     B, channels, places = len(x), x.shape[1], x[0, 0].numel()
@@ -141,6 +141,6 @@ def normed_channels_last(
 
 
 def _groups_of_a_program(groups: int, size: int) -> int:
-    """A multiple of 16 channels where that can be: what a program reads of a place then begins where a card reads from."""
+    """How many groups, if possible a multiple of 16 channels: a program's reads at each place are then aligned for the card."""
     most, aligned = min(MOST, max(1, WIDE // size)), 16 // math.gcd(size, 16)
     return min(groups, most // aligned * aligned or most)

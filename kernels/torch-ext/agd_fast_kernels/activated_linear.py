@@ -1,4 +1,4 @@
-"""The first half of a feed-forward block with its activation in the product; of geglu, both halves of a column in one tile."""
+"""The first half of a feed-forward block with its activation in the product; for geglu, a column's value and gate in one tile."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ._tiles import IN_FLOAT32, added, chosen, joined, packed, per_sample, produ
 from .shapes import require
 
 ACTIVATIONS = ("geglu", "gelu", "gelu_tanh")
-# BLOCK_N: columns of the weight; of geglu half of them are values and half gates
+# BLOCK_N: columns of the weight; for geglu half of them are values and half gates
 CONFIGS: tuple[dict[str, int], ...] = (
     {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP_M": 8, "num_warps": 8, "num_stages": 3},
     {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP_M": 8, "num_warps": 4, "num_stages": 4},
@@ -73,7 +73,7 @@ def activated_linear_fwd_kernel(
 def activated_linear_fwd(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "geglu", *, config: Mapping[str, int] | None = None
 ) -> Tensor:
-    """z = x·weightᵀ + bias; gelu(z) [B, ..., N], or of "geglu" z's first half times the gelu of its second [B, ..., N/2].
+    """z = x·weightᵀ + bias; gelu(z) [B, ..., N], or for "geglu" z's first half times the gelu of its second [B, ..., N/2].
 
     x: [B, ..., C]; weight: [N, C]; bias: [N] or [B, N] or None.
     Raises: ValueError naming the argument whose shape, dtype or device is another; for an unknown activation, an odd N for geglu.

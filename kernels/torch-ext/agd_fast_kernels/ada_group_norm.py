@@ -1,7 +1,7 @@
-"""Group norm with γ and β one a sample, and SiLU: a group is split among programs, and what each found of it is combined by all.
+"""Group norm with per-sample γ and β, and SiLU: a group is split among programs, and each program combines their statistics.
 
 The first kernel gives each piece's mean and squared deviations, the second combines them by Chan's formula and normalises.
-Images whose channels lie side by side have kernels of their own.
+Channels-last images have kernels of their own.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ CONFIGS: tuple[dict[str, int], ...] = (
     {"BLOCK": 4096, "num_warps": 8},
     {"BLOCK": 1024, "num_warps": 4},
 )
-PIECES = 64  # of a group at most: so many are combined by every program of the second kernel
+PIECES = 64  # most pieces of a group: every program of the second kernel combines all of them
 
 
 @triton.jit
@@ -95,8 +95,7 @@ def ada_group_norm_fwd(
 ) -> Tensor:
     """act((x − mean)/√(var + ε)·γ + β), mean and var over a group's channels and all places; act is SiLU or nothing.
 
-    x: [B, C, ...]; gamma, beta: [B or 1, C], or None for 1 and 0 → like x, its channels side by side where those of x are, else
-    contiguous.
+    x: [B, C, ...]; gamma, beta: [B or 1, C], or None for 1 and 0 → like x, channels last if x is, else contiguous.
     Raises: ValueError naming the argument whose shape, dtype or device is another.
     """
     require("ada_group_norm", x=x, gamma=gamma, beta=beta)

@@ -1,4 +1,4 @@
-"""Layer norm with γ and β one a sample: a row stays in registers between its statistics and its result."""
+"""Layer norm with per-sample γ and β: a row stays in registers between its statistics and its result."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from ._tiles import chosen, packed, per_sample, rows_of
 from .shapes import require
 
-# A tile of TILE elements, one row or several short ones, is num_warps wide; a longer row has as many more.
+# num_warps is for a tile of TILE elements, one row or several short ones; a longer row gets proportionally more.
 CONFIGS: tuple[dict[str, int], ...] = (
     {"TILE": 2048, "num_warps": 4},
     {"TILE": 2048, "num_warps": 2},
@@ -21,7 +21,7 @@ CONFIGS: tuple[dict[str, int], ...] = (
 
 @triton.jit
 def place(tokens, ROWS: tl.constexpr):
-    """(sample, its ROWS tokens) of this program, of so many that each sample has."""
+    """(sample, its ROWS tokens) of this program; each sample has `tokens` of them."""
     blocks = tl.cdiv(tokens, ROWS)
     sample = (tl.program_id(0) // blocks).to(tl.int64)
     return sample, (tl.program_id(0) % blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -69,13 +69,13 @@ def ada_layer_norm_fwd_kernel(
 
 
 def row_tiles(launch: Mapping[str, int], B: int, T: int, C: int) -> tuple[tuple[int], dict[str, int]]:
-    """The grid for T whole rows of C in each of B samples, and what a launch's configuration makes of them."""
+    """The grid for T whole rows of C in each of B samples, and the kernel's arguments by a launch's configuration."""
     block = triton.next_power_of_2(C)
     rows = max(1, min(launch["TILE"] // block, triton.next_power_of_2(T)))
     longer = max(1, block // launch["TILE"])
     warps = min(
         launch["num_warps"] * longer, max(8, block // 1024), 32
-    )  # past 8, warps cost more than they bring until a row needs them
+    )  # more than 8 warps cost more than they gain until a row needs them
     return (B * triton.cdiv(T, rows),), {"ROWS": rows, "BLOCK": block, "num_warps": warps}
 
 

@@ -1,4 +1,4 @@
-"""A low-rank term beside a block in one launch: hidden and output are read once, whether channels or tokens lie side by side."""
+"""A low-rank term beside a block in one launch: hidden and output are read once, whether channels or tokens are contiguous."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ._tiles import added, chosen, packed, per_sample
 from .layouts import channels_last
 from .shapes import MAX_RANK, require
 
-# Few tokens a program, so that a batch of one has enough of them: it is the reading that takes time
+# Few tokens per program, so that a batch of one has enough programs: the time goes into reading
 CONFIGS: tuple[dict[str, int], ...] = (
     {"BLOCK_M": 32, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
     {"BLOCK_M": 16, "BLOCK_N": 128, "BLOCK_K": 128, "num_warps": 4, "num_stages": 3},
@@ -29,7 +29,7 @@ def gated_lora_fwd_kernel(
     T, K, C, r, tiles,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """All channels of BLOCK_M tokens of a sample. hidden: [B, T, K]; output: [B, T, C]; of any strides."""
+    """All channels of BLOCK_M tokens of a sample. hidden: [B, T, K]; output: [B, T, C]; any strides."""
     sample = (tl.program_id(0) // tiles).to(tl.int64)
     tokens = (tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     ranks = tl.arange(0, BLOCK_R)
@@ -70,7 +70,7 @@ def gated_lora_fwd(
     """output + up·(gates ⊙ down·hidden) at every token.
 
     hidden: [B, ..., K]; output: [B, ..., C]; with channels_first [B, K, ...] and [B, C, ...]; down: [r, K]; up: [C, r], r ≤ 64;
-    gates: [B or 1, r], or None for 1 → like output, its channels side by side where those of output are, else contiguous.
+    gates: [B or 1, r], or None for 1 → like output, channels last if output is, else contiguous.
     Raises: ValueError naming the argument whose shape, dtype or device is another; for a rank above 64.
     """
     name = "gated_lora_channels_first" if channels_first else "gated_lora"
@@ -96,7 +96,7 @@ def gated_lora_fwd(
 
 
 def _tokens(tensor: Tensor, channels_first: bool) -> Tensor:
-    """[B, T, channels], a view where one can be."""
+    """[B, T, channels], a view where possible."""
     if channels_first:
         return tensor.reshape(*tensor.shape[:2], math.prod(tensor.shape[2:])).transpose(1, 2)
     return tensor.reshape(len(tensor), math.prod(tensor.shape[1:-1]), tensor.shape[-1])

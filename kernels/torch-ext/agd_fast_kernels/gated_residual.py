@@ -25,7 +25,7 @@ def gated_residual_fwd_kernel(
     residual_b, residual_t, y_b, y_t, gate_b, P_b, P_t, P_s, U_b, U_s, T, C, tiles_t, tiles_c,
     S: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A tile [ROWS, BLOCK] of out [B, T, C], of one sample; neighbours go along the channels; arithmetic in float32."""
+    """A tile [ROWS, BLOCK] of out [B, T, C], of one sample; programs go along the channels first; arithmetic in float32."""
     row = tl.program_id(0) // tiles_c
     sample = (row // tiles_t).to(tl.int64)
     tokens = (row % tiles_t).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -36,7 +36,7 @@ def gated_residual_fwd_kernel(
     before = residual + sample * residual_b + (tokens * residual_t)[:, None] + columns[None, :]
     total = tl.load(before, mask=mask, other=0.0).to(tl.float32)
     if P is not None:
-        for s in tl.range(S, loop_unroll_factor=4):  # unrolled whole, it would hold all of U at once
+        for s in tl.range(S, loop_unroll_factor=4):  # fully unrolled, it would hold all of U at once
             weight = tl.load(P + sample * P_b + tokens * P_t + s * P_s, mask=tokens < T, other=0.0).to(tl.float32)
             added += weight[:, None] * one_row(U, sample * U_b + s * U_s + columns, inside)
     if gate is not None:

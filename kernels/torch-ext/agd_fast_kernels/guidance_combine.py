@@ -27,7 +27,7 @@ def guidance_combine_fwd_kernel(uncond, cond, omega, out, uncond_b, cond_b, omeg
 
 
 def sample_by_sample(tensor: Tensor) -> Tensor:
-    """The same with each sample's elements side by side; a view stays one where they are so, as some channels of all are."""
+    """The tensor with each sample's elements contiguous; copied only where they are not: a slice of channels is not copied."""
     return tensor if tensor[0].is_contiguous() else tensor.contiguous()
 
 

@@ -1,4 +1,4 @@
-"""Layer norm with γ and β one a sample, and the softmax of its rows' products with a few keys while they are in registers."""
+"""Layer norm with per-sample γ and β, and the softmax of its rows' products with a few keys while they are in registers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ._tiles import chosen, packed, per_sample, rows_of
 from .ada_layer_norm import modulated, one_row, place, row_tiles
 from .shapes import require
 
-# As ada_layer_norm's, with fewer warps: every key is a sum across them, and is read once for all rows of a tile.
+# As in ada_layer_norm, with fewer warps: each key's product is a sum across warps; a key is read once for a tile's rows.
 CONFIGS: tuple[dict[str, int], ...] = (
     {"TILE": 2048, "num_warps": 2},
     {"TILE": 2048, "num_warps": 4},
@@ -22,7 +22,7 @@ CONFIGS: tuple[dict[str, int], ...] = (
 
 @triton.jit
 def softmax_of_heads(found, columns, S: tl.constexpr, HEADS: tl.constexpr):
-    """[ROWS, COLUMNS] → the softmax over each head's S/HEADS columns, 0 in those from S on."""
+    """[ROWS, COLUMNS] → the softmax over each head's S/HEADS columns, 0 in columns from S on."""
     P = tl.zeros_like(found)
     for head in tl.static_range(HEADS):
         inside = ((columns >= head * (S // HEADS)) & (columns < (head + 1) * (S // HEADS)))[None, :]
@@ -48,7 +48,7 @@ def norm_scores_fwd_kernel(
     rounded = normed.to(out.dtype.element_ty)
     tl.store(out + ((sample * T + tokens) * C)[:, None] + columns[None, :], rounded, mask=mask)
 
-    normed = rounded.to(tl.float32)  # the scores are those of the norm as it is written
+    normed = rounded.to(tl.float32)  # the scores are of the norm as written, after rounding
     found = tl.zeros((ROWS, COLUMNS), tl.float32)
     for score in tl.static_range(S):
         key = one_row(A, sample * A_b + score * A_s + columns, inside)
@@ -72,7 +72,7 @@ def norm_scores_fwd(
 ) -> tuple[Tensor, Tensor]:
     """n = ada_layer_norm(x) [B, ..., C], and P = softmax(n·Aᵀ + score_bias) over each head's tokens [B, ..., S].
 
-    x: [B, ..., C]; gamma, beta: [B or 1, C] or None; A: [B, S, C], S of all heads; score_bias: [B, 1, S] float32 or None.
+    x: [B, ..., C]; gamma, beta: [B or 1, C] or None; A: [B, S, C], S over all heads; score_bias: [B, 1, S] float32 or None.
     Raises: ValueError naming the argument whose shape, dtype or device is another, no channels, or heads that do not divide S.
     """
     require("norm_scores", x=x, gamma=gamma, beta=beta, A=A, score_bias=score_bias)

@@ -1,4 +1,4 @@
-"""A block's output projection, an adapter's mix and the residual in one product: a last step of K over a sample's scores."""
+"""A block's output projection, an adapter's mix and the residual in one product: the mix is a last step of the loop over K."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A projection and an adapter's scores of its tokens in one product: one more column of tiles, whose weight is a sample's A."""
+"""A projection and an adapter's scores for its tokens in one product: one more column of tiles, with A as weight."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def projection_scores_fwd_kernel(
     T, N, C, S, tiles_m, tiles_t, tiles_n, tiles_q,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    """A tile of q [B, T, N], or in the column behind its tiles_q, of P [B, T, S]; its tokens are of one sample."""
+    """A tile of q [B, T, N], or, in the column after the tiles_q ones, of P [B, T, S]; its tokens are of one sample."""
     m, n = tile_of(tl.program_id(0), tiles_m, tiles_n, GROUP_M)
     sample = (m // tiles_t).to(tl.int64)
     first, tokens = m % tiles_t * BLOCK_M, tl.arange(0, BLOCK_M)

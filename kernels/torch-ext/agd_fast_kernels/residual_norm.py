@@ -12,7 +12,7 @@ from ._tiles import chosen, packed, per_sample, rows_of
 from .ada_layer_norm import modulated, one_row, place, row_tiles
 from .shapes import require
 
-# As ada_layer_norm's.
+# As in ada_layer_norm.
 CONFIGS: tuple[dict[str, int], ...] = (
     {"TILE": 2048, "num_warps": 4},
     {"TILE": 2048, "num_warps": 2},
@@ -40,7 +40,7 @@ def residual_norm_fwd_kernel(
     rounded = (total + added).to(h.dtype.element_ty)
     tl.store(h + there, rounded, mask=mask)
 
-    written = rounded.to(tl.float32)  # the norm is of the sum as it is written
+    written = rounded.to(tl.float32)  # the norm is of the sum as written, after rounding
     normed = modulated(written, gamma, beta, sample * gamma_b + columns, sample * beta_b + columns, inside, C, eps)
     tl.store(out + there, normed.to(out.dtype.element_ty), mask=mask)
 

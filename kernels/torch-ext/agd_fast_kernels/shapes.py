@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# "B|1": the size that B already has, or 1. "...": any number of sizes, the same wherever it stands. " or ": either of two.
+# "B|1": the size that B already has, or 1. "...": any number of sizes, the same everywhere. " or ": one of two shapes.
 # C: channels. T: tokens. N: features of a projection. S: scores, those of all heads one after another. r: a rank.
 SHAPES: dict[str, dict[str, str]] = {
     "ada_layer_norm": {"x": "B ... C", "gamma": "B|1 C", "beta": "B|1 C"},
@@ -29,7 +29,7 @@ SHAPES: dict[str, dict[str, str]] = {
     "guidance_combine": {"uncond": "B ...", "cond": "B ...", "omega": "B|1"},
     "guided_update": {"uncond": "B ...", "cond": "B ...", "omega": "B|1", "sample": "B ...", "a": "B|1", "b": "B|1"},
 }
-# What a kernel takes at most: scores of a token, those of all heads; the rank of a low-rank term.
+# Limits of the kernels: scores of a token, over all heads; the rank of a low-rank term.
 MAX_SCORES = {"norm_scores": 16, "gated_residual": 16, "projection_scores": 128, "projection_mix": 128}
 MAX_RANK = 64
 FLOAT32 = {"omega", "score_bias", "a", "b"}  # whatever the dtype of the others
@@ -54,7 +54,7 @@ def require(op: str, **arguments: Tensor | None) -> None:
 
 
 def _bind(names: list[str], shape: tuple[int, ...], sizes: dict[str, tuple[int, ...]]) -> bool:
-    """Whether the shape has these sizes; names that had none have them from now on."""
+    """Whether the shape has these sizes; names without a size yet get theirs from it."""
     found = dict(sizes)
     rest = len(shape) - (len(names) - 1) if "..." in names else 1
     if rest < 0 or len(shape) != len(names) - ("..." in names) + (rest if "..." in names else 0):

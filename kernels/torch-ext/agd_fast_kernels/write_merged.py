@@ -1,4 +1,4 @@
-"""Many weights, each of its own sizes, with their low-rank terms in one launch: out = base + up·down."""
+"""Many weights of different sizes, merged with their low-rank terms in one launch: out = base + up·down."""
 
 from __future__ import annotations
 
@@ -56,9 +56,9 @@ def write_merged_fwd(
 ) -> None:
     """outs[i] ← bases[i] + ups[i]·downs[i].
 
-    outs, bases: [C, K], whose strides along K are the same for all; ups: [C, r]; downs: [r, K]; rows of both side by side.
-    tables: what `tables_of` made of these, where it is not to be made again; a CUDA graph of the launch reads them.
-    Raises: ValueError for other strides, several dtypes or devices.
+    outs, bases: [C, K], whose strides along K are the same for all; ups: [C, r]; downs: [r, K]; both with contiguous rows.
+    tables: what `tables_of` made for these, to be used again; a CUDA graph of the launch reads them.
+    Raises: ValueError for other strides, or several dtypes or devices.
     """
     if not outs:
         return
