@@ -54,8 +54,9 @@ def test_no_guidance_stays_none_and_no_scale_leaves_the_range_by_it():
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"factors": [[1.0, 2.0]]}, r"expected positive factors \[2, 2\] of a calibration, found \[1, 2\] from 1 to 2"),
-        ({"factors": [[1.0, 0.0], [1.0, 1.0]]}, "expected positive factors"),
+        ({"factors": [[1.0, 2.0]]}, r"expected positive factors \[2, 2\] of a calibration, found \[1, 2\]$"),
+        ({"factors": []}, r"expected positive factors \[2, 2\] of a calibration, found \[0\]$"),
+        ({"factors": [[1.0, 0.0], [1.0, 1.0]]}, r"expected positive factors \[2, 2\] .*, found \[2, 2\], among them 0$"),
         ({"factors": [[1.0, NAN], [1.0, 1.0]]}, "expected positive factors"),
         ({"times": [500.0, 100.0]}, r"expected ascending times of a calibration, found \[500\.0, 100\.0\]"),
         ({"omegas": [2.0, NAN]}, "expected ascending omegas"),

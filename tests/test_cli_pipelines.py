@@ -45,7 +45,7 @@ def distilled(pipeline, tmp_path_factory):
     output = folder / "run"
     options = ["--model", pipeline, "--prompts", prompts, "--call", CALL, "--validation", 2, "--validate-every", 2]
     done = run("distill", "--output", output, *options, "--calibrate", *SHORT)
-    assert re.search(rf" explain -?\d+\.\d% of the guidance, with -?\d+% of its strength; written to {output}", done.output)
+    assert re.search(rf" explain -?\d+\.\d% of the guidance, strength -?\d+\.\d\d; written to {output}", done.output)
     return output
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -35,8 +36,10 @@ class Calibration(nn.Module):
         self.values = {"times": times, "omegas": omegas, "factors": factors, "guidance_range": list(guidance_range)}
         found = {name: torch.tensor(value, dtype=torch.float32, device="cpu") for name, value in self.values.items()}
         shape = (len(times), len(omegas))
-        if tuple(found["factors"].shape) != shape or not (torch.isfinite(found["factors"]) & (found["factors"] > 0)).all():
-            here = f"{list(found['factors'].shape)} from {found['factors'].min():g} to {found['factors'].max():g}"
+        of_factors = found["factors"].shape
+        wrong = [factor for factor in found["factors"].flatten().tolist() if not 0 < factor < math.inf]
+        if of_factors != shape or wrong:
+            here = f"{list(of_factors)}{f', among them {wrong[0]:g}' if wrong else ''}"
             raise ValueError(f"expected positive factors {list(shape)} of a calibration, found {here}")
         for name, least in (("times", 1), ("omegas", 1), ("guidance_range", 2)):
             knots = found[name]

@@ -140,11 +140,7 @@ def distill(
     )
     for found in (result, *result.others.values()):
         measured = found.explained
-        explained = (
-            ""
-            if measured is None
-            else f" explain {measured.mean:.1%} of the guidance, with {measured.strength:.0%} of its strength"
-        )
+        explained = "" if measured is None else f" explain {measured.mean:.1%} of the guidance, strength {measured.strength:.2f}"
         console.print(
             f"{found.parameters:,} parameters ({found.fraction:.1%} of the base){explained}; written to {found.output_dir}",
             markup=False,

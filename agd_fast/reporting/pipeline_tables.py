@@ -89,7 +89,6 @@ def _explained(scale: PipelineScale) -> str:
         return "explained guidance not measured"
     several = len(scale.guidance_explained) > 1
     return ", ".join(
-        f"{value:.1%} of the guidance explained, with {scale.guidance_strength[name]:.0%} of its strength"
-        + (f" ({name})" if several else "")
+        f"{value:.1%} of the guidance explained, strength {scale.guidance_strength[name]:.2f}" + (f" ({name})" if several else "")
         for name, value in scale.guidance_explained.items()
     )
