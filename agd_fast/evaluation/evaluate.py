@@ -77,6 +77,7 @@ class Evaluation:
     samples: int
     arms: dict[str, Arm]
     guidance_explained: float
+    guidance_strength: float
     explained_by_time: dict[str, float]
     rmse_to_cfg: dict[str, float]
     by_scale: dict[str, Scale]
@@ -151,6 +152,7 @@ def evaluate(
         samples=samples,
         arms={"unguided": unguided, "cfg": by_scale[best].cfg, "agd": by_scale[best].agd},
         guidance_explained=explained.mean,
+        guidance_strength=explained.strength,
         explained_by_time=explained.to_dict()["by_time"],
         rmse_to_cfg=by_scale[best].rmse_to_cfg,
         by_scale=by_scale,

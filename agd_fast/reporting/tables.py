@@ -11,17 +11,7 @@ from agd_fast.evaluation import Evaluation
 from agd_fast.evaluation.bars import Bar
 
 ARM_HEADER = ("", "NFE", "ms / image", "Fréchet", "accuracy", "precision", "recall")
-SCALE_HEADER = (
-    "ω",
-    "Fréchet CFG",
-    "Fréchet AGD",
-    "accuracy CFG",
-    "accuracy AGD",
-    "explained",
-    "strength",
-    "RMSE AGD",
-    "RMSE unguided",
-)
+SCALE_HEADER = ("ω", "Fréchet CFG", "Fréchet AGD", "accuracy CFG", "accuracy AGD", "explained", "RMSE AGD", "RMSE unguided")
 BAR_HEADER = ("bar", "measured", "limit", "")
 NAMES = {"unguided": "unguided", "cfg": "CFG", "agd": "AGD"}
 _TITLES = {"unguided": "unguided", "cfg": "CFG (two passes)", "agd": "AGD (one pass)"}
@@ -51,7 +41,6 @@ def scale_rows(result: Evaluation) -> list[tuple[str, ...]]:
             _number(scale.cfg.class_accuracy, ".3f"),
             _number(scale.agd.class_accuracy, ".3f"),
             f"{scale.guidance_explained:.3f}",
-            f"{scale.guidance_strength:.3f}",
             f"{scale.rmse_to_cfg['agd']:.3f}",
             f"{scale.rmse_to_cfg['unguided']:.3f}",
         )
@@ -76,7 +65,7 @@ def headline(result: Evaluation) -> str:
     speed = f"; {result.speedup_over_cfg:.2f}× faster than CFG" if result.speedup_over_cfg else ""
     return (
         f"{adapter['kind']} adapter, {adapter['parameters']:,} parameters ({adapter['fraction']:.1%} of the base), "
-        f"explains {result.guidance_explained:.1%} of the guidance{speed}"
+        f"explains {result.guidance_explained:.1%} of the guidance, strength {result.guidance_strength:.2f}{speed}"
     )
 
 
