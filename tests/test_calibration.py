@@ -14,7 +14,7 @@ from agd_fast.evaluation import Explained, guidance_explained
 from agd_fast.files import read_json
 from agd_fast.storage import read_config
 from helpers_distillation import distill_tiny, short, tiny_teacher
-from helpers_engine import assert_same, call, differs, programs, reasons, twins
+from helpers_engine import Reading, assert_same, call, differs, programs, reasons, twins
 from helpers_families import to_distil
 from tiny import FAMILIES
 
@@ -71,7 +71,7 @@ def test_what_is_no_calibration(changed, message):
 
 def test_a_calibration_makes_up_for_the_strength_that_was_measured():
     strengths = {2.0: {900.0: 0.8, 100.0: 0.1, 50.0: -0.2}, 1.5: {900.0: NAN, 100.0: 4.0, 50.0: 1.0}}  # NaN: no guidance there
-    found = calibration_of(Explained(0.0, {}, {}, 0.0, {}, strengths), (1.0, 6.0)).to_dict()
+    found = calibration_of(Explained(0.0, {}, {}, {}, strengths), (1.0, 6.0)).to_dict()
     assert found["times"] == [50.0, 100.0, 900.0] and found["omegas"] == [1.5, 2.0] and found["guidance_range"] == [1.0, 6.0]
     bounds = [pytest.approx(1 / LARGEST_FACTOR), pytest.approx(LARGEST_FACTOR)]
     assert found["factors"] == [[1.0, 1.0], bounds, [1.0, pytest.approx(1.25)]]
@@ -224,6 +224,24 @@ def test_the_engine_asks_for_the_same(kind):
     for pipe in (plain, fast):
         require_attachment(pipe).adapter.calibrate(None)
     assert_same(call(fast), before)
+
+
+@pytest.mark.parametrize("kind", ["modulation", "modulation+gated_lora", "cross_attention", "offset"])
+def test_no_operation_is_added_to_a_step_of_the_engine(kind):
+    _, fast = twins(kind=kind)
+
+    def operations():
+        counts = []
+        for steps in (4, 6):
+            call(fast, num_inference_steps=steps)
+            with Reading() as found:
+                call(fast, num_inference_steps=steps)
+            counts.append(found.operations)
+        return (counts[1] - counts[0]) / 2
+
+    before = operations()
+    require_attachment(fast).adapter.calibrate(Calibration(**SETTINGS))
+    assert operations() == before > 0
 
 
 def test_a_scale_is_that_of_a_call_and_the_range_is_asked_about_it(recwarn):

@@ -25,18 +25,21 @@ class Explained:
     mean: over scales.
     by_scale: ω → explained.
     by_time: t → explained, all scales together.
-    strength: Σ⟨ĝ, g⟩ / Σ‖g‖², mean over scales: how strong the adapter's guidance is along CFG's. Below 1 it is weaker, as least
+    strength_by_scale: ω → Σ⟨ĝ, g⟩ / Σ‖g‖²: how strong the adapter's guidance is along CFG's. Below 1 it is weaker, as least
         squares makes it if g is not learnt fully; a guidance scale of 1 + (ω − 1) / strength is then nearer to CFG's at ω.
-    strength_by_scale: ω → strength.
     strength_by_time: ω → t → strength.
     """
 
     mean: float
     by_scale: dict[float, float]
     by_time: dict[float, float]
-    strength: float
     strength_by_scale: dict[float, float]
     strength_by_time: dict[float, dict[float, float]] = field(repr=False)
+
+    @property
+    def strength(self) -> float:
+        """The mean over scales."""
+        return _mean(self.strength_by_scale)
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -105,7 +108,7 @@ def guidance_explained(
     total = torch.stack(list(found.values())).sum(0)
     by_time = {t: _explained(row) for t, row in _at_times(times, total).items()}
     strength_by_time = {omega: {t: _strength(row) for t, row in _at_times(times, sums).items()} for omega, sums in found.items()}
-    return Explained(_mean(by_scale), by_scale, by_time, _mean(strengths), strengths, strength_by_time)
+    return Explained(_mean(by_scale), by_scale, by_time, strengths, strength_by_time)
 
 
 def _compare(
